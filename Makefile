@@ -1,0 +1,46 @@
+# demo · test · lint · bench: each makes .venv first if it is missing. A first run downloads PyTorch; later ones start at once.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+
+# the exact versions to install: with an NVIDIA GPU in sight the CUDA build of torch, else the CPU build
+KIND := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+# written after the last step of an installation, so that an interrupted one is never taken for whole
+READY := .venv/.ready-$(KIND)
+# tests run side by side, each on one core
+WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$(( cores < 8 ? cores : 8 )))
+
+.PHONY: demo test lint bench venv
+.NOTPARALLEL:
+
+demo: $(READY)
+	@$(BIN)/stm demo $(ARGS)
+
+test: $(READY)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --benchmark-disable tests $(ARGS)
+
+lint: $(READY)
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet . || { $(BIN)/ruff format --check .; exit 1; }
+	@$(BIN)/lint-imports --no-logo
+
+bench: $(READY)
+	@$(BIN)/python -m pytest -q --benchmark-only bench $(ARGS)
+
+venv: $(READY)
+
+$(READY): setup.py $(wildcard constraints/*.txt)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+		|| { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1 || true): Python 3.10 or newer is needed, set PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "Making .venv with $$($(PYTHON) --version): a few minutes the first time"
+	@[ -n "$(wildcard .venv/.ready-*)" ] || $(PYTHON) -m venv --clear .venv
+	@rm -f .venv/.ready-*
+	@set -o pipefail; constraints=constraints/$(KIND).txt; \
+	if [ $(KIND) = cpu ] && [ "$$(uname -s)" = Linux ] && \
+		! $(BIN)/python -m pip install -q --dry-run --no-deps "$$(grep -h '^torch==' $$constraints)+cpu" >/dev/null 2>&1; then \
+		echo "   pip finds no CPU build of torch: installing the larger CUDA build, which runs on the CPU too"; \
+		constraints=constraints/cuda.txt; \
+	fi; \
+	$(BIN)/python -m pip install -c $$constraints -e '.[dev]' \
+		| awk '/^(Collecting|Installing|Building)/ { print "   " substr($$0, 1, 110); fflush() }'
+	@touch $@
