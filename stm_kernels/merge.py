@@ -1,0 +1,29 @@
+"""Partial reads to one, by log-sum-exp: the same for splits, pages and ranks."""
+
+from einops import einsum
+from torch import Tensor
+
+
+def merge_reads(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """Combine reads of disjoint parts of one memory into the read of the whole.
+
+    Args:
+        outs: `[S, B, M, V]`, the read of each part.
+        lses: `[S, B, M]`, natural log of the summed exponentials of each part; -inf marks an empty part.
+
+    Returns:
+        The whole read `[B, M, V]`, in the dtype of `outs`, and its log-sum-exp `[B, M]`, in the dtype of `lses`.
+
+    Raises:
+        ValueError: the shapes disagree.
+
+    Source: Milakov & Gimelshein 2018, online softmax.
+    """
+    if outs.ndim != 4 or outs.shape[:3] != lses.shape:
+        raise ValueError(
+            f"merge_reads: expected outs [S, B, M, V] and lses [S, B, M], got {list(outs.shape)} and {list(lses.shape)}"
+        )
+    lse = lses.logsumexp(0)
+    # a row that no part can see has weight 0 everywhere, not 0/0
+    weight = (lses - lse.masked_fill(lse.isneginf(), 0.0)).exp()
+    return einsum(weight, outs.to(weight.dtype), "s b m, s b m v -> b m v").to(outs.dtype), lse
