@@ -1,0 +1,1 @@
+"""Clips to train on and to test with: procedural ones, and folders in the layouts of the benchmarks."""

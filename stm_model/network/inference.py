@@ -1,0 +1,44 @@
+"""The network as it runs when it only predicts: batch norm folded into the convolutions before it."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from stm_model.network.encoders import MemoryEncoder
+from stm_model.network.resnet import BasicBlock, Bottleneck
+from stm_model.network.stm import STM
+
+
+def fold_batch_norm(model: STM) -> STM:
+    """A copy of a network in eval mode that computes the same without any batch norm.
+
+    The folding is done in float32; the copy has the dtype and device of the original.
+    """
+    folded = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in folded.modules():
+        if isinstance(module, MemoryEncoder):
+            _fold(module, "bn1", "conv1", "conv1_m", "conv1_o")
+        elif isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[1], nn.BatchNorm2d):
+            _fold(module, "1", "0")
+        elif hasattr(module, "bn1"):
+            _fold(module, "bn1", "conv1")
+        if isinstance(module, (BasicBlock, Bottleneck)):
+            _fold(module, "bn2", "conv2")
+        if isinstance(module, Bottleneck):
+            _fold(module, "bn3", "conv3")
+    return folded
+
+
+def _fold(module: nn.Module, norm_name: str, *convolution_names: str) -> None:
+    """Fold one batch norm into the convolutions whose sum it normalises; the first one takes the bias."""
+    norm = module.get_submodule(norm_name)
+    gain = norm.weight.float() * torch.rsqrt(norm.running_var.float() + norm.eps)
+    for name in convolution_names:
+        weight = module.get_submodule(name).weight
+        weight.copy_((weight.float() * gain.view(-1, 1, 1, 1)).to(weight.dtype))
+    bias = norm.bias.float() - norm.running_mean.float() * gain
+    module.get_submodule(convolution_names[0]).bias = nn.Parameter(bias.to(norm.weight.dtype), requires_grad=False)
+    setattr(module, norm_name, nn.Identity())

@@ -1,0 +1,260 @@
+"""Semi-supervised tracking: frames stream in, masks stream out; only the memory is kept."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stm_model.memory import MemoryRule, SpaceTimeMemory
+from stm_model.network import STM, STRIDE, fold_batch_norm, other_object_masks, soft_aggregate
+
+VOID = 255
+"""The label of pixels nobody knows."""
+
+
+@dataclass(frozen=True)
+class FrameResult:
+    """One segmented frame."""
+
+    index: int
+    """Position of the frame in the video, from 0."""
+    labels: np.ndarray
+    """`[H, W]` uint8, the caller's own label values; 0 is background."""
+    probabilities: Tensor
+    """`[n + 1, H, W]` float32 on the model's device, background first, then `objects` in order; sums to one."""
+    objects: tuple[int, ...]
+    """Label value of each object, in the order they entered (ascending within a mask)."""
+
+
+class Tracker:
+    """Follows objects through a video from their masks in the first frame, or in later ones.
+
+    Args:
+        model: the network, of which a copy with batch norm folded is kept; its device and dtype are where and how
+            tracking runs.
+        memory: which frames are remembered: a `MemoryRule` or its name, see `MemoryRule.parse`.
+        size: length in pixels of the shorter side that frames are resized to for the network; None keeps their own.
+            Results always come at the frames' own size.
+        implementation: of the memory read, see `stm_kernels.memory_read`.
+
+    Raises:
+        ValueError: the rule or the size makes no sense.
+    """
+
+    def __init__(
+        self,
+        model: STM,
+        *,
+        memory: str | MemoryRule = "every:5",
+        size: int | None = None,
+        implementation: str = "auto",
+    ):
+        if isinstance(memory, str):
+            MemoryRule.parse(memory, frame_count=1)
+        if size is not None and size < STRIDE:
+            raise ValueError(f"size: expected at least {STRIDE} pixels, got {size}")
+        self.model, self.memory, self.size, self.implementation = fold_batch_norm(model), memory, size, implementation
+
+    def track(
+        self,
+        frames: Iterable[np.ndarray],
+        masks: Mapping[int, np.ndarray | Tensor],
+        frame_count: int | None = None,
+    ) -> Iterator[FrameResult]:
+        """Segment a video frame by frame, as the frames come.
+
+        Args:
+            frames: RGB uint8 `[H, W, 3]`, all of one size; consumed one at a time.
+            masks: frame index → label map `[H, W]`: 0 says nothing, 1…254 are objects, 255 is void. A label that was
+                not seen before is a new object; one that was replaces the prediction of that object.
+            frame_count: number of frames, if known; only the rule `uniform:K` needs it.
+
+        Yields:
+            A result for every frame, in order. Before the first mask everything is background.
+
+        Raises:
+            ValueError: there are no frames; a frame or mask has the wrong form; no mask names an object.
+        """
+        if frame_count is None and hasattr(frames, "__len__"):
+            frame_count = len(frames)
+        rule = MemoryRule.parse(self.memory, frame_count) if isinstance(self.memory, str) else self.memory
+        masks = {int(index): check_mask(mask, index) for index, mask in masks.items()}
+        if not any(((mask > 0) & (mask < VOID)).any() for mask in masks.values()):
+            raise ValueError("masks: expected at least one labelled object (1…254), got none")
+        return self._track(frames, masks, rule)
+
+    def _track(
+        self, frames: Iterable[np.ndarray], masks: dict[int, np.ndarray], rule: MemoryRule
+    ) -> Iterator[FrameResult]:
+        video = _Video(self.model, rule, self.size, self.implementation)
+        index = -1
+        for index, frame in enumerate(frames):
+            # entered and left for every frame: a generator must not hold the mode while its caller runs
+            with torch.inference_mode():
+                result = video.step(index, check_frame(frame, index, video.frame_size), masks.get(index))
+            yield result
+        if index < 0:
+            raise ValueError("frames: expected at least one, got none")
+        late = sorted(mask_index for mask_index in masks if mask_index > index)
+        if late:
+            warnings.warn(f"masks of frames {late} were not used: the video ended at frame {index}", stacklevel=2)
+
+
+class _Video:
+    """The state of one video being tracked."""
+
+    def __init__(self, model: STM, rule: MemoryRule, size: int | None, implementation: str):
+        self.model, self.rule, self.size, self.implementation = model, rule, size, implementation
+        self.device = next(model.parameters()).device
+        self.frame_size: tuple[int, int] | None = None
+        self.objects: list[int] = []
+        # objects that entered at the same frame share a memory; (memory, number of objects), in order of `objects`
+        self.memories: list[tuple[SpaceTimeMemory, int]] = []
+        self.previous: tuple[int, Tensor, Tensor, set[int]] | None = None
+
+    def step(self, index: int, frame: np.ndarray, mask: np.ndarray | None) -> FrameResult:
+        """Segment the next frame."""
+        self.frame_size = frame.shape[:2]
+        if mask is not None and mask.shape != self.frame_size:
+            raise ValueError(
+                f"mask of frame {index}: expected {_by(self.frame_size)} pixels (height×width) like its frame, "
+                f"got {_by(mask.shape)}"
+            )
+        image = self._prepare(frame)
+        probabilities = self._segment(image)
+        given: set[int] = set()
+        if mask is not None:
+            probabilities, given = self._apply_mask(probabilities, self._resize_mask(mask))
+        self.previous = (index, image, probabilities, given)
+        full = probabilities
+        if full.shape[-2:] != self.frame_size:
+            full = F.interpolate(full[None], self.frame_size, mode="bilinear", align_corners=False)[0]
+        values = torch.tensor([0, *self.objects], dtype=torch.uint8, device=self.device)
+        labels = values[full.argmax(0)].cpu().numpy()
+        if mask is not None:
+            # what the user gave comes back as it was given, whatever size the network saw
+            named = np.isin(mask, sorted(given))
+            labels = np.where(named, mask, np.where(np.isin(labels, sorted(given)) & (mask != VOID), 0, labels))
+        return FrameResult(index, labels, full, tuple(self.objects))
+
+    def _prepare(self, frame: np.ndarray) -> Tensor:
+        """uint8 `[H, W, 3]` → float32 `[1, 3, h, w]` in 0…1 at the network's size, not yet padded."""
+        pixels = torch.from_numpy(np.ascontiguousarray(frame)).to(self.device)
+        image = pixels.permute(2, 0, 1)[None].float() / 255
+        size = self._network_size()
+        if size != image.shape[-2:]:
+            image = F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True).clamp_(0, 1)
+        return image
+
+    def _network_size(self) -> tuple[int, int]:
+        height, width = self.frame_size
+        if self.size is None:
+            return height, width
+        factor = self.size / min(height, width)
+        return max(1, round(height * factor)), max(1, round(width * factor))
+
+    def _resize_mask(self, mask: np.ndarray) -> Tensor:
+        labels = torch.from_numpy(np.ascontiguousarray(mask)).to(self.device)
+        size = self._network_size()
+        if size == mask.shape:
+            return labels
+        return F.interpolate(labels[None, None].float(), size, mode="nearest-exact")[0, 0].to(torch.uint8)
+
+    def _segment(self, image: Tensor) -> Tensor:
+        """Probabilities `[n + 1, h, w]` of the objects known so far."""
+        if not self.objects:
+            return torch.ones(1, *image.shape[-2:], device=self.device)
+        self._remember_previous()
+        padded, (top, left) = pad_to_stride(image)
+        query = self.model.encode_query(padded)
+        readout = torch.cat([memory.read(query.key) for memory, _ in self.memories])
+        objects = self.model.segment(readout, query, [len(self.objects)])
+        height, width = image.shape[-2:]
+        return torch.softmax(soft_aggregate(objects[:, top : top + height, left : left + width]), 0)
+
+    def _remember_previous(self) -> None:
+        """Put the previous frame, with its soft masks, into the memories that want it."""
+        index, image, probabilities, given = self.previous
+        starts = np.cumsum([0, *(count for _, count in self.memories)]).tolist()
+        wanting = []
+        for (memory, _), start, stop in zip(self.memories, starts, starts[1:], strict=False):
+            memory.forget_temporary()
+            mask_given = bool(given & set(self.objects[start:stop]))
+            if memory.wants(index, mask_given):
+                wanting.append((memory, mask_given, slice(start, stop)))
+        if not wanting:
+            return
+        masks = pad_to_stride(probabilities[1:])[0]
+        key, value = self.model.memorize(pad_to_stride(image)[0], masks, other_object_masks(masks), [len(masks)])
+        for memory, mask_given, part in wanting:
+            memory.remember(index, mask_given, key[part], value[part])
+
+    def _apply_mask(self, probabilities: Tensor, labels: Tensor) -> tuple[Tensor, set[int]]:
+        """Overwrite predictions by a given mask and take in new objects; void pixels keep their prediction."""
+        given = set(labels.unique().tolist()) - {0, VOID}
+        new = sorted(given - set(self.objects))
+        if new:
+            self.objects += new
+            self.memories.append((SpaceTimeMemory(self.rule, self.implementation), len(new)))
+            absent = torch.zeros(len(new), *probabilities.shape[1:], device=self.device)
+            probabilities = torch.cat([probabilities, absent])
+        known, named = labels != VOID, torch.zeros_like(labels, dtype=torch.bool)
+        probabilities = probabilities.clone()
+        for label in given:
+            channel = 1 + self.objects.index(label)
+            # where an object that was given is not, what was predicted for it becomes background
+            lost = torch.where(known, probabilities[channel], 0)
+            probabilities[0] += lost
+            probabilities[channel] -= lost
+            named |= labels == label
+        probabilities[:, named] = 0
+        for label in given:
+            probabilities[1 + self.objects.index(label)][labels == label] = 1
+        return probabilities, given
+
+
+def pad_to_stride(maps: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Zero-pad `[…, H, W]` to multiples of 16 on both sides, the odd pixel below and right.
+
+    Returns:
+        The padded maps and the rows and columns added at the top and at the left.
+    """
+    rows, columns = (-maps.shape[-2]) % STRIDE, (-maps.shape[-1]) % STRIDE
+    top, left = rows // 2, columns // 2
+    return F.pad(maps, (left, columns - left, top, rows - top)), (top, left)
+
+
+def check_frame(frame: np.ndarray, index: int, size: tuple[int, int] | None) -> np.ndarray:
+    """Raise a ValueError unless a frame is uint8 `[H, W, 3]` of the size of those before it."""
+    if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+        form = f"{frame.dtype} {list(frame.shape)}" if hasattr(frame, "dtype") else type(frame).__name__
+        raise ValueError(f"frame {index}: expected a uint8 array [H, W, 3], got {form}")
+    if 0 in frame.shape:
+        raise ValueError(f"frame {index}: expected at least one pixel, got {list(frame.shape)}")
+    if size is not None and frame.shape[:2] != size:
+        raise ValueError(f"frame {index}: expected {_by(size)} pixels (height×width) like frame 0, got {_by(frame.shape)}")
+    return frame
+
+
+def check_mask(mask: np.ndarray | Tensor, index: int) -> np.ndarray:
+    """A label map as uint8 `[H, W]`; raise a ValueError that says why it is none."""
+    array = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
+    if array.ndim != 2:
+        raise ValueError(f"mask of frame {index}: expected [H, W], got {list(array.shape)}")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError(f"mask of frame {index}: expected label values, got NaN or infinity")
+    if array.dtype.kind not in "biuf" or (array.dtype.kind == "f" and (array != np.round(array)).any()):
+        raise ValueError(f"mask of frame {index}: expected whole label values 0…255, got {array.dtype}")
+    if array.size and (array.min() < 0 or array.max() > 255):
+        raise ValueError(f"mask of frame {index}: expected labels 0…255, got {array.min()}…{array.max()}")
+    return array.astype(np.uint8)
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return f"{shape[0]}×{shape[1]}"

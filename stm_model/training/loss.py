@@ -1,0 +1,82 @@
+"""The loss of a clip: every frame after the first is segmented from the memory of the frames before it."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+from stm_kernels import space_time_memory_read
+from stm_model.data.clips import Clip
+from stm_model.network import STM, Query, other_object_masks, soft_aggregate
+from stm_model.network.encoders import FrameFeatures
+
+
+def segment_clips(model: STM, clips: list[Clip], implementation: str = "auto") -> list[list[Tensor]]:
+    """Segment the frames of a batch of clips one after the other, each from the memory of all before it.
+
+    The first frame is remembered with its labels, every other one with its predicted soft masks (detached).
+
+    Args:
+        model: the network.
+        clips: B clips of the same T, H and W, multiples of 16; any number of objects each, at least one.
+        implementation: of the memory read.
+
+    Returns:
+        T − 1 lists of B logit maps `[n + 1, H, W]`, float32, background first.
+    """
+    objects = [clip.objects for clip in clips]
+    frames = torch.stack([clip.frames for clip in clips])
+    query = model.encode_query(rearrange(frames[:, 1:], "b t c h w -> (t b) c h w"))
+    masks = [_one_hot(clip.labels[0], clip.objects) for clip in clips]
+    keys, values, predictions = [], [], []
+    for time in range(1, frames.shape[1]):
+        others = torch.cat([other_object_masks(mask) for mask in masks])
+        key, value = model.memorize(frames[:, time - 1], torch.cat(masks), others, objects)
+        keys.append(key)
+        values.append(value)
+        frame_query = _query_at(query, time - 1, len(clips))
+        counts = torch.tensor(objects, device=key.device)
+        query_key = frame_query.key.repeat_interleave(counts, 0, output_size=sum(objects))
+        readout = space_time_memory_read(
+            query_key, torch.stack(keys, 2), torch.stack(values, 2), implementation=implementation
+        )
+        probabilities = model.segment(readout, frame_query, objects).split(objects)
+        logits = [soft_aggregate(part) for part in probabilities]
+        predictions.append(logits)
+        masks = [torch.softmax(part.detach(), 0)[1:] for part in logits]
+    return predictions
+
+
+def clip_loss(model: STM, clips: list[Clip], dice_weight: float = 0.5) -> Tensor:
+    """Cross entropy on the aggregated logits plus a soft Dice term, mean over clips and frames."""
+    predictions = segment_clips(model, clips)
+    losses = [
+        F.cross_entropy(logits[None], clip.labels[time].long()[None]) + dice_weight * dice_loss(logits, clip.labels[time])
+        for time, frame_logits in enumerate(predictions, start=1)
+        for logits, clip in zip(frame_logits, clips, strict=True)
+    ]
+    return torch.stack(losses).mean()
+
+
+def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """One minus the soft Dice overlap, mean over objects; logits `[n + 1, H, W]`, labels `[H, W]`.
+
+    Small objects weigh as much as large ones. Source: Milletari et al. 2016 (V-Net).
+    """
+    probabilities = torch.softmax(logits, 0)[1:].flatten(1)
+    truth = _one_hot(labels, len(probabilities)).flatten(1)
+    overlap = 2 * (probabilities * truth).sum(1) + 1
+    return 1 - (overlap / (probabilities.sum(1) + truth.sum(1) + 1)).mean()
+
+
+def _one_hot(labels: Tensor, objects: int) -> Tensor:
+    """Masks of the objects 1…n of a label map `[H, W]`: float `[n, H, W]`."""
+    return (labels == torch.arange(1, objects + 1, device=labels.device).view(-1, 1, 1)).float()
+
+
+def _query_at(query: Query, index: int, clips: int) -> Query:
+    """The features of one point in time from those of all, which are stacked time-major."""
+    part = slice(index * clips, (index + 1) * clips)
+    return Query(query.key[part], query.value[part], FrameFeatures(*(maps[part] for maps in query.features)))
