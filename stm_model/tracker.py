@@ -146,7 +146,8 @@ class _Video:
     def _prepare(self, frame: np.ndarray) -> Tensor:
         """uint8 `[H, W, 3]` → float32 `[1, 3, h, w]` in 0…1 at the network's size, not yet padded."""
         pixels = torch.from_numpy(np.ascontiguousarray(frame)).to(self.device)
-        image = pixels.permute(2, 0, 1)[None].float() / 255
+        # plain order here, so that the weights alone decide the memory format of the convolutions
+        image = pixels.permute(2, 0, 1)[None].contiguous().float() / 255
         size = self._network_size()
         if size != image.shape[-2:]:
             image = F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True).clamp_(0, 1)

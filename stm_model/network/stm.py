@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,9 +11,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from stm_model.checkpoint import DEFAULT_WEIGHTS, check_tensors, read_tensors
 from stm_model.network.decoder import Decoder
 from stm_model.network.encoders import FrameFeatures, KeyValue, MemoryEncoder, QueryEncoder
 from stm_model.network.resnet import BACKBONES, stage_channels
+from stm_model.runtime import default_device, default_dtype
 
 STRIDE = 16
 """Pixels per step of the feature grid on which memory is read."""
@@ -39,6 +42,21 @@ class STMConfig:
     def small(cls) -> STMConfig:
         """The ResNet-18 variant of the default weights."""
         return cls(backbone="resnet18", key_channels=64, value_channels=128, decoder_channels=64)
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> STMConfig:
+        """The shape of the network whose tensors these are; the released one's where a tensor is missing."""
+
+        def rows(name: str, default: int) -> int:
+            return len(tensors[name]) if name in tensors and tensors[name].ndim else default
+
+        has_basic_blocks = "Encoder_Q.res2.0.conv2.weight" in tensors and "Encoder_Q.res2.0.conv3.weight" not in tensors
+        return cls(
+            backbone="resnet18" if has_basic_blocks else cls.backbone,
+            key_channels=rows("KV_Q_r4.Key.weight", cls.key_channels),
+            value_channels=rows("KV_Q_r4.Value.weight", cls.value_channels),
+            decoder_channels=rows("Decoder.convFM.weight", cls.decoder_channels),
+        )
 
 
 class Query(NamedTuple):
@@ -90,9 +108,15 @@ class STM(nn.Module):
             FileNotFoundError: there is no such file.
             CheckpointError: the file is no checkpoint, or its tensors are not those of an STM.
         """
-        from stm_model.checkpoint import load_model
-
-        return load_model(path, device, dtype)
+        path = DEFAULT_WEIGHTS if path is None else path
+        device = torch.device(device) if device is not None else default_device()
+        tensors = read_tensors(path)
+        with torch.device("meta"):
+            model = cls(STMConfig.of_tensors(tensors))
+        check_tensors(model.state_dict(), tensors, path)
+        model.load_state_dict(tensors, assign=True)
+        model.requires_grad_(False)
+        return model.eval().to(device, dtype or default_dtype(device), memory_format=torch.channels_last)
 
     def memorize(
         self, frames: Tensor, masks: Tensor, other_masks: Tensor, objects_per_clip: list[int]

@@ -16,12 +16,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from stm_model.checkpoint import default_device, default_dtype, save_model
+from stm_model.checkpoint import write_tensors
 from stm_model.data.clips import Clip
 from stm_model.data.davis import DavisClips, davis_sequences
 from stm_model.data.synthetic import ProceduralClips
 from stm_model.network import STM, STMConfig
 from stm_model.network.decoder import ResBlock
+from stm_model.runtime import default_device, default_dtype
 from stm_model.training.loss import clip_loss
 
 
@@ -159,7 +160,7 @@ def validate(model: STM, config: TrainConfig) -> dict[str, float]:
     for sequence in tqdm(davis_sequences(config.data, config.validation_split), desc="validate", leave=False):
         frames, truths = sequence.load()
         results = Tracker(model).track(frames, {0: truths[0]})
-        scores.append(sequence_scores([result.labels for result in results], truths))
+        scores += sequence_scores([result.labels for result in results], truths).values()
     return {"J": sum(j for j, _ in scores) / len(scores), "F": sum(f for _, f in scores) / len(scores)}
 
 
@@ -210,7 +211,7 @@ def _settings(config: TrainConfig) -> dict:
 
 
 def _save(config: TrainConfig, step: int, model: STM, average: AveragedModel, optimizer: torch.optim.Optimizer) -> None:
-    save_model(averaged(model, average), config.out / "weights.safetensors", dtype=torch.float16)
+    write_tensors(averaged(model, average).float().state_dict(), config.out / "weights.safetensors", torch.float16)
     state = {
         "step": step,
         "settings": _settings(config),

@@ -1,0 +1,178 @@
+"""Time and memory per tracked frame: python bench/track.py [--out bench/results/<device>/track.json]
+
+The tracker as it runs by default against the same tracker the way public STM code computes: float32, contiguous NCHW,
+the whole affinity at once. ResNet-50 network, 2 objects, memories of 1, 5 and 20 frames; both in one process, their
+frames timed in alternation. Peak memory comes from one fresh process per version and memory size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from stm_model import STM, Tracker
+from stm_model.data.synthetic import procedural_clip
+from stm_model.memory import MemoryRule
+from stm_model.training.train import initialize
+
+OBJECTS = 2
+VERSIONS = ("naive", "default")
+
+
+def build_tracker(version: str, device: str, memory: MemoryRule | str, weights: STM | None = None) -> Tracker:
+    """The default tracker, or the naive one: float32, NCHW, whole affinity."""
+    model = weights if weights is not None else random_network()
+    if version == "naive":
+        model = model.float().to(device, memory_format=torch.contiguous_format)
+        return Tracker(model, memory=memory, implementation="reference")
+    from stm_model.runtime import default_dtype
+
+    model = model.to(device, default_dtype(device), memory_format=torch.channels_last)
+    return Tracker(model, memory=memory)
+
+
+def random_network() -> STM:
+    """The released shape with random weights: time and memory do not depend on them."""
+    torch.manual_seed(0)
+    model = STM()
+    initialize(model)
+    return model.eval()
+
+
+def steady_memory(size: int) -> MemoryRule:
+    """A rule with which frame `size` and every later one is segmented from `size` remembered frames."""
+    return MemoryRule(kept=frozenset(range(size - 1)), first=False, previous=True)
+
+
+def synchronize(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def track_until(tracker: Tracker, frames: np.ndarray, mask: np.ndarray, size: int) -> Iterator:
+    """A running track whose next frame is the first that reads `size` frames."""
+    results = tracker.track((frames[index % len(frames)] for index in range(10**9)), {0: mask})
+    for _ in range(size):
+        next(results)
+    return results
+
+
+def time_frames(arguments: argparse.Namespace, frames: np.ndarray, mask: np.ndarray, size: int) -> dict:
+    """Median seconds per frame of both versions, frames timed in alternation."""
+    tracks = {
+        version: track_until(build_tracker(version, arguments.device, steady_memory(size)), frames, mask, size)
+        for version in VERSIONS
+    }
+    seconds = {version: [] for version in VERSIONS}
+    for repeat in range(arguments.repeats + 1):
+        for version, track in tracks.items():
+            synchronize(arguments.device)
+            start = time.perf_counter()
+            next(track)
+            synchronize(arguments.device)
+            if repeat:
+                seconds[version].append(time.perf_counter() - start)
+    return {version: {"median": statistics.median(times), "all": times} for version, times in seconds.items()}
+
+
+def peak_memory(arguments: argparse.Namespace, version: str, size: int) -> int:
+    """Peak bytes of a fresh process that tracks up to a memory of `size` frames."""
+    command = [sys.executable, __file__, "--device", arguments.device, "--height", str(arguments.height)]
+    command += ["--width", str(arguments.width), "--peak", version, str(size)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def print_peak(arguments: argparse.Namespace) -> None:
+    """The child's side of `peak_memory`."""
+    version, size = arguments.peak[0], int(arguments.peak[1])
+    frames, labels = procedural_clip(8, (arguments.height, arguments.width), OBJECTS, seed=0)
+    next(track_until(build_tracker(version, arguments.device, steady_memory(size)), frames, labels[0], size))
+    on_gpu = torch.device(arguments.device).type == "cuda"
+    print(torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def agreement(arguments: argparse.Namespace, frames: np.ndarray, mask: np.ndarray) -> float:
+    """Least J over objects and frames between the masks of both versions with the default weights."""
+    from stm_model.evaluation.metrics import region_similarity
+
+    masks = {}
+    for version in VERSIONS:
+        weights = STM.load(device=arguments.device, dtype=torch.float32)
+        tracker = build_tracker(version, arguments.device, "every:5", weights)
+        masks[version] = [result.labels for result in tracker.track(frames, {0: mask})]
+    return min(
+        region_similarity(ours == label, naive == label)
+        for ours, naive in zip(masks["default"], masks["naive"], strict=True)
+        for label in range(1, OBJECTS + 1)
+    )
+
+
+def device_name(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name()
+    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return f"{model[0].split(':')[1].strip() if model else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--height", type=int, default=480)
+    parser.add_argument("--width", type=int, default=854)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 5, 20], help="memory sizes in frames")
+    parser.add_argument("--repeats", type=int, default=5, help="timed frames per version and size")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peak:
+        return print_peak(arguments)
+    frames, labels = procedural_clip(12, (arguments.height, arguments.width), OBJECTS, seed=0)
+    name = device_name(arguments.device)
+    print(f"{name}; {arguments.height}×{arguments.width}, {OBJECTS} objects, ResNet-50")
+    j = agreement(arguments, frames, labels[0])
+    print(f"default weights: masks of both versions agree to J ≥ {j:.4f} on {len(frames)} frames")
+    print(f"{'T':>4} {'naive s':>9} {'default s':>10} {'ratio':>7} {'naive peak MiB':>15} {'default peak MiB':>17}")
+    rows = []
+    for size in arguments.sizes:
+        seconds = time_frames(arguments, frames, labels[0], size)
+        peak = {version: peak_memory(arguments, version, size) for version in VERSIONS}
+        ratio = seconds["naive"]["median"] / seconds["default"]["median"]
+        rows.append({"memory_frames": size, "seconds": seconds, "ratio": ratio, "peak_bytes": peak})
+        print(
+            f"{size:>4} {seconds['naive']['median']:>9.3f} {seconds['default']['median']:>10.3f} {ratio:>6.2f}x"
+            f" {peak['naive'] / 2**20:>15.0f} {peak['default'] / 2**20:>17.0f}",
+            flush=True,
+        )
+    grown = {version: rows[-1]["peak_bytes"][version] - rows[0]["peak_bytes"][version] for version in VERSIONS}
+    share = grown["default"] / grown["naive"] if grown["naive"] > 0 else float("nan")
+    print(f"peak above that of T = {arguments.sizes[0]}: default takes {share:.3f} of what naive takes")
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        report = {
+            "command": " ".join(["python", *sys.argv]),
+            "date": date.today().isoformat(),
+            "device": name,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "frame": [arguments.height, arguments.width],
+            "objects": OBJECTS,
+            "agreement_J": j,
+            "peak_share_above_first_size": share,
+            "rows": rows,
+        }
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
