@@ -1,0 +1,499 @@
+"""The `stm` command: stm demo | track | train | info."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import platform
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import tyro
+
+from stm_model import __version__
+
+# torch, PyAV and the model are imported where they are used: `stm --help` answers at once
+if TYPE_CHECKING:
+    import numpy as np
+
+    from stm_model import STM, Tracker
+
+BAD_INPUT, INTERRUPTED = 2, 130
+OUTPUTS = ("masks", "overlay.mp4", "contact_sheet.png", "summary.json")
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Track the objects of a made-up clip with the default weights and score the masks against the true ones.
+
+    Writes overlay.mp4, contact_sheet.png, masks/ and summary.json.
+    """
+
+    out: Path = Path("stm-demo")
+    """Folder for the results. An earlier demo's are replaced; a folder with anything else in it is refused."""
+    frames: int = 48
+    """Length of the clip, in frames."""
+    objects: int = 2
+    """Objects in the clip."""
+    seed: int = 0
+    """Which clip."""
+    device: str | None = None
+    """Where to run, like cpu or cuda:0; None takes the GPU if there is one."""
+    json: bool = False
+    """Print the summary as JSON, alone on stdout."""
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    """Track the objects of a mask through a video.
+
+    Writes masks/00000.png … (labels as in the mask), overlay.mp4 and summary.json into the --out folder.
+    """
+
+    video: tyro.conf.Positional[Path]
+    """A video file, or a folder of frames."""
+    mask: Path
+    """Labels of the first frame as a palette or grey PNG, or a folder of such masks named by frame number. 0 is
+    background, 255 void (unknown); objects may enter by a mask of a later frame."""
+    out: Path
+    """Folder for the results."""
+    checkpoint: Path | None = None
+    """A released .pth or our .safetensors; None takes the weights that come with the package."""
+    memory: str = "every:5"
+    """Which frames are remembered: first, previous, first+previous, every:N or uniform:K."""
+    size: int | None = None
+    """Shorter side in pixels at which the network runs; None takes the video's. Masks always have the video's size."""
+    device: str | None = None
+    """Where to run, like cpu or cuda:0; None takes the GPU if there is one."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Number format of the network; None takes bfloat16 where the device computes it natively, else float32."""
+    binary: bool = False
+    """The mask is black and white: what is bright is one object, label 1."""
+    resize_mask: bool = False
+    """Resize masks that are not of the video's size, instead of refusing them."""
+    overlay: bool = True
+    """Write overlay.mp4, the video with the objects coloured; --no-overlay does not."""
+    overwrite: bool = False
+    """Replace earlier results in a folder that is not empty; other files in it stay."""
+    json: bool = False
+    """Print the summary as JSON, alone on stdout."""
+
+
+@dataclass(frozen=True)
+class InfoConfig:
+    """Show versions, devices and what would run on them."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+class CommandError(Exception):
+    """Input that a command refuses; the message is what the user reads."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the `stm` command.
+
+    Args:
+        argv: the arguments after `stm`; None takes the process's.
+
+    Returns:
+        The exit code: 0, 2 for bad input (one line on stderr), 130 when interrupted.
+    """
+    name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        if name in ("-h", "--help"):
+            print(_usage())
+            return 0
+        if name == "--version":
+            print(f"stm-kernels {__version__}")
+            return 0
+        if name not in COMMANDS:
+            raise CommandError(f"unknown command {name!r}; expected {', '.join(COMMANDS)}")
+        with _short_warnings():
+            return COMMANDS[name][0](rest)
+    except (CommandError, ValueError, OSError) as error:
+        return _fail(_one_line(error), BAD_INPUT)
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _fail(_one_line(error), BAD_INPUT)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    except SystemExit as stop:  # tyro, after showing a command's help
+        return int(stop.code or 0)
+
+
+def demo(argv: Sequence[str]) -> int:
+    """`stm demo`; see DemoConfig."""
+    config = _parse(DemoConfig, "stm demo", argv)
+    if config.frames < 3:
+        raise CommandError(f"--frames: expected at least 3, got {config.frames}")
+    if not 1 <= config.objects <= 20:
+        raise CommandError(f"--objects: expected 1 to 20, got {config.objects}")
+    if not _is_output_of("demo", config.out):
+        raise CommandError(f"{config.out}: holds something else than an earlier demo; choose another folder with --out")
+    from stm_model import Tracker
+    from stm_model.data.synthetic import procedural_clip
+    from stm_model.evaluation.metrics import sequence_scores
+    from stm_model.media import contact_sheet, overlay, read_mask, write_image
+
+    model = _load_model(None, config.device, None)
+    frames, truths = procedural_clip(frames=config.frames, objects=config.objects, seed=config.seed)
+    run = _Run("demo", config.out, Tracker(model), dataclasses.asdict(config))
+    code = run.track(frames, {0: truths[0]}, count=config.frames, fps=24, write_overlay=True)
+    if code:
+        return run.report(code, config.json)
+    predictions = [read_mask(config.out / "masks" / f"{index:05d}.png") for index in range(config.frames)]
+    scores = sequence_scores(predictions, truths, range(1, config.objects + 1))
+    region, contour = (sum(score[part] for score in scores.values()) / len(scores) for part in (0, 1))
+    run.summary["scores"] = {"J": region, "F": contour, "J&F": (region + contour) / 2}
+    shown = [round(step * (config.frames - 1) / 7) for step in range(8)]
+    sheet = contact_sheet([overlay(frames[index], predictions[index]) for index in shown], columns=4)
+    run.summary["files"]["contact_sheet"] = str(config.out / "contact_sheet.png")
+    write_image(config.out / "contact_sheet.png", sheet)
+    return run.report(code, config.json)
+
+
+def track(argv: Sequence[str]) -> int:
+    """`stm track`; see TrackConfig."""
+    config = _parse(TrackConfig, "stm track", argv)
+    _check_output(config)
+    from stm_model.media import open_video, read_masks, resize_mask
+
+    video = open_video(config.video)
+    masks = read_masks(config.mask, video, binary=config.binary)
+    height, width = video.size
+    for index, labels in masks.items():
+        if labels.shape != video.size and not config.resize_mask:
+            raise CommandError(
+                f"{config.mask}: the mask of frame {index} is {labels.shape[1]}x{labels.shape[0]} pixels, the video "
+                f"{width}x{height}; add --resize-mask to resize it"
+            )
+        masks[index] = resize_mask(labels, video.size) if labels.shape != video.size else labels
+    if len(masks) == video.frame_count:
+        warnings.warn("every frame has a given mask: nothing is left to track", stacklevel=1)
+    from stm_model import Tracker
+
+    model = _load_model(config.checkpoint, config.device, config.dtype)
+    tracker = Tracker(model, memory=config.memory, size=config.size)
+    run = _Run("track", config.out, tracker, dataclasses.asdict(config))
+    code = run.track(video, masks, count=video.frame_count, fps=video.fps, write_overlay=config.overlay)
+    return run.report(code, config.json)
+
+
+def train(argv: Sequence[str]) -> int:
+    """`stm train`; see stm_model.training.train.TrainConfig."""
+    from stm_model.training.train import TrainConfig
+    from stm_model.training.train import train as run_training
+
+    weights = run_training(_parse(TrainConfig, "stm train", argv))
+    print(f"weights: {weights}")
+    return 0
+
+
+def info(argv: Sequence[str]) -> int:
+    """`stm info`; see InfoConfig."""
+    config = _parse(InfoConfig, "stm info", argv)
+    import torch
+
+    from stm_kernels import default_implementation
+    from stm_model.checkpoint import DEFAULT_WEIGHTS
+    from stm_model.runtime import default_dtype
+
+    devices = {f"cuda:{index}": torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
+    devices["cpu"] = platform.processor() or platform.machine()
+    facts = {
+        "versions": {
+            "stm-kernels": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+        },
+        "devices": {
+            device: {
+                "name": name,
+                "implementation": default_implementation(device),
+                "dtype": _dtype(default_dtype(device)),
+            }
+            for device, name in devices.items()
+        },
+        "weights": str(DEFAULT_WEIGHTS) if DEFAULT_WEIGHTS.is_file() else None,
+    }
+    if config.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    for package, number in facts["versions"].items():
+        print(f"{package:12} {number or 'not installed'}")
+    for device, row in facts["devices"].items():
+        print(f"{device:12} {row['name']}: reads memory with {row['implementation']}, tracks in {row['dtype']}")
+    print(f"{'weights':12} {facts['weights'] or 'none in the package'}")
+    return 0
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "demo": (demo, "track objects through a made-up clip, to see it work"),
+    "track": (track, "track the objects of a mask through a video"),
+    "train": (train, "train the network"),
+    "info": (info, "versions, devices and what would run on them"),
+}
+
+
+class _Run:
+    """One video tracked into a folder: masks, overlay and the summary of how it went."""
+
+    def __init__(self, command: str, out: Path, tracker: Tracker, settings: dict[str, Any]):
+        self.out, self.tracker = out, tracker
+        parameter = next(tracker.model.parameters())
+        self.summary: dict[str, Any] = {
+            "command": command,
+            "frames": 0,
+            "objects": [],
+            "size": None,
+            "fps": None,
+            "seconds": {},
+            "peak_memory_bytes": {},
+            "device": str(parameter.device),
+            "dtype": _dtype(parameter.dtype),
+            "stopped": "unfinished",
+            "files": {"masks": str(out / "masks"), "summary": str(out / "summary.json")},
+            "settings": {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()},
+        }
+
+    def track(self, frames, masks: dict[int, np.ndarray], *, count: int | None, fps, write_overlay: bool) -> int:
+        """Track and write; the exit code. Whatever stops it half-way, the masks and the overlay so far stay."""
+        from tqdm import tqdm
+
+        from stm_model.media import BrokenVideo, VideoWriter, overlay, write_mask
+
+        _clear_output(self.out)
+        (self.out / "masks").mkdir(parents=True, exist_ok=True)
+        self._write_summary()  # a run that is killed is marked as unfinished
+        feed, started, code = _Feed(frames), time.perf_counter(), 0
+        writer = VideoWriter(self.out / "overlay.mp4", fps) if write_overlay else contextlib.nullcontext()
+        results = _timed(self.tracker.track(feed, masks, frame_count=count), self.summary["seconds"])
+        try:
+            with writer, tqdm(total=count, desc="track", unit="frame", delay=1, disable=None) as progress:
+                for result in results:
+                    write_mask(self.out / "masks" / f"{result.index:05d}.png", result.labels)
+                    self.summary["frames"], self.summary["objects"] = result.index + 1, list(result.objects)
+                    if write_overlay:
+                        writer.write(overlay(feed.last, result.labels))
+                    progress.update()
+            self.summary["stopped"] = None
+        except (BrokenVideo, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
+            if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+                raise
+            if not self.summary["frames"]:
+                raise
+            code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else BAD_INPUT
+            self.summary["stopped"] = "interrupted" if code == INTERRUPTED else _one_line(error)
+        if write_overlay:
+            self.summary["files"]["overlay"] = str(self.out / "overlay.mp4")
+        self._measure(feed, time.perf_counter() - started)
+        return code
+
+    def _measure(self, feed: _Feed, wall: float) -> None:
+        import torch
+
+        seconds = self.summary["seconds"]
+        # the tracker pulls its frames itself: what they took to decode is not tracking
+        seconds.update(tracking=seconds["tracking"] - feed.seconds, decoding=feed.seconds, wall=wall)
+        self.summary["fps"] = self.summary["frames"] / max(seconds["tracking"], 1e-9)
+        self.summary["size"] = list(feed.last.shape[:2])
+        self.summary["peak_memory_bytes"]["process"] = _peak_process_memory()
+        if torch.device(self.summary["device"]).type == "cuda":
+            self.summary["peak_memory_bytes"]["device"] = torch.cuda.max_memory_allocated(self.summary["device"])
+
+    def report(self, code: int, as_json: bool) -> int:
+        """Write summary.json, print the summary and, if the run stopped early, why; returns the exit code."""
+        self._write_summary()
+        if as_json:
+            print(json.dumps(self.summary, indent=2))
+        else:
+            self._print()
+        if code:
+            kept = f"the masks of {self.summary['frames']} frames are kept in {self.out}"
+            return _fail(f"{self.summary['stopped']}; {kept}", code)
+        return code
+
+    def _write_summary(self) -> None:
+        (self.out / "summary.json").write_text(json.dumps(self.summary, indent=2) + "\n")
+
+    def _print(self) -> None:
+        summary, seconds = self.summary, self.summary["seconds"]
+        memory = ", ".join(
+            f"{size / 2**20:.0f} MiB ({kind})" for kind, size in summary["peak_memory_bytes"].items() if size
+        )
+        print(f"frames      {summary['frames']} of {summary['size'][1]}x{summary['size'][0]} pixels")
+        print(f"objects     {len(summary['objects'])} (labels {', '.join(map(str, summary['objects'])) or 'none yet'})")
+        print(f"speed       {summary['fps']:.2f} frames a second tracking; {seconds['wall']:.1f} s in all")
+        print(f"ran on      {summary['device']} in {summary['dtype']}")
+        print(f"peak memory {memory or 'unknown'}")
+        for name, value in summary.get("scores", {}).items():
+            print(f"{name:11} {value:.3f}")
+        for name, path in summary["files"].items():
+            print(f"{name.replace('_', ' '):13} {path}")
+
+
+class _Feed:
+    """Hands frames on, counts the seconds they take to come and remembers the last one."""
+
+    def __init__(self, frames):
+        self.frames, self.seconds, self.last = frames, 0.0, None
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        source = iter(self.frames)
+        while True:
+            started = time.perf_counter()
+            try:
+                self.last = next(source)
+            except StopIteration:
+                return
+            finally:
+                self.seconds += time.perf_counter() - started
+            yield self.last
+
+
+def _timed(results: Iterator, seconds: dict[str, float]) -> Iterator:
+    seconds["tracking"] = 0.0
+    while True:
+        started = time.perf_counter()
+        try:
+            result = next(results)
+        except StopIteration:
+            return
+        finally:
+            seconds["tracking"] += time.perf_counter() - started
+        yield result
+
+
+def _parse(config: type[Config], program: str, argv: Sequence[str]) -> Config:
+    """Arguments to a config; tyro's framed complaint becomes one line."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(config, prog=program, args=list(argv), config=(tyro.conf.FlagCreatePairsOff,))
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", complaint.getvalue()).splitlines()
+    said = []
+    # below a title comes what is wrong, then a rule or an empty line; what is set in deeper is an argument's help text
+    for line in lines[1 if lines[0].startswith("╭") else 2 :]:
+        line = line.strip("│╰╯")
+        if not line.strip() or line.strip().startswith(("─", "---")):
+            break
+        if not line.startswith(" " * 8):
+            said.append(line.strip())
+    raise CommandError(f"{' '.join(said)} (see {program} --help)")
+
+
+def _usage() -> str:
+    rows = [f"  {name:8} {description}" for name, (_, description) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: stm COMMAND [options]", "", "Video object segmentation with a space-time memory.", "", *rows, ""]
+        + ["stm COMMAND --help lists a command's options; stm --version the version."]
+    )
+
+
+def _load_model(checkpoint: Path | None, device: str | None, dtype: str | None) -> STM:
+    import torch
+
+    from stm_model import STM
+
+    if device is not None:
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise CommandError(f"--device {device}: cannot be used here ({_one_line(error)})") from error
+    return STM.load(checkpoint, device=device, dtype=getattr(torch, dtype) if dtype else None)
+
+
+def _check_output(config: TrackConfig) -> None:
+    if config.out.exists() and not config.out.is_dir():
+        raise CommandError(f"--out {config.out}: is a file; expected a folder")
+    if config.out.is_dir() and any(config.out.iterdir()) and not config.overwrite:
+        raise CommandError(f"--out {config.out}: is not empty; choose another folder, or add --overwrite")
+    ours = {(config.out / name).resolve() for name in OUTPUTS}
+    for name in ("video", "mask"):
+        path = getattr(config, name).resolve()
+        if ours & {path, *path.parents}:
+            raise CommandError(f"--out {config.out}: the results would overwrite the {name}; choose another folder")
+
+
+def _clear_output(out: Path) -> None:
+    """Remove what an earlier run wrote into a folder, and nothing else."""
+    masks = [file for file in (out / "masks").glob("*.png") if file.stem.isdigit()]
+    partial = [*out.glob(".*.partial.*"), *out.glob("masks/.*.partial.*")]
+    for file in [*masks, *partial, *(out / name for name in OUTPUTS if name != "masks")]:
+        file.unlink(missing_ok=True)
+
+
+def _is_output_of(command: str, out: Path) -> bool:
+    """Whether a folder is missing, empty, or was written by `command`."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return True
+    try:
+        return json.loads((out / "summary.json").read_text())["command"] == command
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _peak_process_memory() -> int | None:
+    """Most memory this process ever held, in bytes; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _dtype(dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).strip().partition("\n")[0].split()) or type(error).__name__
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"stm: error: {message}", file=sys.stderr)
+    return code
+
+
+@contextlib.contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Warnings as one line, without the source line that Python shows."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"stm: warning: {message}", file=sys.stderr)
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,365 @@
+"""The `stm` command as its user meets it: files, exit codes, one line for each mistake."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import tyro
+
+from stm_model import STM, STMConfig, Tracker, media
+from stm_model.checkpoint import DEFAULT_WEIGHTS, write_tensors
+from stm_model.cli import main
+from stm_model.data.synthetic import procedural_clip
+from stm_model.evaluation.metrics import sequence_scores
+
+CLIP = Path(__file__).parents[2] / "shared" / "data" / "clips" / "bear_480p"
+FRAMES = 8
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """A network small enough to run in milliseconds; it has learnt nothing."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    model = STM(STMConfig("resnet18", key_channels=16, value_channels=16, decoder_channels=16))
+    write_tensors(model.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory):
+    """A folder with clip.mp4, mask.png (labels 7 and 9) and the folder of true masks."""
+    folder = tmp_path_factory.mktemp("clip")
+    frames, labels = procedural_clip(frames=FRAMES, size=(48, 80), objects=2, seed=1)
+    labels = np.array([0, 7, 9], dtype=np.uint8)[labels]
+    with media.VideoWriter(folder / "clip.mp4") as writer:
+        for frame in frames:
+            writer.write(frame)
+    (folder / "true").mkdir()
+    for index, mask in enumerate(labels):
+        media.write_mask(folder / "true" / f"{index:05d}.png", mask)
+    media.write_mask(folder / "mask.png", labels[0])
+    return folder
+
+
+@pytest.fixture
+def track(clip, weights, tmp_path, capsys):
+    """Run `stm track` on the clip with changed arguments; the exit code, stdout and stderr."""
+
+    def run(*extra, video=clip / "clip.mp4", mask=clip / "mask.png", out=tmp_path / "out", checkpoint=weights):
+        arguments = [video, "--mask", mask, "--out", out, "--checkpoint", checkpoint, "--device", "cpu", *extra]
+        code = main(["track", *map(str, arguments)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def _refused(result, *parts):
+    code, out, err = result
+    assert (code, out) == (2, "")
+    assert err.startswith("stm: error: ") and err.count("\n") == 1, err
+    for part in parts:
+        assert part in err
+    return True
+
+
+# track
+
+
+def test_track_writes_masks_overlay_and_summary(track, clip, tmp_path):
+    code, out, err = track()
+    assert (code, err) == (0, "")
+    files = sorted((tmp_path / "out" / "masks").iterdir())
+    assert [file.name for file in files] == [f"{index:05d}.png" for index in range(FRAMES)]
+    np.testing.assert_array_equal(media.read_mask(files[0]), media.read_mask(clip / "mask.png"))
+    assert all(set(np.unique(media.read_mask(file))) <= {0, 7, 9} for file in files)
+    overlay = media.open_video(tmp_path / "out" / "overlay.mp4")
+    assert (overlay.frame_count, overlay.size, overlay.fps) == (FRAMES, (48, 80), 24)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["frames"], summary["objects"], summary["size"], summary["stopped"]) == (
+        FRAMES,
+        [7, 9],
+        [48, 80],
+        None,
+    )
+    assert summary["settings"]["memory"] == "every:5" and summary["peak_memory_bytes"]["process"] > 2**20
+    assert 0 < summary["seconds"]["tracking"] + summary["seconds"]["decoding"] <= summary["seconds"]["wall"]
+    assert summary["fps"] == pytest.approx(FRAMES / summary["seconds"]["tracking"])
+    for word in ("8 of 80x48 pixels", "2 (labels 7, 9)", "frames a second", "peak memory", "overlay.mp4"):
+        assert word in out
+
+
+def test_json_stands_alone_on_stdout(track, tmp_path):
+    code, out, err = track("--json", "--no-overlay", "--size", "32", "--memory", "uniform:2", "--dtype", "float32")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert json.loads(out)["dtype"] == "float32"
+    assert not (tmp_path / "out" / "overlay.mp4").exists() and "overlay" not in json.loads(out)["files"]
+
+
+def test_the_masks_are_the_trackers(track, clip, weights, tmp_path):
+    assert track("--dtype", "float32")[0] == 0
+    frames = list(media.open_video(clip / "clip.mp4"))
+    tracker = Tracker(STM.load(weights, device="cpu", dtype=torch.float32))
+    for result in tracker.track(frames, {0: media.read_mask(clip / "mask.png")}):
+        written = media.read_mask(tmp_path / "out" / "masks" / f"{result.index:05d}.png")
+        np.testing.assert_array_equal(written, result.labels)
+
+
+def test_objects_enter_by_a_folder_of_masks(track, clip, tmp_path):
+    folder = tmp_path / "given"
+    folder.mkdir()
+    truth = media.read_mask(clip / "true" / "00003.png")
+    media.write_mask(folder / "first_0.png", np.where(media.read_mask(clip / "mask.png") == 7, 7, 0))
+    media.write_mask(folder / "later_3.png", np.where(truth == 9, 9, 0))
+    code, out, _ = track("--json", mask=folder)
+    assert code == 0 and json.loads(out)["objects"] == [7, 9]
+    labels = [set(np.unique(media.read_mask(tmp_path / "out" / "masks" / f"{t:05d}.png"))) for t in range(4)]
+    assert all(9 not in seen for seen in labels[:3]) and 9 in labels[3]
+
+
+def test_a_mask_for_every_frame_is_pointed_out(track, clip):
+    code, _, err = track(mask=clip / "true")
+    assert code == 0 and err == "stm: warning: every frame has a given mask: nothing is left to track\n"
+
+
+def test_a_black_and_white_mask_needs_binary(track, clip, tmp_path):
+    media.write_mask(tmp_path / "mask.png", np.where(media.read_mask(clip / "mask.png") == 7, 255, 0))
+    assert _refused(track(mask=tmp_path / "mask.png"), "its only label is 255", "--binary")
+    code, out, _ = track("--json", "--binary", mask=tmp_path / "mask.png")
+    assert code == 0 and json.loads(out)["objects"] == [1]
+
+
+def test_a_mask_of_another_size_is_resized_only_when_asked(track, clip, tmp_path):
+    media.write_mask(tmp_path / "mask.png", media.resize_mask(media.read_mask(clip / "mask.png"), (96, 160)))
+    assert _refused(track(mask=tmp_path / "mask.png"), "160x96", "80x48", "--resize-mask")
+    assert not (tmp_path / "out").exists()
+    code, _, _ = track("--resize-mask", mask=tmp_path / "mask.png")
+    assert code == 0 and media.read_mask(tmp_path / "out" / "masks" / "00000.png").shape == (48, 80)
+
+
+def test_a_full_folder_is_refused_and_only_results_are_overwritten(track, tmp_path):
+    out = tmp_path / "out"
+    (out / "masks").mkdir(parents=True)
+    (out / "notes.txt").write_text("mine")
+    media.write_mask(out / "masks" / "00099.png", np.zeros((4, 4), dtype=np.uint8))
+    (out / "masks" / ".00100.partial.png").write_text("left by a run that was killed")
+    assert _refused(track(), "is not empty", "--overwrite")
+    assert (out / "masks" / "00099.png").exists()
+    assert track("--overwrite")[0] == 0
+    assert (out / "notes.txt").read_text() == "mine"
+    assert len(list((out / "masks").iterdir())) == FRAMES
+
+
+def test_results_never_overwrite_the_input(track, clip, tmp_path):
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "00000.png").write_bytes((clip / "mask.png").read_bytes())
+    for mask in (tmp_path / "masks", tmp_path / "masks" / "00000.png"):
+        assert _refused(track("--overwrite", mask=mask, out=tmp_path), "would overwrite the mask")
+    assert (tmp_path / "masks" / "00000.png").exists()
+
+
+def test_a_broken_video_keeps_what_was_tracked(track, tmp_path):
+    random = np.random.default_rng(0)
+    path = tmp_path / "cut.mkv"
+    with media.VideoWriter(tmp_path / "whole.mp4") as writer:
+        for _ in range(24):
+            writer.write(random.integers(0, 255, (48, 80, 3), dtype=np.uint8))
+    with media.av.open(str(tmp_path / "whole.mp4")) as source, media.av.open(str(path), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    code, out, err = track("--json", video=path)
+    summary = json.loads(out)
+    count = summary["frames"]
+    assert code == 2 and 4 < count < 20
+    assert (
+        err.count("\n") == 1
+        and f"breaks off after {count} frames" in err
+        and f"masks of {count} frames are kept" in err
+    )
+    assert "breaks off" in summary["stopped"]
+    assert len(list((tmp_path / "out" / "masks").iterdir())) == count
+    assert media.open_video(tmp_path / "out" / "overlay.mp4").frame_count == count
+
+
+def _stop_after(monkeypatch, error, count=3):
+    original = Tracker.track
+
+    def stopping(self, *arguments, **options):
+        for result in original(self, *arguments, **options):
+            if result.index == count:
+                raise error
+            yield result
+
+    monkeypatch.setattr(Tracker, "track", stopping)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "CUDA out of memory"),
+        (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_whatever_stops_a_run_keeps_what_was_tracked(track, tmp_path, monkeypatch, error, code, words):
+    _stop_after(monkeypatch, error)
+    result, _, err = track()
+    assert result == code
+    assert err.startswith(f"stm: error: {words}") and "masks of 3 frames are kept" in err and err.count("\n") == 1
+    assert len(list((tmp_path / "out" / "masks").iterdir())) == 3
+    assert media.open_video(tmp_path / "out" / "overlay.mp4").frame_count == 3
+    assert words in json.loads((tmp_path / "out" / "summary.json").read_text())["stopped"]
+
+
+def test_a_bug_of_ours_shows_its_traceback(track, tmp_path, monkeypatch):
+    _stop_after(monkeypatch, RuntimeError("a bug"))
+    with pytest.raises(RuntimeError, match="a bug"):
+        track()
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["stopped"] == "unfinished"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
+def test_ctrl_c_keeps_what_was_tracked(weights, tmp_path):
+    frames, labels = procedural_clip(frames=24, size=(240, 432), objects=1)
+    with media.VideoWriter(tmp_path / "clip.mp4") as writer:
+        for frame in np.concatenate([frames, frames[::-1]] * 8):
+            writer.write(frame)
+    media.write_mask(tmp_path / "mask.png", labels[0])
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "stm_model.cli", "track", "clip.mp4", "--mask", "mask.png", "--out", "out"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.Popen(
+        [*command, "--checkpoint", str(weights), "--device", "cpu"],
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (out / "masks" / "00003.png").exists() and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    count = len(list((out / "masks").glob("?????.png")))
+    assert "interrupted; the masks of" in err and "Traceback" not in err and 4 <= count < 384
+    assert count - 1 <= media.open_video(out / "overlay.mp4").frame_count <= count
+    assert json.loads((out / "summary.json").read_text())["stopped"] == "interrupted"
+
+
+def test_bad_input_is_one_line(track, clip, weights, tmp_path):
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "empty").mkdir()
+    media.write_mask(tmp_path / "blank.png", np.zeros((48, 80), dtype=np.uint8))
+    torch.save({"module.fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pth")
+    assert _refused(track(video=tmp_path / "gone.mp4"), "gone.mp4: no such video")
+    assert _refused(track(video=tmp_path / "file"), "file: does not open as a video")
+    assert _refused(track(video=tmp_path / "empty"), "empty: no frames")
+    assert _refused(track(mask=tmp_path / "gone.png"), "gone.png: no such file")
+    assert _refused(track(mask=tmp_path / "blank.png"), "blank.png: an empty mask")
+    assert _refused(track(out=tmp_path / "file"), "is a file; expected a folder")
+    assert _refused(track(checkpoint=tmp_path / "gone.pth"), "gone.pth")
+    assert _refused(track(checkpoint=tmp_path / "other.pth"), "other.pth", "fc.weight")
+    assert _refused(track("--memory", "sometimes"), "memory", "sometimes")
+    assert _refused(track("--size", "4"), "size", "4")
+    assert _refused(track("--device", "cuda:99"), "--device cuda:99: cannot be used here")
+    assert _refused(track("--device", "toaster"), "--device toaster: cannot be used here")
+    assert not (tmp_path / "out").exists()
+
+
+# the other commands
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trakc"], "unknown command 'trakc'; expected demo, track, train, info"),
+        (["track"], "--mask PATH --out PATH (see stm track --help)"),
+        (["track", "v", "--mask", "m", "--out", "o", "--size", "big"], "--size"),
+        (["track", "v", "--mask", "m", "--out", "o", "--dtype", "int8"], "invalid choice 'int8'"),
+        (["track", "v", "--mask", "m", "--out", "o", "--colour", "red"], "--colour"),
+        (["demo", "--frames", "2"], "--frames: expected at least 3, got 2"),
+        (["demo", "--objects", "0"], "--objects: expected 1 to 20, got 0"),
+    ],
+)
+@pytest.mark.parametrize("drawn", [False, True])
+def test_wrong_arguments_are_one_line(capsys, monkeypatch, arguments, words, drawn):
+    monkeypatch.setattr(tyro._fmtlib, "_FORCE_UTF8_BOXES", drawn)  # tyro frames its complaints, or does not
+    assert _refused((main(arguments), *capsys.readouterr()), words)
+
+
+def test_help_comes_without_importing_anything_heavy(capsys):
+    assert main([]) == main(["--help"]) == 0
+    assert "track    track the objects" in capsys.readouterr().out
+    assert main(["track", "--help"]) == 0
+    assert "--resize-mask" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("stm-kernels 0.")
+    code = "import sys, stm_model.cli as cli; cli.main(['track', '--help']); print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, check=True, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
+    assert "--resize-mask" in done.stdout and not {"torch", "av", "numpy"} & set(done.stdout.split())
+
+
+def test_info_says_what_would_run(capsys):
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["devices"]["cpu"]["implementation"] == "chunked"
+    assert facts["devices"]["cpu"]["dtype"] in ("bfloat16", "float32")
+    assert main(["info"]) == 0
+    assert f"torch        {torch.__version__}" in capsys.readouterr().out
+
+
+def test_demo_scores_itself_and_overwrites_only_itself(weights, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("stm_model.network.stm.DEFAULT_WEIGHTS", weights)
+    out = tmp_path / "stm-demo"
+    for _ in range(2):
+        assert main(["demo", "--out", str(out), "--frames", "4", "--device", "cpu", "--json"]) == 0
+        summary = json.loads(capsys.readouterr().out)
+        assert 0 <= summary["scores"]["J&F"] <= 1 and summary["frames"] == 4
+    assert sorted(file.name for file in out.iterdir()) == ["contact_sheet.png", "masks", "overlay.mp4", "summary.json"]
+    assert main(["demo", "--out", str(out), "--frames", "4", "--device", "cpu"]) == 0
+    assert "J&F" in capsys.readouterr().out
+    (out / "summary.json").write_text('{"command": "track"}')
+    result = main(["demo", "--out", str(out)])
+    assert _refused((result, *capsys.readouterr()), "holds something else than an earlier demo", "--out")
+
+
+def test_train_hands_its_settings_on(monkeypatch, tmp_path, capsys):
+    import stm_model.training.train as training
+
+    seen = []
+    monkeypatch.setattr(training, "train", lambda config: seen.append(config) or tmp_path / "weights.safetensors")
+    assert main(["train", "--out", str(tmp_path), "--steps", "3"]) == 0
+    assert (seen[0].out, seen[0].steps) == (tmp_path, 3)
+    assert "weights.safetensors" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not CLIP.is_dir(), reason="the bear clip is not here")
+@pytest.mark.skipif(not DEFAULT_WEIGHTS.is_file(), reason="the default weights are not trained yet")
+def test_a_real_video_end_to_end(tmp_path):
+    """The default weights on a real H.264 video, through the command, scored against its ground truth."""
+    truths = [media.read_mask(file) for file in sorted((CLIP / "Annotations").iterdir())]
+    arguments = [CLIP / "bear.mp4", "--mask", CLIP / "Annotations" / "00000.png", "--out", tmp_path, "--size", "240"]
+    assert main(["track", *map(str, arguments), "--no-overlay"]) == 0
+    predictions = [media.read_mask(file) for file in sorted((tmp_path / "masks").iterdir())]
+    region, _ = sequence_scores(predictions, truths)[1]
+    assert region >= 0.5
