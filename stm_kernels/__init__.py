@@ -1,8 +1,9 @@
 """Exact space-time memory reads that never hold the affinity."""
 
 from stm_kernels.merge import merge_reads
+from stm_kernels.operator import default_implementation
 from stm_kernels.paged import PagedMemory
-from stm_kernels.read import SpaceTimeMemoryRead, default_implementation, memory_read, space_time_memory_read
+from stm_kernels.read import SpaceTimeMemoryRead, memory_read, space_time_memory_read
 
 __all__ = [
     "PagedMemory",

@@ -1,22 +1,232 @@
-"""The read in plain PyTorch, one chunk of keys at a time: the CPU implementation."""
+"""The read in plain PyTorch by an online softmax over chunks of keys, forward and backward: the CPU implementation.
+
+Three facts of CPUs shape it. Fresh memory costs more than the arithmetic, so every buffer is allocated once and reused,
+and no operation mixes dtypes, which would convert through fresh memory. Batched products of strided chunks are slow, so
+every product is a 2-D `mm` into a buffer. A bfloat16 product is fast but rounds its result to 8 bits, too few for a
+logit, so the logits are computed twice: once rounded, once what the rounding lost.
+"""
+
+import math
 
 import torch
 from torch import Tensor
 
-CHUNK = 1024
+LOG2_E = math.log2(math.e)
+
+# [query block × key chunk] buffers of about 2 MiB stay in the second- and third-level caches
+QUERIES_PER_BLOCK = 576
+KEYS_PER_CHUNK = 1024
+# the backward pass takes all queries at once, so its chunk shrinks as they grow
+BACKWARD_LOGITS = 2**21
+BACKWARD_KEYS_PER_CHUNK = (64, 2048)
+
+
+class _Scratch:
+    """Buffers by name, allocated at their first and largest use and lent again for every chunk."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        buffer = self.buffers.get(name)
+        if buffer is None or buffer.numel() < rows * columns:
+            buffer = self.buffers[name] = torch.empty(rows * columns, dtype=dtype, device=self.device)
+        return buffer[: rows * columns].view(rows, columns)
+
+    def cast(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The matrix in `dtype`: itself where it has that dtype already."""
+        if tensor.dtype == dtype:
+            return tensor
+        return self.take(name, *tensor.shape, dtype).copy_(tensor)
 
 
 def chunked_read(query_key: Tensor, memory_key: Tensor, memory_value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Read by an online softmax over chunks of keys. Arguments and results as in `reference_read`."""
-    wide = torch.float64 if query_key.dtype == torch.float64 else torch.float32
-    query_key_wide = query_key.to(wide) * scale
-    batch, queries, _ = query_key.shape
-    out = query_key.new_zeros(batch, queries, memory_value.shape[-1], dtype=wide)
-    lse = query_key.new_full((batch, queries), float("-inf"), dtype=wide)
-    for keys, values in zip(memory_key.split(CHUNK, 1), memory_value.split(CHUNK, 1)):
-        logits = query_key_wide @ keys.mT.to(wide)
-        new_lse = torch.logaddexp(lse, logits.logsumexp(-1))
-        part = (logits - new_lse[..., None]).exp() @ values.to(wide)
-        out = out * (lse - new_lse).exp()[..., None] + part
-        lse = new_lse
-    return out.to(query_key.dtype), lse
+    """Read a memory of at least one position.
+
+    Args:
+        query_key, memory_key, memory_value, scale: as in `reference_read`.
+
+    Returns:
+        The read `[B, M, V]` in the dtype of the inputs and its log-sum-exp `[B, M]` in float64: the backward pass
+        subtracts it from every logit, where a rounding of it would tilt a whole row of weights.
+
+    Source: Milakov & Gimelshein 2018, online softmax.
+    """
+    (B, M, _), N, V = query_key.shape, memory_key.shape[1], memory_value.shape[2]
+    out = query_key.new_empty(B, M, V)
+    lse = query_key.new_empty(B, M, dtype=torch.float64)
+    scratch = _Scratch(query_key.device)
+    chunks = _even_slices(N, KEYS_PER_CHUNK)
+    for item in range(B):
+        for block in _even_slices(M, QUERIES_PER_BLOCK):
+            out[item, block], lse[item, block] = _read_block(
+                query_key[item, block], memory_key[item], memory_value[item], scale, chunks, scratch
+            )
+    return out, lse
+
+
+def _read_block(
+    query_key: Tensor,
+    memory_key: Tensor,
+    memory_value: Tensor,
+    scale: float,
+    chunks: list[slice],
+    scratch: _Scratch,
+) -> tuple[Tensor, Tensor]:
+    """Read `[M, V]` and log-sum-exp `[M]` for a block of queries of one batch item; the read is lent by `scratch`."""
+    wide, narrow = accumulation_dtype(query_key.dtype), _product_dtype(query_key)
+    M, V = len(query_key), memory_value.shape[1]
+    query_key = scratch.cast("query_key", query_key, narrow)
+    total = scratch.take("total", M, V, wide).zero_()
+    row_sum = total.new_zeros(M, 1)
+    row_max = total.new_full((M, 1), -math.inf)
+    for chunk in chunks:
+        logits = _logits(query_key, memory_key[chunk], scale, wide, scratch)
+        new_max = torch.maximum(row_max, logits.amax(1, keepdim=True))
+        shrink = (row_max - new_max).exp_()
+        row_max = new_max
+        weights = logits.sub_(row_max).mul_(LOG2_E).exp2_()
+        row_sum.mul_(shrink).add_(weights.sum(1, keepdim=True))
+        weights = scratch.cast("rounded", weights, narrow)
+        values = scratch.cast("values", memory_value[chunk], narrow)
+        _add_product(total.mul_(shrink), weights, values, scratch)
+    return total.div_(row_sum), row_max.double().add_(row_sum.double().log_())[:, 0]
+
+
+def chunked_read_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query_key: Tensor,
+    memory_key: Tensor,
+    memory_value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a read of at least one position by its inputs; the affinity is recomputed chunk by chunk.
+
+    Args:
+        grad_out: `[B, M, V]`, gradient by the read.
+        grad_lse: `[B, M]` float64, gradient by the log-sum-exp.
+        query_key, memory_key, memory_value, scale: what was read, as in `reference_read`.
+        out, lse: what `chunked_read` returned.
+
+    Returns:
+        The gradients by `query_key`, `memory_key` and `memory_value`, laid out as `torch.empty_like` of each.
+
+    Source: Dao et al. 2022, FlashAttention, appendix B.4; the log-sum-exp's own gradient is subtracted from delta.
+    """
+    gradients = tuple(torch.empty_like(tensor) for tensor in (query_key, memory_key, memory_value))
+    M, N = query_key.shape[1], memory_key.shape[1]
+    least, most = BACKWARD_KEYS_PER_CHUNK
+    chunks = _even_slices(N, max(least, min(most, BACKWARD_LOGITS // M)))
+    scratch = _Scratch(query_key.device)
+    wide = accumulation_dtype(query_key.dtype)
+    for item in range(query_key.shape[0]):
+        delta = (grad_out[item].to(wide) * out[item]).sum(1) - grad_lse[item]
+        inputs = (grad_out[item], query_key[item], memory_key[item], memory_value[item])
+        outputs = tuple(gradient[item] for gradient in gradients)
+        _backward_item(inputs, delta.to(wide), lse[item], scale, chunks, scratch, outputs)
+    return gradients
+
+
+def _backward_item(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    delta: Tensor,
+    lse: Tensor,
+    scale: float,
+    chunks: list[slice],
+    scratch: _Scratch,
+    gradients: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Write the gradients of one batch item; every tensor comes without its batch axis."""
+    grad_out, query_key, memory_key, memory_value = inputs
+    grad_query_key, grad_memory_key, grad_memory_value = gradients
+    wide, narrow = delta.dtype, _product_dtype(query_key)
+    M, C = query_key.shape
+    query_key = scratch.cast("query_key", query_key, narrow)
+    grad_out = scratch.cast("grad_out", grad_out, narrow)
+    shifted_grad_out = _beside(grad_out, -delta, scratch.take("shifted_grad_out", M, grad_out.shape[1] + 2, narrow))
+    shift = lse.to(wide)[:, None]
+    rest = (shift - lse[:, None]).mul_(LOG2_E).to(wide)
+    total = scratch.take("total", M, C, wide).zero_()
+    for chunk in chunks:
+        keys = scratch.cast("keys", memory_key[chunk], narrow)
+        values = memory_value[chunk]
+        values = _beside(values, None, scratch.take("values", len(values), values.shape[1] + 2, narrow))
+        logits = _logits(query_key, keys, scale, wide, scratch).sub_(shift)
+        weights = torch.add(rest, logits, alpha=LOG2_E, out=logits).exp2_()
+        _store_product(grad_memory_value[chunk], scratch.cast("rounded", weights, narrow).mT, grad_out, scratch)
+        grad_logits = scratch.take("grad_logits", M, len(keys), narrow)
+        torch.addmm(grad_logits, shifted_grad_out, values.mT, beta=0, alpha=scale, out=grad_logits)
+        grad_logits = weights.mul_(scratch.cast("widened", grad_logits, wide))
+        grad_logits = scratch.cast("rounded", grad_logits, narrow)
+        _store_product(grad_memory_key[chunk], grad_logits.mT, query_key, scratch)
+        _add_product(total, grad_logits, keys, scratch)
+    grad_query_key.copy_(total)
+
+
+def _beside(matrix: Tensor, column: Tensor | None, joined: Tensor) -> Tensor:
+    """Fill `joined` `[R, K + 2]` by the matrix and a column in two parts: rounded, and what the rounding lost.
+
+    Without a column the two are ones: the product of two such matrices adds the column to every column of theirs before
+    the product is rounded.
+    """
+    joined[:, :-2] = matrix
+    if column is None:
+        joined[:, -2:] = 1.0
+    else:
+        joined[:, -2] = column
+        joined[:, -1] = column - joined[:, -2]
+    return joined
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, maxima and the log-sum-exp of a read in `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _product_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of matrix products: bfloat16 where the processor multiplies it, else the accumulator's."""
+    if tensor.dtype == torch.bfloat16 and (tensor.is_cuda or torch.cpu._is_avx512_bf16_supported()):
+        return torch.bfloat16
+    return accumulation_dtype(tensor.dtype)
+
+
+def _even_slices(length: int, most: int) -> list[slice]:
+    """Cover `range(length)` by slices of nearly equal length, none longer than `most`, the longest first."""
+    count = -(-length // most)
+    size = -(-length // count)
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _logits(query_key: Tensor, keys: Tensor, scale: float, wide: torch.dtype, scratch: _Scratch) -> Tensor:
+    """`scale · query_key · keysᵀ` in a buffer of the wide dtype, exact to its accumulation."""
+    shape, narrow = (len(query_key), len(keys)), query_key.dtype
+    logits = scratch.take("logits", *shape, wide)
+    keys = scratch.cast("keys", keys, narrow).mT
+    if narrow == wide:
+        return torch.addmm(logits, query_key, keys, beta=0, alpha=scale, out=logits)
+    # one product rounds the logits to 8 bits, a second one returns what the first has lost
+    rounded = scratch.take("rounded", *shape, narrow)
+    logits.copy_(torch.addmm(rounded, query_key, keys, beta=0, alpha=scale, out=rounded))
+    lost = rounded.addmm_(query_key, keys, beta=-1, alpha=scale)
+    return logits.add_(scratch.cast("widened", lost, wide))
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, scratch: _Scratch) -> None:
+    """`total += left · right`; a narrow product is rounded once, its sum never."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        product = torch.mm(left, right, out=scratch.take("product", *total.shape, left.dtype))
+        total.add_(scratch.cast("widened", product, total.dtype))
+
+
+def _store_product(target: Tensor, left: Tensor, right: Tensor, scratch: _Scratch) -> None:
+    """`target = left · right`, through a buffer where the product has another dtype."""
+    if left.dtype == target.dtype:
+        torch.mm(left, right, out=target)
+    else:
+        target.copy_(torch.mm(left, right, out=scratch.take("product", *target.shape, left.dtype)))

@@ -1,5 +1,7 @@
 """Partial reads to one, by log-sum-exp: the same for splits, pages and ranks."""
 
+import math
+
 from einops import einsum
 from torch import Tensor
 
@@ -21,9 +23,11 @@ def merge_reads(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """
     if outs.ndim != 4 or outs.shape[:3] != lses.shape:
         raise ValueError(
-            f"merge_reads: expected outs [S, B, M, V] and lses [S, B, M], got {list(outs.shape)} and {list(lses.shape)}"
+            f"lses: expected [S, B, M] of outs [S, B, M, V], got {list(lses.shape)} and outs {list(outs.shape)}"
         )
-    lse = lses.logsumexp(0)
-    # a row that no part can see has weight 0 everywhere, not 0/0
-    weight = (lses - lse.masked_fill(lse.isneginf(), 0.0)).exp()
-    return einsum(weight, outs.to(weight.dtype), "s b m, s b m v -> b m v").to(outs.dtype), lse
+    # a row that no part can see has weight 0 everywhere, not 0/0, and so have its gradients
+    empty = lses.isneginf().all(0)
+    lse = lses.masked_fill(empty, 0.0).logsumexp(0)
+    weight = (lses - lse).exp()
+    out = einsum(weight, outs.to(weight.dtype), "s b m, s b m v -> b m v")
+    return out.to(outs.dtype), lse.masked_fill(empty, -math.inf)

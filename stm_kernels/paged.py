@@ -1,7 +1,5 @@
 """A memory that grows by pages: appending copies the new positions and nothing else."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -10,7 +8,9 @@ from stm_kernels.read import memory_read
 
 
 class PagedMemory:
-    """Keys and values of a growing memory, in preallocated token-major pages. For inference: no gradients flow.
+    """Keys and values of a growing memory, in preallocated token-major pages.
+
+    For inference: what is held carries no gradients, though a read is differentiable by its query.
 
     Args:
         batch: B, objects.
@@ -22,6 +22,7 @@ class PagedMemory:
 
     Raises:
         ValueError: a size is not positive.
+        TypeError: `dtype` is no floating-point type.
     """
 
     def __init__(
@@ -33,13 +34,15 @@ class PagedMemory:
         page_size: int = 8192,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-    ):
+    ) -> None:
         sizes = {"batch": batch, "key_channels": key_channels, "value_channels": value_channels, "page_size": page_size}
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}: expected at least 1, got {size}")
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating-point type, got {dtype}")
         self.batch, self.key_channels, self.value_channels = batch, key_channels, value_channels
-        self.page_size, self.dtype, self.device = page_size, dtype, torch.device(device)
+        self.page_size, self.dtype, self.device = page_size, dtype, torch.empty(0, device=device).device
         self._pages: list[tuple[Tensor, Tensor]] = []
         self._length = 0
 
@@ -53,34 +56,42 @@ class PagedMemory:
         return sum(key.nbytes + value.nbytes for key, value in self._pages)
 
     def append(self, key: Tensor, value: Tensor) -> None:
-        """Add P positions: key `[B, P, C]` and value `[B, P, V]`; P may span pages.
+        """Add P positions; only they are copied, never what is already held.
+
+        Args:
+            key: `[B, P, C]`, in the memory's dtype and on its device; any strides. P may span pages.
+            value: `[B, P, V]`, likewise.
 
         Raises:
-            ValueError: a shape is not that of this memory.
+            ValueError: a shape, dtype or device is not this memory's, or gradients would be lost: append under
+                `torch.no_grad()`, or detached tensors.
         """
         self._check("key", key, self.key_channels)
         self._check("value", value, self.value_channels)
         if key.shape[1] != value.shape[1]:
-            raise ValueError(f"value: expected {key.shape[1]} positions like key, got {value.shape[1]}")
+            raise ValueError(f"value: expected P = {key.shape[1]} as in key, got {value.shape[1]}")
         done, total = 0, key.shape[1]
         while done < total:
             page, start = divmod(self._length, self.page_size)
             if page == len(self._pages):
                 self._pages.append(self._new_page())
             count = min(total - done, self.page_size - start)
-            for held, new in zip(self._pages[page], (key, value), strict=True):
-                held[:, start : start + count] = new[:, done : done + count].detach()
+            for held, new in zip(self._pages[page], (key, value)):
+                held[:, start : start + count] = new[:, done : done + count]
             self._length += count
             done += count
 
     def drop_last(self, count: int) -> None:
-        """Forget the newest `count` positions; their pages stay for the next ones.
+        """Forget the newest positions; their pages stay for the next ones.
+
+        Args:
+            count: how many positions.
 
         Raises:
             ValueError: fewer positions are held.
         """
         if not 0 <= count <= self._length:
-            raise ValueError(f"count: expected 0…{self._length} positions, got {count}")
+            raise ValueError(f"count: expected 0 to {self._length} positions, got {count}")
         self._length -= count
 
     def read(
@@ -91,41 +102,54 @@ class PagedMemory:
         return_lse: bool = False,
         implementation: str = "auto",
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Read everything held, page by page; equal to `memory_read` of all positions at once.
+        """Read everything held, page by page, merged as it goes: equal to `memory_read` of all positions at once.
 
-        `implementation="reference"` gathers the pages first and then holds the whole affinity, as public code does.
-        Args and returns are those of `memory_read`.
+        Args:
+            query_key: `[B, M, C]`, in the memory's dtype and on its device.
+            scale: as in `memory_read`.
+            return_lse: as in `memory_read`.
+            implementation: as in `memory_read`; "reference" gathers the pages first and then holds the whole affinity.
+
+        Returns:
+            As `memory_read`; with nothing held the read is zeros, with a log-sum-exp of -inf.
+
+        Raises:
+            TypeError, ValueError, ImportError: as in `memory_read`.
         """
         parts = self._parts()
-        if implementation == "reference" or len(parts) == 1:
-            key, value = (torch.cat(tensors, 1) if len(parts) > 1 else tensors[0] for tensors in zip(*parts, strict=True))
-            return memory_read(
-                query_key, key, value, scale=scale, return_lse=return_lse, implementation=implementation
-            )
-        out = lse = None
+        if implementation == "reference":
+            parts = [tuple(torch.cat(tensors, 1) for tensors in zip(*parts))]
+        merged = None
         for key, value in parts:
             part = memory_read(query_key, key, value, scale=scale, return_lse=True, implementation=implementation)
-            if out is None:
-                out, lse = part
-            else:
-                out, lse = merge_reads(torch.stack([out, part[0]]), torch.stack([lse, part[1]]))
+            dtype = part[0].dtype
+            # what is merged stays in the log-sum-exp's dtype: the read is rounded once, not once a page
+            part = part if len(parts) == 1 else (part[0].to(part[1].dtype), part[1])
+            merged = part if merged is None else merge_reads(*(torch.stack(pair) for pair in zip(merged, part)))
+        out, lse = merged[0].to(dtype), merged[1]
         return (out, lse) if return_lse else out
 
     def _parts(self) -> list[tuple[Tensor, Tensor]]:
-        """The filled part of every page; one empty part where nothing is held."""
-        if not self._length:
-            return [tuple(torch.empty(self.batch, 0, size, dtype=self.dtype, device=self.device)
-                          for size in (self.key_channels, self.value_channels))]
-        used = -(-self._length // self.page_size)
-        filled = [min(self.page_size, self._length - page * self.page_size) for page in range(used)]
-        return [(key[:, :count], value[:, :count]) for (key, value), count in zip(self._pages, filled, strict=False)]
+        """The filled part of every page in use; one empty part where nothing is held."""
+        starts = range(0, self._length, self.page_size)
+        if not starts:
+            return [(self._empty(0, self.key_channels), self._empty(0, self.value_channels))]
+        counts = (min(self.page_size, self._length - start) for start in starts)
+        return [(key[:, :count], value[:, :count]) for (key, value), count in zip(self._pages, counts)]
 
     def _new_page(self) -> tuple[Tensor, Tensor]:
-        return tuple(
-            torch.empty(self.batch, self.page_size, size, dtype=self.dtype, device=self.device)
-            for size in (self.key_channels, self.value_channels)
-        )
+        # a tensor made in inference mode could never be appended to outside it
+        with torch.inference_mode(False):
+            return self._empty(self.page_size, self.key_channels), self._empty(self.page_size, self.value_channels)
+
+    def _empty(self, positions: int, channels: int) -> Tensor:
+        return torch.empty(self.batch, positions, channels, dtype=self.dtype, device=self.device)
 
     def _check(self, name: str, tensor: Tensor, channels: int) -> None:
         if tensor.ndim != 3 or tensor.shape[0] != self.batch or tensor.shape[2] != channels:
             raise ValueError(f"{name}: expected [{self.batch}, P, {channels}], got {list(tensor.shape)}")
+        for what, expected, got in (("dtype", self.dtype, tensor.dtype), ("device", self.device, tensor.device)):
+            if expected != got:
+                raise ValueError(f"{name}: expected {what} {expected} as in this memory, got {got}")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: expected no gradients, a memory holds none; got requires_grad=True")

@@ -3,9 +3,7 @@
 from torch import Tensor
 
 
-def reference_read(
-    query_key: Tensor, memory_key: Tensor, memory_value: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def reference_read(query_key: Tensor, memory_key: Tensor, memory_value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Read the memory by holding the whole affinity, computed in the dtype of the inputs.
 
     Args:
