@@ -276,7 +276,9 @@ def test_bad_input_is_one_line(track, clip, weights, tmp_path):
     assert _refused(track(mask=tmp_path / "blank.png"), "blank.png: an empty mask")
     assert _refused(track(out=tmp_path / "file"), "is a file; expected a folder")
     assert _refused(track(checkpoint=tmp_path / "gone.pth"), "gone.pth")
-    assert _refused(track(checkpoint=tmp_path / "other.pth"), "other.pth", "fc.weight")
+    assert _refused(
+        track(checkpoint=tmp_path / "other.pth"), "other.pth does not hold an STM", "missing Encoder_M.conv1.weight"
+    )
     assert _refused(track("--memory", "sometimes"), "memory", "sometimes")
     assert _refused(track("--size", "4"), "size", "4")
     assert _refused(track("--device", "cuda:99"), "--device cuda:99: cannot be used here")
