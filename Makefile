@@ -41,6 +41,7 @@ $(READY): setup.py $(wildcard constraints/*.txt)
 		echo "   pip finds no CPU build of torch: installing the larger CUDA build, which runs on the CPU too"; \
 		constraints=constraints/cuda.txt; \
 	fi; \
-	$(BIN)/python -m pip install -c $$constraints -e '.[dev]' \
-		| awk '/^(Collecting|Installing|Building)/ { print "   " substr($$0, 1, 110); fflush() }'
+	$(BIN)/python -m pip install -c $$constraints -e '.[dev]' 2>&1 | tee .venv/install.log \
+		| awk '/^(Collecting|Processing|Building|Installing)/ { print "   " substr($$0, 1, 110); fflush() }' \
+		|| { grep -v '^WARNING' .venv/install.log | tail -n 20 >&2; exit 1; }
 	@touch $@
