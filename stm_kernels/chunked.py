@@ -3,7 +3,7 @@
 Three facts of CPUs shape it. Fresh memory costs more than the arithmetic, so every buffer is allocated once and reused,
 and no operation mixes dtypes, which would convert through fresh memory. Batched products of strided chunks are slow, so
 every product is a 2-D `mm` into a buffer. A bfloat16 product is fast but rounds its result to 8 bits, too few for a
-logit, so the logits are computed twice: once rounded, once what the rounding lost.
+logit, so those of the keys are taken twice: once rounded, once what the rounding lost.
 """
 
 import math
@@ -82,16 +82,17 @@ def _read_block(
     row_sum = total.new_zeros(M, 1)
     row_max = total.new_full((M, 1), -math.inf)
     for chunk in chunks:
-        logits = _logits(query_key, memory_key[chunk], scale, wide, scratch)
-        new_max = torch.maximum(row_max, logits.amax(1, keepdim=True))
-        shrink = (row_max - new_max).exp_()
+        products = _key_products(query_key, memory_key[chunk], wide, scratch)
+        new_max = torch.maximum(row_max, products.amax(1, keepdim=True))
+        shrink = (row_max - new_max).mul_(scale).exp_()
         row_max = new_max
-        weights = logits.sub_(row_max).mul_(LOG2_E).exp2_()
+        # the maximum is subtracted before the products are scaled: a large logit loses no digit
+        weights = products.sub_(row_max).mul_(scale * LOG2_E).exp2_()
         row_sum.mul_(shrink).add_(weights.sum(1, keepdim=True))
         weights = scratch.cast("rounded", weights, narrow)
         values = scratch.cast("values", memory_value[chunk], narrow)
         _add_product(total.mul_(shrink), weights, values, scratch)
-    return total.div_(row_sum), row_max.double().add_(row_sum.double().log_())[:, 0]
+    return total.div_(row_sum), (row_max.double() * scale + row_sum.double().log_())[:, 0]
 
 
 def chunked_read_backward(
@@ -148,15 +149,17 @@ def _backward_item(
     query_key = scratch.cast("query_key", query_key, narrow)
     grad_out = scratch.cast("grad_out", grad_out, narrow)
     shifted_grad_out = _beside(grad_out, -delta, scratch.take("shifted_grad_out", M, grad_out.shape[1] + 2, narrow))
-    shift = lse.to(wide)[:, None]
-    rest = (shift - lse[:, None]).mul_(LOG2_E).to(wide)
+    # in two parts: a rounding of it would tilt the whole row
+    row_top = (lse / scale)[:, None]
+    rounded = row_top.to(wide)
+    rest = ((rounded - row_top) * (scale * LOG2_E)).to(wide)
     total = scratch.take("total", M, C, wide).zero_()
     for chunk in chunks:
         keys = scratch.cast("keys", memory_key[chunk], narrow)
         values = memory_value[chunk]
         values = _beside(values, None, scratch.take("values", len(values), values.shape[1] + 2, narrow))
-        logits = _logits(query_key, keys, scale, wide, scratch).sub_(shift)
-        weights = torch.add(rest, logits, alpha=LOG2_E, out=logits).exp2_()
+        products = _key_products(query_key, keys, wide, scratch).sub_(rounded)
+        weights = torch.add(rest, products, alpha=scale * LOG2_E, out=products).exp2_()
         _store_product(grad_memory_value[chunk], scratch.cast("rounded", weights, narrow).mT, grad_out, scratch)
         grad_logits = scratch.take("grad_logits", M, len(keys), narrow)
         torch.addmm(grad_logits, shifted_grad_out, values.mT, beta=0, alpha=scale, out=grad_logits)
@@ -201,18 +204,18 @@ def _even_slices(length: int, most: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _logits(query_key: Tensor, keys: Tensor, scale: float, wide: torch.dtype, scratch: _Scratch) -> Tensor:
-    """`scale · query_key · keysᵀ` in a buffer of the wide dtype, exact to its accumulation."""
+def _key_products(query_key: Tensor, keys: Tensor, wide: torch.dtype, scratch: _Scratch) -> Tensor:
+    """`query_key · keysᵀ` in a buffer of the wide dtype, as exact as its accumulation."""
     shape, narrow = (len(query_key), len(keys)), query_key.dtype
-    logits = scratch.take("logits", *shape, wide)
+    products = scratch.take("products", *shape, wide)
     keys = scratch.cast("keys", keys, narrow).mT
     if narrow == wide:
-        return torch.addmm(logits, query_key, keys, beta=0, alpha=scale, out=logits)
-    # one product rounds the logits to 8 bits, a second one returns what the first has lost
-    rounded = scratch.take("rounded", *shape, narrow)
-    logits.copy_(torch.addmm(rounded, query_key, keys, beta=0, alpha=scale, out=rounded))
-    lost = rounded.addmm_(query_key, keys, beta=-1, alpha=scale)
-    return logits.add_(scratch.cast("widened", lost, wide))
+        return torch.mm(query_key, keys, out=products)
+    # one product is rounded to 8 bits, a second one returns what the first has lost
+    rounded = torch.mm(query_key, keys, out=scratch.take("rounded", *shape, narrow))
+    products.copy_(rounded)
+    lost = rounded.addmm_(query_key, keys, beta=-1)
+    return products.add_(scratch.cast("widened", lost, wide))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, scratch: _Scratch) -> None:

@@ -1,0 +1,1 @@
+"""The Triton kernels. Imported only when one is asked for, so that the package works without triton."""

@@ -1,0 +1,173 @@
+"""Compile the kernels with their default tiles for a GPU that is not there, and report what they take of it.
+
+    python -m stm_kernels.gpu.aot [--architecture sm_90 …] [--json FILE]
+
+Needs triton, no GPU, and no TRITON_INTERPRET in the environment.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from stm_kernels.gpu.backward import affinity_launch
+from stm_kernels.gpu.forward import forward_launch
+from stm_kernels.gpu.launch import Launch
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SHARED_MEMORY_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227}
+TENSOR_CORE_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA")
+SPILL_INSTRUCTIONS = ("STL", "LDL")
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes of its GPU."""
+
+    kernel: str
+    """Name of the kernel."""
+    dtype: str
+    """Of the inputs."""
+    architecture: str
+    """What it was compiled for."""
+    warps: int
+    """Per program."""
+    registers: int
+    """Per thread."""
+    stack_bytes: int
+    """Per thread; where registers spill to."""
+    shared_kib: float
+    """Per program."""
+    shared_limit_kib: int
+    """What the architecture lends a program at most."""
+    instructions: dict[str, int]
+    """How often tensor-core, load and spill instructions stand in the machine code."""
+
+    @property
+    def spills(self) -> int:
+        """Instructions that move registers to and from the stack."""
+        return sum(self.instructions.get(name, 0) for name in SPILL_INSTRUCTIONS)
+
+    @property
+    def tensor_cores(self) -> int:
+        """Instructions that multiply matrices."""
+        return sum(self.instructions.get(name, 0) for name in TENSOR_CORE_INSTRUCTIONS)
+
+
+def default_launches(
+    dtype: torch.dtype, architecture: str, B: int = 2, M: int = 1620, N: int = 32400, C: int = 128, V: int = 512
+) -> list[Launch]:
+    """The launches of a read and its backward for token-major inputs, without any memory behind them."""
+
+    def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    query_key, memory_key, memory_value, out = empty(B, M, C), empty(B, N, C), empty(B, N, V), empty(B, M, V)
+    lse, delta = empty(B, M, of=torch.float64), empty(B, M, of=torch.float32)
+    scale = C**-0.5
+    return [
+        forward_launch(query_key, memory_key, memory_value, out, lse, scale, architecture),
+        affinity_launch(
+            query_key, memory_key, memory_value, out, lse, delta, empty(B, M, N), empty(B, M, N), scale, architecture
+        ),
+    ]
+
+
+def compile_launch(launch: Launch, architecture: str) -> Resources:
+    """Compile a launch for an NVIDIA architecture ("sm_90") and read the machine code's demands.
+
+    Raises:
+        RuntimeError: the process runs Triton's interpreter, which compiles nothing.
+    """
+    if not isinstance(launch.kernel, JITFunction):
+        raise RuntimeError("TRITON_INTERPRET is set: the interpreter compiles nothing, unset it")
+    signature, constants, attributes = _specialise(launch)
+    compiled = triton.compile(
+        ASTSource(launch.kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32),
+        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
+        code = _run("nvdisasm", "-c", file.name)
+    names = (*TENSOR_CORE_INSTRUCTIONS, *SPILL_INSTRUCTIONS, "FFMA", "MUFU.EX2", "LDGSTS", "LDSM", "BAR.SYNC")
+    counts = {name: len(re.findall(rf"\s{re.escape(name)}\b", code)) for name in names}
+    return Resources(
+        kernel=launch.kernel.__name__,
+        dtype=str(launch.arguments["query_key_ptr"].dtype).removeprefix("torch."),
+        architecture=architecture,
+        warps=launch.num_warps,
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
+        shared_kib=compiled.metadata.shared / 1024,
+        shared_limit_kib=SHARED_MEMORY_KIB[architecture],
+        instructions={name: count for name, count in counts.items() if count},
+    )
+
+
+def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, object], dict[tuple[int], list]]:
+    """Signature, constants and alignment hints, as Triton derives them from arguments at a launch."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, launch.arguments[parameter.name]
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = "*" + _TYPES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = parameter.annotation_type or "fp32"
+    return signature, constants, attributes
+
+
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _compile_all(case: tuple[str, torch.dtype]) -> list[Resources]:
+    architecture, dtype = case
+    return [compile_launch(launch, architecture) for launch in default_launches(dtype, architecture)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--json", type=Path, help="also write the table here")
+    arguments = parser.parse_args()
+    cases = [(architecture, dtype) for architecture in arguments.architecture for dtype in DTYPES]
+    with ProcessPoolExecutor(2) as pool:
+        table = [resources for batch in pool.map(_compile_all, cases) for resources in batch]
+    print(f"{'kernel':16}{'dtype':10}{'for':8}{'registers':>10}{'stack B':>9}{'spills':>8}{'shared KiB':>12}  MMA")
+    for row in table:
+        print(
+            f"{row.kernel:16}{row.dtype:10}{row.architecture:8}{row.registers:10}{row.stack_bytes:9}{row.spills:8}"
+            f"{row.shared_kib:8.0f}/{row.shared_limit_kib}  {row.tensor_cores}"
+        )
+    if arguments.json:
+        rows = [asdict(row) | {"spills": row.spills, "tensor_cores": row.tensor_cores} for row in table]
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

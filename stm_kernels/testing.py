@@ -1,0 +1,178 @@
+"""Problems to read and the yardstick of their errors, shared by the tests and the benchmarks.
+
+A read is judged against float64 and against plain PyTorch in its own dtype: it may err twice as much as plain PyTorch,
+and by one rounding of the largest result.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from stm_kernels.read import memory_read
+from stm_kernels.reference import reference_read
+
+Read = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A read and the gradients that flow back into it."""
+
+    query_key: Tensor
+    """`[B, M, C]`"""
+    memory_key: Tensor
+    """`[B, N, C]`"""
+    memory_value: Tensor
+    """`[B, N, V]`"""
+    scale: float
+    """Factor of the dot product."""
+    grad_out: Tensor
+    """`[B, M, V]`"""
+    grad_lse: Tensor
+    """`[B, M]`, in float32 or wider"""
+
+    def to(self, dtype: torch.dtype) -> "Problem":
+        """The same problem in another dtype."""
+        names = ("query_key", "memory_key", "memory_value", "grad_out")
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        converted = {name: getattr(self, name).to(dtype) for name in names}
+        return replace(self, **converted, grad_lse=self.grad_lse.to(wide))
+
+
+def make_problem(
+    B: int,
+    M: int,
+    N: int,
+    C: int,
+    V: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    peak: float = 1.0,
+    channel_major: bool = False,
+    seed: int = 0,
+) -> Problem:
+    """Draw a problem of normally distributed keys and values.
+
+    Args:
+        B, M, N, C, V: its sizes.
+        dtype: of keys, values and the read.
+        device: where it lives.
+        peak: standard deviation of a logit; the larger, the fewer memory positions a query reads.
+        channel_major: lay keys, values and their gradients out as convolutions do, `[B, C, N]` in memory.
+        seed: of the draw, the same on every device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(rows: int, columns: int) -> Tensor:
+        tensor = torch.randn(B, rows, columns, generator=generator, dtype=torch.float64)
+        tensor = tensor.mT.contiguous().mT if channel_major else tensor
+        return tensor.to(device=device)
+
+    problem = Problem(
+        draw(M, C) * peak, draw(N, C), draw(N, V), C**-0.5, draw(M, V), draw(M, 1)[..., 0].contiguous()
+    )  # fmt: skip
+    return problem.to(dtype)
+
+
+def make_tie_problem(
+    B: int, M: int, N: int, C: int, V: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Problem:
+    """Draw a problem of whole-numbered keys in nearly equal pairs, with logits of about ±10⁴ that are exact in float32.
+
+    Args:
+        B, M, N, C, V, dtype, device: as in `make_problem`.
+    """
+    problem = make_problem(B, M, N, C, V, dtype=torch.float64, device=device)
+    spread = (1e4 / (3 * C**0.5)) ** 0.5
+    memory_key = (problem.memory_key * spread).round()
+    # neighbours differ by one in one channel: their logits by an entry of the query, 0 or ±1 there
+    pairs = N // 2 * 2
+    memory_key[:, 1:pairs:2] = memory_key[:, 0:pairs:2]
+    memory_key[:, 1:pairs:2, 0] += 1
+    query_key = (problem.query_key * spread).round()
+    query_key[:, :, 0].clamp_(-1, 1)
+    return replace(problem, query_key=query_key, memory_key=memory_key, scale=1.0).to(dtype)
+
+
+def read_by(implementation: str) -> Read:
+    """The public read as a function of a problem's tensors and scale."""
+
+    def read(query_key: Tensor, memory_key: Tensor, memory_value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return memory_read(
+            query_key, memory_key, memory_value, scale=scale, return_lse=True, implementation=implementation
+        )
+
+    return read
+
+
+def results(problem: Problem, read: Read = reference_read, gradients: bool = True) -> dict[str, Tensor]:
+    """Run a read: `out`, `lse` and, if asked, `grad_query_key`, `grad_memory_key` and `grad_memory_value`."""
+    names = ("query_key", "memory_key", "memory_value")
+    inputs = [getattr(problem, name).detach().requires_grad_(gradients) for name in names]
+    out, lse = read(*inputs, problem.scale)
+    found = {"out": out.detach(), "lse": lse.detach()}
+    if gradients:
+        grads = torch.autograd.grad([out, lse], inputs, [problem.grad_out, problem.grad_lse])
+        found |= {f"grad_{name}": grad for name, grad in zip(names, grads)}
+    return found
+
+
+def error_ratios(problem: Problem, read: Read, gradients: bool = True) -> dict[str, float]:
+    """How much of its allowed error a read takes, by result: 1 is all of it, more is wrong.
+
+    Args:
+        problem: in the dtype to judge; the truth is float64 on the same inputs.
+        read: the read to judge.
+        gradients: judge the backward pass too.
+
+    Returns:
+        error ÷ (2 · error of plain PyTorch in the same dtype + one rounding of the largest true result), for each of
+        `results`; infinite where the read is not finite.
+    """
+    truth = results(problem.to(torch.float64), gradients=gradients)
+    plain = results(problem, gradients=gradients)
+    found = results(problem, read, gradients)
+    ratios = {}
+    for name, true in truth.items():
+        error, plain_error = ((tensor[name] - true).abs().amax().item() for tensor in (found, plain))
+        rounding = torch.finfo(found[name].dtype).eps / 2 * true.abs().amax().item()
+        ratio = error / (2 * plain_error + rounding) if error else 0.0
+        ratios[name] = ratio if found[name].isfinite().all() else float("inf")
+    return ratios
+
+
+def assert_exact(problem: Problem, read: Read, gradients: bool = True) -> None:
+    """Raise AssertionError where a read errs more than the yardstick allows."""
+    ratios = error_ratios(problem, read, gradients)
+    wrong = {name: round(ratio, 2) for name, ratio in ratios.items() if not ratio <= 1}
+    assert not wrong, f"error over allowed error: {wrong}"
+
+
+def extra_memory(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """The most bytes that `function` held at once beyond what was there before, its result included.
+
+    Args:
+        function: what to run, once.
+        device: whose memory to watch.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = function()
+        torch.cuda.synchronize(device)
+        del result
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = function()
+    del result
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
