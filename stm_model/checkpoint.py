@@ -60,9 +60,7 @@ def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], p
         raise CheckpointError(f"checkpoint: {path} does not hold an STM: {'; '.join(differences[:5])}{rest}")
 
 
-def write_tensors(
-    tensors: Mapping[str, Tensor], path: str | os.PathLike, dtype: torch.dtype | None = None
-) -> None:
+def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
     """Write named tensors as safetensors, to a temporary name first.
 
     Args:

@@ -85,9 +85,7 @@ class SpaceTimeMemory:
         """Add a frame: key `[n, C, h, w]` and value `[n, V, h, w]` of the n objects."""
         key, value = as_positions(key), as_positions(value)
         if self._pages is None:
-            self._pages = PagedMemory(
-                len(key), key.shape[-1], value.shape[-1], dtype=value.dtype, device=value.device
-            )
+            self._pages = PagedMemory(len(key), key.shape[-1], value.shape[-1], dtype=value.dtype, device=value.device)
         self._pages.append(key, value)
         if not self.rule.keeps(frame_index, mask_given):
             self._temporary_positions = key.shape[1]

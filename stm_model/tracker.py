@@ -137,10 +137,11 @@ class _Video:
             full = F.interpolate(full[None], self.frame_size, mode="bilinear", align_corners=False)[0]
         values = torch.tensor([0, *self.objects], dtype=torch.uint8, device=self.device)
         labels = values[full.argmax(0)].cpu().numpy()
-        if mask is not None:
-            # what the user gave comes back as it was given, whatever size the network saw
-            named = np.isin(mask, sorted(given))
-            labels = np.where(named, mask, np.where(np.isin(labels, sorted(given)) & (mask != VOID), 0, labels))
+        if mask is not None and mask.shape != image.shape[-2:]:
+            # a given mask comes back exactly as it was given, though the network saw it resized
+            objects = sorted(given)
+            labels = np.where(np.isin(labels, objects) & (mask != VOID), 0, labels)
+            labels = np.where(np.isin(mask, objects), mask, labels)
         return FrameResult(index, labels, full, tuple(self.objects))
 
     def _prepare(self, frame: np.ndarray) -> Tensor:
@@ -239,7 +240,9 @@ def check_frame(frame: np.ndarray, index: int, size: tuple[int, int] | None) -> 
     if 0 in frame.shape:
         raise ValueError(f"frame {index}: expected at least one pixel, got {list(frame.shape)}")
     if size is not None and frame.shape[:2] != size:
-        raise ValueError(f"frame {index}: expected {_by(size)} pixels (height×width) like frame 0, got {_by(frame.shape)}")
+        raise ValueError(
+            f"frame {index}: expected {_by(size)} pixels (height×width) like frame 0, got {_by(frame.shape)}"
+        )
     return frame
 
 

@@ -1,4 +1,4 @@
-"""Procedural clips: textured shapes that move, deform and occlude each other under a moving camera, with exact masks."""
+"""Procedural clips: textured shapes move, deform and occlude each other under a moving camera; the masks are exact."""
 
 from __future__ import annotations
 
@@ -148,8 +148,9 @@ def _draw_shape(times: Tensor, size: tuple[int, int], random: torch.Generator) -
     path = _path(times, random, speed=0.025, spread=0.6) * torch.tensor([aspect, 1.0])
     local = _to_local(_grid(size), path, angle, scale)
     stretch = float(_uniform(random, 0.5, 1.0))
-    radius, theta = torch.linalg.vector_norm(local / torch.tensor([1.0, stretch]), dim=-1), torch.atan2(
-        local[..., 1] / stretch, local[..., 0]
+    radius, theta = (
+        torch.linalg.vector_norm(local / torch.tensor([1.0, stretch]), dim=-1),
+        torch.atan2(local[..., 1] / stretch, local[..., 0]),
     )
     outline = torch.full_like(radius, float(_uniform(random, 0.15, 0.55)))
     for harmonic in range(2, 7):

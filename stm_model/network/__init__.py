@@ -4,4 +4,13 @@ from stm_model.network.aggregate import other_object_masks, soft_aggregate
 from stm_model.network.inference import fold_batch_norm
 from stm_model.network.stm import STM, STRIDE, Query, STMConfig, as_positions
 
-__all__ = ["STM", "STRIDE", "Query", "STMConfig", "as_positions", "fold_batch_norm", "other_object_masks", "soft_aggregate"]
+__all__ = [
+    "STM",
+    "STRIDE",
+    "Query",
+    "STMConfig",
+    "as_positions",
+    "fold_batch_norm",
+    "other_object_masks",
+    "soft_aggregate",
+]

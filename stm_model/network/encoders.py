@@ -89,5 +89,3 @@ def per_object(maps: Tensor, objects_per_clip: list[int]) -> Tensor:
         return maps
     counts = torch.tensor(objects_per_clip, device=maps.device)
     return maps.repeat_interleave(counts, 0, output_size=sum(objects_per_clip))
-
-

@@ -49,11 +49,12 @@ def segment_clips(model: STM, clips: list[Clip], implementation: str = "auto") -
     return predictions
 
 
-def clip_loss(model: STM, clips: list[Clip], dice_weight: float = 0.5) -> Tensor:
+def clip_loss(model: STM, clips: list[Clip], dice_weight: float = 0.5, implementation: str = "auto") -> Tensor:
     """Cross entropy on the aggregated logits plus a soft Dice term, mean over clips and frames."""
-    predictions = segment_clips(model, clips)
+    predictions = segment_clips(model, clips, implementation)
     losses = [
-        F.cross_entropy(logits[None], clip.labels[time].long()[None]) + dice_weight * dice_loss(logits, clip.labels[time])
+        F.cross_entropy(logits[None], clip.labels[time].long()[None])
+        + dice_weight * dice_loss(logits, clip.labels[time])
         for time, frame_logits in enumerate(predictions, start=1)
         for logits, clip in zip(frame_logits, clips, strict=True)
     ]

@@ -66,6 +66,8 @@ class TrainConfig:
     """Steps between scores on the validation split."""
     save_every: int = 250
     """Steps between checkpoints."""
+    log_every: int = 50
+    """Steps between lines of metrics.jsonl, each with the mean loss since the last."""
     seed: int = 0
     """Seed of weights and clips."""
     device: str | None = None
@@ -118,9 +120,10 @@ def train(config: TrainConfig) -> Path:
         average.update_parameters(model)
         losses.append(loss.item())
         progress.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}")
-        if step % 50 == 0:
+        if step % config.log_every == 0:
+            recent = losses[-config.log_every :]
             seconds = (time.perf_counter() - started) / len(losses)
-            _log(config, step=step, loss=sum(losses[-50:]) / 50, seconds_per_step=round(seconds, 3))
+            _log(config, step=step, loss=sum(recent) / len(recent), seconds_per_step=round(seconds, 3))
         last = step == config.steps
         if step % config.save_every == 0 or last:
             _save(config, step, model, average, optimizer)
@@ -167,7 +170,7 @@ def validate(model: STM, config: TrainConfig) -> dict[str, float]:
 def averaged(model: STM, average: AveragedModel) -> STM:
     """A copy of the network in eval mode with the averaged weights and the current batch-norm statistics."""
     copy = STM(model.config)
-    tensors = model.state_dict() | {name: value for name, value in average.module.named_parameters()}
+    tensors = model.state_dict() | dict(average.module.named_parameters())
     copy.load_state_dict(tensors)
     copy.requires_grad_(False)
     device = next(model.parameters()).device
@@ -231,7 +234,10 @@ def _resume(config: TrainConfig, model: STM, average: AveragedModel, optimizer: 
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)
     for name, value in _settings(config).items():
-        if name not in ("out", "data", "device", "validate_every", "save_every") and state["settings"][name] != value:
+        if (
+            name not in ("out", "data", "device", "validate_every", "save_every", "log_every")
+            and state["settings"][name] != value
+        ):
             raise ValueError(f"{name}: the run in {config.out} has {state['settings'][name]!r}, asked for {value!r}")
     model.load_state_dict(state["model"])
     average.load_state_dict(state["average"])

@@ -206,11 +206,17 @@ def test_padding_is_symmetric_with_the_odd_pixel_below_and_right():
 
 WRONG = {
     "no frames": (lambda f, m: ([], {0: m}), "frames: expected at least one, got none"),
-    "float frames": (lambda f, m: (f.astype(np.float32), {0: m}), r"frame 0: expected a uint8 array \[H, W, 3\], got float32"),
+    "float frames": (
+        lambda f, m: (f.astype(np.float32), {0: m}),
+        r"frame 0: expected a uint8 array \[H, W, 3\], got float32",
+    ),
     "grey frames": (lambda f, m: (f[..., 0], {0: m}), r"frame 0: expected a uint8 array"),
     "sizes change": (lambda f, m: ([f[0], f[1][:50]], {0: m}), "frame 1: expected 70×90 .*, got 50×90"),
     "mask of another size": (lambda f, m: (f, {0: m[:50]}), "mask of frame 0: expected 70×90 .*, got 50×90"),
-    "late mask of another size": (lambda f, m: (f, {0: m, 2: m[:, :50]}), "mask of frame 2: expected 70×90 .*, got 70×50"),
+    "late mask of another size": (
+        lambda f, m: (f, {0: m, 2: m[:, :50]}),
+        "mask of frame 2: expected 70×90 .*, got 70×50",
+    ),
     "no masks": (lambda f, m: (f, {}), "masks: expected at least one labelled object"),
     "empty mask": (lambda f, m: (f, {0: m * 0}), "masks: expected at least one labelled object"),
     "only void": (lambda f, m: (f, {0: m * 0 + 255}), "masks: expected at least one labelled object"),
