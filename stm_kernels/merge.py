@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from einops import einsum
 from torch import Tensor
 
@@ -27,7 +28,9 @@ def merge_reads(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
         )
     # a row that no part can see has weight 0 everywhere, not 0/0, and so have its gradients
     empty = lses.isneginf().all(0)
-    lse = lses.masked_fill(empty, 0.0).logsumexp(0)
-    weight = (lses - lse).exp()
-    out = einsum(weight, outs.to(weight.dtype), "s b m, s b m v -> b m v")
-    return out.to(outs.dtype), lse.masked_fill(empty, -math.inf)
+    seen = lses.masked_fill(empty, 0.0)
+    # not exp(lses - lse): a large log-sum-exp is rounded, and would take the weights with it
+    weight = seen.softmax(0).masked_fill(empty, 0.0)
+    math_dtype = torch.promote_types(outs.dtype, torch.float32)
+    out = einsum(weight.to(math_dtype), outs.to(math_dtype), "s b m, s b m v -> b m v")
+    return out.to(outs.dtype), seen.logsumexp(0).masked_fill(empty, -math.inf)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from stm_kernels.merge import merge_reads
-from stm_kernels.read import memory_read
+from stm_kernels.read import read_with_float64_lse
 
 
 class PagedMemory:
@@ -121,13 +121,16 @@ class PagedMemory:
             parts = [tuple(torch.cat(tensors, 1) for tensors in zip(*parts))]
         merged = None
         for key, value in parts:
-            part = memory_read(query_key, key, value, scale=scale, return_lse=True, implementation=implementation)
-            dtype = part[0].dtype
-            # what is merged stays in the log-sum-exp's dtype: the read is rounded once, not once a page
-            part = part if len(parts) == 1 else (part[0].to(part[1].dtype), part[1])
-            merged = part if merged is None else merge_reads(*(torch.stack(pair) for pair in zip(merged, part)))
+            out, lse = read_with_float64_lse(query_key, key, value, scale, implementation)
+            dtype = out.dtype
+            if len(parts) > 1:
+                # merged in float32 or wider, so that the read is rounded once, not once a page
+                out = out.to(torch.promote_types(dtype, torch.float32))
+            merged = (out, lse) if merged is None else merge_reads(*map(torch.stack, zip(merged, (out, lse))))
         out, lse = merged[0].to(dtype), merged[1]
-        return (out, lse) if return_lse else out
+        if not return_lse:
+            return out
+        return out, lse if dtype == torch.float64 else lse.float()
 
     def _parts(self) -> list[tuple[Tensor, Tensor]]:
         """The filled part of every page in use; one empty part where nothing is held."""

@@ -45,6 +45,16 @@ def memory_read(
 
     Source: Oh et al. 2019, Space-Time Memory Networks, equation 1.
     """
+    out, lse = read_with_float64_lse(query_key, memory_key, memory_value, scale, implementation)
+    if not return_lse:
+        return out
+    return out, lse if out.dtype == torch.float64 else lse.float()
+
+
+def read_with_float64_lse(
+    query_key: Tensor, memory_key: Tensor, memory_value: Tensor, scale: float | None, implementation: str
+) -> tuple[Tensor, Tensor]:
+    """`memory_read` with its log-sum-exp in float64: merging many reads by rounded ones would add the roundings up."""
     _check_tensors(query_key=query_key, memory_key=memory_key, memory_value=memory_value)
     query_key, memory_key, memory_value = autocast_inputs(query_key, memory_key, memory_value)
     _check_agreement(query_key, memory_key, memory_value)
@@ -53,10 +63,8 @@ def memory_read(
         raise ValueError(f"implementation: expected one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
     if implementation == "reference":
         out, lse = reference_read(query_key, memory_key, memory_value, scale)
-    else:
-        out, lse = read_operator(query_key, memory_key, memory_value, scale, implementation)
-        lse = lse if query_key.dtype == torch.float64 else lse.float()
-    return (out, lse) if return_lse else out
+        return out, lse.double()
+    return read_operator(query_key, memory_key, memory_value, scale, implementation)
 
 
 def _check_tensors(ndim: int = 3, **tensors: Tensor) -> None:

@@ -1,0 +1,16 @@
+"""Shared by all rooms: without a GPU the Triton kernels run in Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # read by triton when a kernel is defined, so it must stand before the first import of one
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # the interpreter's own: how it indexes, and what it computes for the masked edge of a tile
+    config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning:triton")
+    config.addinivalue_line("filterwarnings", "ignore:overflow encountered in cast:RuntimeWarning:triton")

@@ -1,0 +1,92 @@
+"""The CPU implementation: its chunks, its buffers, its dtypes."""
+
+import pytest
+import torch
+
+import stm_kernels.chunked as chunked
+from stm_kernels import memory_read
+from stm_kernels.testing import assert_exact, extra_memory, make_problem, read_by, results
+
+
+def test_slices_cover_a_range_evenly():
+    assert chunked._even_slices(7, 3) == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    assert chunked._even_slices(8, 5) == [slice(0, 4), slice(4, 8)]
+    assert chunked._even_slices(3, 100) == [slice(0, 3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("queries, keys", [(16, 1000), (1000, 7), (13, 29)])
+def test_any_block_and_chunk_gives_the_same_read(monkeypatch, dtype, queries, keys):
+    monkeypatch.setattr(chunked, "QUERIES_PER_BLOCK", queries)
+    monkeypatch.setattr(chunked, "KEYS_PER_CHUNK", keys)
+    monkeypatch.setattr(chunked, "BACKWARD_KEYS_PER_CHUNK", (1, keys))
+    assert_exact(make_problem(2, 70, 150, 32, 24, dtype=dtype, peak=2.0), read_by("chunked"))
+
+
+def test_bfloat16_where_the_processor_does_not_multiply_it(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert_exact(make_problem(2, 70, 150, 32, 24, dtype=torch.bfloat16), read_by("chunked"))
+
+
+def test_bfloat16_products_of_keys_keep_more_than_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    problem = make_problem(1, 70, 300, 128, 16, dtype=torch.bfloat16, peak=8.0)
+    _, lse = memory_read(
+        problem.query_key, problem.memory_key, problem.memory_value, return_lse=True, implementation="chunked"
+    )
+    truth = results(problem.to(torch.float64), gradients=False)["lse"]
+    # two bfloat16 parts hold 16 bits
+    assert (lse - truth).abs().max() <= 2**-16 * truth.abs().max()
+
+
+def test_float64_is_exact_to_float64():
+    problem = make_problem(2, 70, 1500, 32, 24, dtype=torch.float64)
+    truth = results(problem)
+    for name, found in results(problem, read_by("chunked")).items():
+        # sums of at most N terms
+        torch.testing.assert_close(found, truth[name], rtol=0, atol=1500 * torch.finfo(torch.float64).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channel_major", [False, True], ids=["token_major", "channel_major"])
+def test_extra_memory_of_a_read_does_not_grow_with_the_memory(dtype, channel_major):
+    def extra(N: int) -> int:
+        problem = make_problem(1, 64, N, 32, 64, dtype=dtype, channel_major=channel_major)
+        inputs = (problem.query_key, problem.memory_key, problem.memory_value)
+        return extra_memory(lambda: memory_read(*inputs, implementation="chunked"))
+
+    assert extra(8 * chunked.KEYS_PER_CHUNK) == extra(2 * chunked.KEYS_PER_CHUNK)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channel_major", [False, True], ids=["token_major", "channel_major"])
+def test_extra_memory_of_a_backward_grows_by_the_gradients_alone(dtype, channel_major):
+    def extra(N: int) -> int:
+        problem = make_problem(1, 64, N, 32, 64, dtype=dtype, channel_major=channel_major)
+        inputs = (problem.query_key, problem.memory_key, problem.memory_value)
+        out, lse = chunked.chunked_read(*inputs, problem.scale)
+        arguments = (problem.grad_out, problem.grad_lse.double(), *inputs, out, lse, problem.scale)
+        gradients = problem.memory_key.nbytes + problem.memory_value.nbytes
+        return extra_memory(lambda: chunked.chunked_read_backward(*arguments)) - gradients
+
+    most = chunked.BACKWARD_KEYS_PER_CHUNK[1]
+    assert extra(6 * most) == extra(2 * most)
+
+
+def test_extra_memory_is_a_tenth_of_the_whole_affinity():
+    problem = make_problem(1, 900, 9000, 32, 128)
+
+    def extra(implementation: str) -> int:
+        inputs = (problem.query_key, problem.memory_key, problem.memory_value)
+        return extra_memory(lambda: memory_read(*inputs, implementation=implementation))
+
+    assert extra("reference") >= 900 * 9000 * 4
+    assert extra("chunked") <= extra("reference") / 10
+
+
+@pytest.mark.parametrize("channel_major", [False, True], ids=["token_major", "channel_major"])
+def test_gradients_lie_in_memory_as_their_inputs_do(channel_major):
+    problem = make_problem(2, 7, 30, 8, 12, channel_major=channel_major)
+    found = results(problem, read_by("chunked"))
+    for name in ("query_key", "memory_key", "memory_value"):
+        assert found[f"grad_{name}"].stride() == getattr(problem, name).stride()

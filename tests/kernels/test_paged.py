@@ -1,0 +1,173 @@
+"""A memory in pages."""
+
+import pytest
+import torch
+
+from stm_kernels import PagedMemory, memory_read
+from stm_kernels.testing import extra_memory, make_problem
+
+B, C, V = 2, 16, 24
+
+
+def filled(problem, page_size: int, frame: int = 7, **options) -> PagedMemory:
+    memory = PagedMemory(B, C, V, page_size=page_size, dtype=problem.memory_key.dtype, **options)
+    for key, value in zip(problem.memory_key.split(frame, 1), problem.memory_value.split(frame, 1)):
+        memory.append(key, value)
+    return memory
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("page_size", [1, 5, 50, 64])
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_read_equals_the_read_of_everything(dtype, page_size, implementation):
+    problem = make_problem(B, 9, 50, C, V, dtype=dtype, peak=3.0)
+    memory = filled(problem, page_size)
+    assert len(memory) == 50
+    found = memory.read(problem.query_key, return_lse=True, implementation=implementation)
+    truth = memory_read(
+        *(getattr(problem.to(torch.float64), name) for name in ("query_key", "memory_key", "memory_value")),
+        return_lse=True,
+        implementation="reference",
+    )
+    whole = memory_read(
+        problem.query_key, problem.memory_key, problem.memory_value, return_lse=True, implementation=implementation
+    )
+    for one, other, true in zip(found, whole, truth):
+        # two more roundings: of a page's read, and of the merged one
+        error = (other - true).abs().max() + 2 * torch.finfo(one.dtype).eps * true.abs().max()
+        assert one.dtype == other.dtype
+        assert (one - true).abs().max() <= error
+
+
+def test_interpreted_triton_reads_pages(device):
+    problem = make_problem(B, 9, 50, C, V, device=device)
+    found = filled(problem, 20, device=device).read(problem.query_key, implementation="triton")
+    expected = memory_read(problem.query_key, problem.memory_key, problem.memory_value, implementation="reference")
+    torch.testing.assert_close(found, expected, rtol=0, atol=50 * torch.finfo(torch.float32).eps)
+
+
+def test_drop_last_forgets_the_newest():
+    problem = make_problem(B, 9, 50, C, V, dtype=torch.float64)
+    memory = filled(problem, 8)
+    held = memory.nbytes
+    memory.drop_last(19)
+    assert len(memory) == 31 and memory.nbytes == held
+    expected = memory_read(problem.query_key, problem.memory_key[:, :31], problem.memory_value[:, :31])
+    torch.testing.assert_close(memory.read(problem.query_key), expected)
+    memory.append(problem.memory_key[:, 31:], problem.memory_value[:, 31:])
+    assert memory.nbytes == held
+    expected = memory_read(problem.query_key, problem.memory_key, problem.memory_value)
+    torch.testing.assert_close(memory.read(problem.query_key), expected)
+
+
+def test_nothing_held():
+    memory = PagedMemory(B, C, V)
+    assert len(memory) == memory.nbytes == 0
+    for implementation in ("auto", "reference"):
+        out, lse = memory.read(torch.randn(B, 3, C), return_lse=True, implementation=implementation)
+        assert out.equal(torch.zeros(B, 3, V)) and lse.equal(torch.full((B, 3), -torch.inf))
+    memory.append(torch.zeros(B, 0, C), torch.zeros(B, 0, V))
+    memory.drop_last(0)
+    assert len(memory) == memory.nbytes == 0
+
+
+def test_appending_copies_the_new_positions_alone():
+    memory = PagedMemory(B, C, V, page_size=1000)
+    key, value = torch.randn(B, 10, C), torch.randn(B, 10, V)
+    memory.append(key, value)
+    page = 4 * B * 1000 * (C + V)
+    assert memory.nbytes == page
+    pages = [tensor.data_ptr() for tensor in memory._pages[0]]
+    assert extra_memory(lambda: [memory.append(key, value) for _ in range(99)]) == 0
+    assert [tensor.data_ptr() for tensor in memory._pages[0]] == pages and memory.nbytes == page
+    # the page is full: the next position opens one
+    assert extra_memory(lambda: memory.append(key[:, :1], value[:, :1])) == page == memory.nbytes // 2
+
+
+def test_extra_memory_of_a_read_does_not_grow_with_the_pages():
+    def extra(N: int) -> int:
+        problem = make_problem(B, 20, N, C, V)
+        memory = filled(problem, 64, frame=N)
+        return extra_memory(lambda: memory.read(problem.query_key))
+
+    assert extra(64 * 20) == extra(64 * 3)
+
+
+def test_strided_frames_are_appended():
+    problem = make_problem(B, 9, 50, C, V, dtype=torch.float64, channel_major=True)
+    expected = memory_read(problem.query_key, problem.memory_key, problem.memory_value)
+    torch.testing.assert_close(filled(problem, 20).read(problem.query_key), expected)
+
+
+def test_pages_made_in_inference_mode_are_filled_outside_it():
+    key, value = torch.randn(B, 4, C), torch.randn(B, 4, V)
+    memory = PagedMemory(B, C, V, page_size=6)
+    with torch.inference_mode():
+        memory.append(key, value)
+    memory.append(key, value)
+    with torch.inference_mode():
+        memory.append(key, value)
+        assert memory.read(torch.randn(B, 3, C)).shape == (B, 3, V)
+    assert len(memory) == 12
+
+
+def test_the_query_has_a_gradient():
+    problem = make_problem(B, 3, 12, C, V, dtype=torch.float64)
+    memory = filled(problem, 5)
+    torch.autograd.gradcheck(memory.read, problem.query_key.requires_grad_())
+
+
+def test_gradients_are_not_lost_silently():
+    memory = PagedMemory(B, C, V)
+    key, value = torch.randn(B, 4, C), torch.randn(B, 4, V, requires_grad=True)
+    with pytest.raises(ValueError, match="value: expected no gradients, a memory holds none; got requires_grad=True"):
+        memory.append(key, value)
+    with torch.no_grad():
+        memory.append(key, value)
+    memory.append(key, value.detach())
+    assert len(memory) == 8
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ((B, 4), (B, 4, V), r"key: expected \[2, P, 16\], got \[2, 4\]"),
+        ((1, 4, C), (1, 4, V), r"key: expected \[2, P, 16\], got \[1, 4, 16\]"),
+        ((B, 4, C), (B, 4, C), r"value: expected \[2, P, 24\], got \[2, 4, 16\]"),
+        ((B, 4, C), (B, 5, V), "value: expected P = 4 as in key, got 5"),
+    ],
+)
+def test_shapes_that_do_not_fit(key, value, message):
+    memory = PagedMemory(B, C, V)
+    with pytest.raises(ValueError, match=message):
+        memory.append(torch.zeros(key), torch.zeros(value))
+    assert len(memory) == 0
+
+
+def test_other_dtypes_and_devices_are_refused():
+    memory = PagedMemory(B, C, V)
+    key, value = torch.zeros(B, 4, C), torch.zeros(B, 4, V)
+    with pytest.raises(ValueError, match=r"value: expected dtype torch.float32 as in this memory, got torch.float16"):
+        memory.append(key, value.half())
+    with pytest.raises(ValueError, match=r"key: expected device cpu as in this memory, got meta"):
+        memory.append(key.to("meta"), value)
+
+
+@pytest.mark.parametrize("name", ["batch", "key_channels", "value_channels", "page_size"])
+def test_sizes_are_positive(name):
+    sizes = {"batch": B, "key_channels": C, "value_channels": V, "page_size": 8} | {name: 0}
+    with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
+        PagedMemory(**sizes)
+
+
+def test_memory_is_of_floating_point():
+    with pytest.raises(TypeError, match="dtype: expected a floating-point type, got torch.int32"):
+        PagedMemory(B, C, V, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("count", [-1, 5])
+def test_only_what_is_held_can_be_dropped(count):
+    memory = PagedMemory(B, C, V)
+    memory.append(torch.zeros(B, 4, C), torch.zeros(B, 4, V))
+    with pytest.raises(ValueError, match=f"count: expected 0 to 4 positions, got {count}"):
+        memory.drop_last(count)
