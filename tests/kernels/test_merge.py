@@ -24,14 +24,15 @@ def test_merge_of_parts_is_the_whole(dtype, peak):
 
 
 def test_merge_of_chunked_reads_is_differentiable():
-    problem = make_problem(2, 4, 150, 3, 2, dtype=torch.float64)
+    problem = make_problem(1, 3, 20, 3, 2, dtype=torch.float64)
 
     def read(query_key, memory_key, memory_value, scale):
         return memory_read(query_key, memory_key, memory_value, scale=scale, return_lse=True)
 
     inputs = (problem.query_key, problem.memory_key, problem.memory_value)
     torch.autograd.gradcheck(
-        lambda *inputs: read_in_parts(*inputs, problem.scale, read=read), [t.requires_grad_() for t in inputs]
+        lambda *inputs: read_in_parts(*inputs, problem.scale, (0, 5, 5, 12, 20), read),
+        [t.requires_grad_() for t in inputs],
     )
 
 

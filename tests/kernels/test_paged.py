@@ -33,8 +33,9 @@ def test_read_equals_the_read_of_everything(dtype, page_size, implementation):
         problem.query_key, problem.memory_key, problem.memory_value, return_lse=True, implementation=implementation
     )
     for one, other, true in zip(found, whole, truth):
-        # two more roundings: of a page's read, and of the merged one
-        error = (other - true).abs().max() + 2 * torch.finfo(one.dtype).eps * true.abs().max()
+        # one more rounding of a page's read, and one of every merge
+        merges = torch.finfo(torch.promote_types(dtype, torch.float32)).eps * (50 // page_size)
+        error = (other - true).abs().max() + (torch.finfo(one.dtype).eps + merges) * true.abs().max()
         assert one.dtype == other.dtype
         assert (one - true).abs().max() <= error
 
