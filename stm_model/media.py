@@ -139,10 +139,11 @@ class VideoFile:
         """Every frame that can be decoded; `_Break` where the rest cannot be."""
         started = False
         with self._opened() as (container, stream):
-            stream.thread_type = "AUTO"
+            stream.thread_type = "SLICE"  # frame threads report damage late, after pictures that follow it
             packets = container.demux(stream)
             clock = _Clock(container, stream, self.fps)
             while True:
+                packet = None
                 try:
                     if (packet := next(packets, None)) is None:
                         break
@@ -151,7 +152,7 @@ class VideoFile:
                 except (av.error.FFmpegError, OSError) as error:
                     if not started:  # a video cut out of a longer one may start with frames that need an earlier one
                         continue
-                    yield from map(_upright, _flushed(stream))
+                    yield from map(_upright, _held_back(stream, packet))
                     raise _Break(_reason(error)) from error
                 started = started or bool(frames)
                 yield from map(_upright, frames)
@@ -189,12 +190,15 @@ class _Clock:
         return max(self.end, self.end - self.start) < self.expected - Fraction(1, 10) - 2 / self.fps
 
 
-def _flushed(stream) -> list:
-    """The frames that the decoder holds back to put them in order."""
+def _held_back(stream, bad_packet) -> list:
+    """The pictures that the decoder holds to put them in order, up to the one that cannot be decoded."""
     try:
-        return stream.codec_context.decode(None)
+        frames = stream.codec_context.decode(None)
     except (av.error.FFmpegError, OSError):
         return []
+    if bad_packet is None or bad_packet.pts is None:
+        return frames
+    return [frame for frame in frames if frame.pts is not None and frame.pts < bad_packet.pts]
 
 
 def _upright(frame) -> np.ndarray:

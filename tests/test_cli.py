@@ -97,11 +97,26 @@ def test_track_writes_masks_overlay_and_summary(track, clip, tmp_path):
 
 
 def test_json_stands_alone_on_stdout(track, tmp_path):
+    (tmp_path / "out").mkdir()  # an empty folder is as good as none
     code, out, err = track("--json", "--no-overlay", "--size", "32", "--memory", "uniform:2", "--dtype", "float32")
     assert (code, err) == (0, "")
     assert json.loads(out) == json.loads((tmp_path / "out" / "summary.json").read_text())
     assert json.loads(out)["dtype"] == "float32"
     assert not (tmp_path / "out" / "overlay.mp4").exists() and "overlay" not in json.loads(out)["files"]
+
+
+def test_the_speed_leaves_decoding_out(track, monkeypatch):
+    decode = media.VideoFile._decoded
+
+    def slowly(self):
+        for frame in decode(self):
+            time.sleep(0.2)
+            yield frame
+
+    monkeypatch.setattr(media.VideoFile, "_decoded", slowly)
+    code, out, _ = track("--json")
+    seconds = json.loads(out)["seconds"]
+    assert code == 0 and seconds["decoding"] > 0.2 * FRAMES > seconds["tracking"] > 0
 
 
 def test_the_masks_are_the_trackers(track, clip, weights, tmp_path):

@@ -24,12 +24,13 @@ def _frames(count, size=SIZE, noise=0):
     return frames
 
 
-def _write_video(path, frames, codec="libx264", rotation=0, container_options=None):
+def _write_video(path, frames, codec="libx264", rotation=0, gop_size=250, container_options=None):
     with av.open(str(path), "w", container_options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=24)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.bit_rate = 8_000_000
+        stream.gop_size = gop_size
         if rotation:
             stream.set_display_rotation(rotation)
         for frame in frames:
@@ -109,17 +110,39 @@ def test_a_video_that_breaks_off_gives_its_good_frames_first(tmp_path, name, cod
     assert 20 <= count == caught.value.frames_read < 40
 
 
-def test_damage_in_the_middle_of_a_video_stops_it(tmp_path):
-    path = _write_video(tmp_path / "a.mp4", _frames(48, noise=120))
-    damaged = bytearray(path.read_bytes())
-    middle = len(damaged) // 2
-    damaged[middle : middle + 20000] = bytes(20000)
-    path.write_bytes(damaged)
-    count = 0
-    with pytest.raises(BrokenVideo) as caught:
-        for _ in media.open_video(path):
-            count += 1
-    assert 0 < count == caught.value.frames_read < 48
+def _blank_packet(path, number):
+    """Overwrite one picture's data in a video file with zeros."""
+    with av.open(str(path)) as container:
+        data = [bytes(packet) for packet in container.demux(video=0)][number]
+    whole = path.read_bytes()
+    assert whole.count(data) == 1
+    path.write_bytes(whole.replace(data, bytes(len(data))))
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.webm", "libvpx"), ("a.mp4", "libx264")])
+def test_damage_that_cannot_be_decoded_stops_a_video_there(tmp_path, name, codec):
+    frames = _frames(24, noise=60)
+    path = _write_video(tmp_path / name, frames, codec)
+    with av.open(str(path)) as container:  # packets are stored in the order of decoding
+        times = [packet.pts for packet in container.demux(video=0) if packet.size]
+    number = 12
+    if codec == "libx264":  # one that is shown before a picture already decoded
+        number = next(n for n in range(8, 24) if times[n] < max(times[:n]))
+    _blank_packet(path, number)
+    read = []
+    with pytest.raises(BrokenVideo, match=rf"{name}: the video breaks off after \d+ of 24 frames") as caught:
+        for frame in media.open_video(path):
+            read.append(frame)
+    # all that is shown before the blank one, of what is stored before it
+    assert len(read) == caught.value.frames_read == sorted(times[: number + 1]).index(times[number])
+    nearest = [np.abs(frame.astype(int) - frames).mean((1, 2, 3)).argmin() for frame in read]
+    assert nearest == list(range(len(read)))
+
+
+def test_a_video_that_starts_with_damage_is_read_from_its_first_good_frame(tmp_path):
+    path = _write_video(tmp_path / "a.mp4", _frames(48, noise=120), gop_size=12)
+    _blank_packet(path, 0)
+    assert 30 <= len(list(media.open_video(path))) < 48
 
 
 def test_pictures_that_change_size_inside_a_video_stop_it(tmp_path):
