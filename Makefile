@@ -25,7 +25,7 @@ lint: $(READY)
 	@$(BIN)/lint-imports --no-logo
 
 bench: $(READY)
-	@$(BIN)/python -m pytest -q --benchmark-only bench $(ARGS)
+	@$(BIN)/python bench/track.py $(ARGS)
 
 venv: $(READY)
 
