@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -38,7 +37,7 @@ class TrainConfig:
     """List under ImageSets to train on."""
     validation_split: str | None = "held"
     """List under ImageSets to score the weights on; None never scores."""
-    steps: int = 6000
+    steps: int = 4000
     """Optimiser steps."""
     batch: int = 8
     """Clips per step."""
@@ -50,13 +49,13 @@ class TrainConfig:
     """Share of procedural clips where a data folder is given."""
     max_skip: int = 8
     """Greatest number of video frames from one frame of a clip to the next."""
-    learning_rate: float = 4e-4
+    learning_rate: float = 2e-4
     """Adam's learning rate after the warm-up."""
-    warmup: int = 200
+    warmup: int = 300
     """Steps over which the learning rate rises from zero."""
-    decay: float = 0.4
+    decay: float = 0.5
     """Last share of the steps, over which the learning rate falls linearly to zero."""
-    freeze_batch_norm: float = 0.7
+    freeze_batch_norm: float = 0.4
     """Share of the steps after which batch norm keeps its statistics; 0 for pretrained trunks."""
     clip_gradient: float = 1.0
     """Greatest norm of the gradient."""
@@ -100,7 +99,7 @@ def train(config: TrainConfig) -> Path:
     torch.manual_seed(config.seed)
     model = STM(STMConfig.small()).to(device, memory_format=torch.channels_last)
     initialize(model)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=False)
+    average = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     start = _resume(config, model, average, optimizer)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=default_dtype(device) == torch.bfloat16)
@@ -117,7 +116,7 @@ def train(config: TrainConfig) -> Path:
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.clip_gradient)
         optimizer.step()
-        average.update_parameters(model)
+        update_average(average, model, config.ema)
         losses.append(loss.item())
         progress.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}")
         if step % config.log_every == 0:
@@ -128,7 +127,7 @@ def train(config: TrainConfig) -> Path:
         if step % config.save_every == 0 or last:
             _save(config, step, model, average, optimizer)
         if config.data and config.validation_split and (step % config.validate_every == 0 or last):
-            _log(config, step=step, **validate(averaged(model, average), config))
+            _log(config, step=step, **validate(averaged(model.config, average, device), config))
     return config.out / "weights.safetensors"
 
 
@@ -167,14 +166,23 @@ def validate(model: STM, config: TrainConfig) -> dict[str, float]:
     return {"J": sum(j for j, _ in scores) / len(scores), "F": sum(f for _, f in scores) / len(scores)}
 
 
-def averaged(model: STM, average: AveragedModel) -> STM:
-    """A copy of the network in eval mode with the averaged weights and the current batch-norm statistics."""
-    copy = STM(model.config)
-    tensors = model.state_dict() | dict(average.module.named_parameters())
-    copy.load_state_dict(tensors)
-    copy.requires_grad_(False)
-    device = next(model.parameters()).device
-    return copy.eval().to(device, default_dtype(device), memory_format=torch.channels_last)
+def update_average(average: dict[str, Tensor], model: STM, decay: float) -> None:
+    """Move the exponential moving average of weights and batch-norm statistics by one step.
+
+    Weights averaged without their statistics would be normalised by those of other weights.
+    """
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            average[name].lerp_(value, 1 - decay)
+        else:
+            average[name].copy_(value)
+
+
+def averaged(config: STMConfig, average: dict[str, Tensor], device: torch.device) -> STM:
+    """A network in eval mode with the averaged weights, in the dtype that tracking uses."""
+    model = STM(config).requires_grad_(False)
+    model.load_state_dict(average)
+    return model.eval().to(device, default_dtype(device), memory_format=torch.channels_last)
 
 
 def _set_mode(model: STM, frozen: bool) -> None:
@@ -213,13 +221,15 @@ def _settings(config: TrainConfig) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def _save(config: TrainConfig, step: int, model: STM, average: AveragedModel, optimizer: torch.optim.Optimizer) -> None:
-    write_tensors(averaged(model, average).float().state_dict(), config.out / "weights.safetensors", torch.float16)
+def _save(
+    config: TrainConfig, step: int, model: STM, average: dict[str, Tensor], optimizer: torch.optim.Optimizer
+) -> None:
+    write_tensors(average, config.out / "weights.safetensors", torch.float16)
     state = {
         "step": step,
         "settings": _settings(config),
         "model": model.state_dict(),
-        "average": average.state_dict(),
+        "average": average,
         "optimizer": optimizer.state_dict(),
     }
     temporary = config.out / "checkpoint.pt.part"
@@ -227,7 +237,7 @@ def _save(config: TrainConfig, step: int, model: STM, average: AveragedModel, op
     os.replace(temporary, config.out / "checkpoint.pt")
 
 
-def _resume(config: TrainConfig, model: STM, average: AveragedModel, optimizer: torch.optim.Optimizer) -> int:
+def _resume(config: TrainConfig, model: STM, average: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
     """Load the run's checkpoint if there is one; return the step it was written at."""
     path = config.out / "checkpoint.pt"
     if not path.is_file():
@@ -240,7 +250,7 @@ def _resume(config: TrainConfig, model: STM, average: AveragedModel, optimizer: 
         ):
             raise ValueError(f"{name}: the run in {config.out} has {state['settings'][name]!r}, asked for {value!r}")
     model.load_state_dict(state["model"])
-    average.load_state_dict(state["average"])
+    average.update((name, value.to(average[name].device)) for name, value in state["average"].items())
     optimizer.load_state_dict(state["optimizer"])
     return state["step"]
 
