@@ -167,12 +167,17 @@ def extra_memory(function: Callable[[], object], device: torch.device | str = "c
         torch.cuda.synchronize(device)
         del result
         return torch.cuda.max_memory_allocated(device) - before
+    held = most = 0
+    for size in allocations(function):
+        held += size
+        most = max(most, held)
+    return most
+
+
+def allocations(function: Callable[[], object]) -> list[int]:
+    """What `function` takes of the CPU's memory, in bytes and in order; what it gives back is negative."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = function()
     del result
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]

@@ -5,7 +5,7 @@ import torch
 
 import stm_kernels.chunked as chunked
 from stm_kernels import memory_read
-from stm_kernels.testing import assert_exact, extra_memory, make_problem, read_by, results
+from stm_kernels.testing import allocations, assert_exact, extra_memory, make_problem, read_by, results
 
 
 def test_slices_cover_a_range_evenly():
@@ -71,6 +71,24 @@ def test_extra_memory_of_a_backward_grows_by_the_gradients_alone(dtype, channel_
 
     most = chunked.BACKWARD_KEYS_PER_CHUNK[1]
     assert extra(6 * most) == extra(2 * most)
+
+
+# not bfloat16: the library that multiplies it takes scratch of its own at every call
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_chunks_share_their_buffers(dtype):
+    def count(N: int) -> int:
+        problem = make_problem(1, 64, N, 32, 64, dtype=dtype)
+        inputs = (problem.query_key, problem.memory_key, problem.memory_value)
+
+        def read_and_backward():
+            out, lse = chunked.chunked_read(*inputs, problem.scale)
+            chunked.chunked_read_backward(problem.grad_out, problem.grad_lse.double(), *inputs, out, lse, problem.scale)
+
+        # a maximum or a sum of a row is small; a buffer is not
+        return sum(size > 4096 for size in allocations(read_and_backward))
+
+    most = chunked.BACKWARD_KEYS_PER_CHUNK[1]
+    assert count(6 * most) == count(2 * most)
 
 
 def test_extra_memory_is_a_tenth_of_the_whole_affinity():
