@@ -111,8 +111,9 @@ def space_time_memory_read(
     memory_value: Tensor,
     *,
     scale: float | None = None,
+    return_lse: bool = False,
     implementation: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Read a memory of whole frames into a feature map, without copying the memory.
 
     Args:
@@ -121,10 +122,11 @@ def space_time_memory_read(
             contiguous or channels-last). Their grid may differ from the query's.
         memory_value: `[B, V, T, H, W]`.
         scale: as in `memory_read`.
+        return_lse: as in `memory_read`.
         implementation: as in `memory_read`.
 
     Returns:
-        The read `[B, V, H, W]`.
+        The read `[B, V, H, W]`; with `return_lse` also the log-sum-exp `[B, H, W]`.
 
     Raises:
         TypeError, ValueError: as in `memory_read`.
@@ -138,14 +140,17 @@ def space_time_memory_read(
             f"memory_value: expected T, H, W = {list(memory_key.shape[2:])} as in memory_key, "
             f"got {list(memory_value.shape[2:])}"
         )
-    read = memory_read(
+    read, lse = memory_read(
         rearrange(query_key, "b c h w -> b (h w) c"),
         rearrange(memory_key, "b c t h w -> b (t h w) c"),
         rearrange(memory_value, "b v t h w -> b (t h w) v"),
         scale=scale,
+        return_lse=True,
         implementation=implementation,
     )
-    return rearrange(read, "b (h w) v -> b v h w", h=query_key.shape[2])
+    height, width = query_key.shape[2:]
+    read = rearrange(read, "b (h w) v -> b v h w", h=height, w=width)
+    return (read, rearrange(lse, "b (h w) -> b h w", h=height, w=width)) if return_lse else read
 
 
 class SpaceTimeMemoryRead(nn.Module):

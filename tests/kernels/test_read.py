@@ -29,6 +29,11 @@ def test_space_time_read_is_the_equation(scale):
     inputs = [tensor.double() for tensor in frames()]
     expected = read_by_the_paper(*inputs, 8**-0.5 if scale is None else scale)
     torch.testing.assert_close(space_time_memory_read(*inputs, scale=scale), expected)
+    read, lse = space_time_memory_read(*inputs, scale=scale, return_lse=True)
+    assert read.shape == (2, 12, 4, 5) and lse.shape == (2, 4, 5)
+    # every position of the query read by itself
+    corner, corner_lse = space_time_memory_read(inputs[0][:, :, 1:2, 3:], *inputs[1:], scale=scale, return_lse=True)
+    torch.testing.assert_close((read[:, :, 1:2, 3:], lse[:, 1:2, 3:]), (corner, corner_lse))
 
 
 def test_memory_of_another_grid():
