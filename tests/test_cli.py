@@ -13,7 +13,7 @@ import pytest
 import torch
 import tyro
 
-from stm_model import STM, STMConfig, Tracker, media
+from stm_model import STM, STMConfig, Tracker, media, pictures
 from stm_model.checkpoint import DEFAULT_WEIGHTS, write_tensors
 from stm_model.cli import main
 from stm_model.data.synthetic import procedural_clip
@@ -44,8 +44,8 @@ def clip(tmp_path_factory):
             writer.write(frame)
     (folder / "true").mkdir()
     for index, mask in enumerate(labels):
-        media.write_mask(folder / "true" / f"{index:05d}.png", mask)
-    media.write_mask(folder / "mask.png", labels[0])
+        pictures.write_mask(folder / "true" / f"{index:05d}.png", mask)
+    pictures.write_mask(folder / "mask.png", labels[0])
     return folder
 
 
@@ -78,8 +78,8 @@ def test_track_writes_masks_overlay_and_summary(track, clip, tmp_path):
     assert (code, err) == (0, "")
     files = sorted((tmp_path / "out" / "masks").iterdir())
     assert [file.name for file in files] == [f"{index:05d}.png" for index in range(FRAMES)]
-    np.testing.assert_array_equal(media.read_mask(files[0]), media.read_mask(clip / "mask.png"))
-    assert all(set(np.unique(media.read_mask(file))) <= {0, 7, 9} for file in files)
+    np.testing.assert_array_equal(pictures.read_mask(files[0]), pictures.read_mask(clip / "mask.png"))
+    assert all(set(np.unique(pictures.read_mask(file))) <= {0, 7, 9} for file in files)
     overlay = media.open_video(tmp_path / "out" / "overlay.mp4")
     assert (overlay.frame_count, overlay.size, overlay.fps) == (FRAMES, (48, 80), 24)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -116,27 +116,29 @@ def test_the_speed_leaves_decoding_out(track, monkeypatch):
     monkeypatch.setattr(media.VideoFile, "_decoded", slowly)
     code, out, _ = track("--json")
     seconds = json.loads(out)["seconds"]
-    assert code == 0 and seconds["decoding"] > 0.2 * FRAMES > seconds["tracking"] > 0
+    assert code == 0 and seconds["decoding"] > 0.2 * FRAMES and seconds["tracking"] > 0
+    # decoding counted twice would not fit into the whole
+    assert seconds["tracking"] + seconds["decoding"] < seconds["wall"]
 
 
 def test_the_masks_are_the_trackers(track, clip, weights, tmp_path):
     assert track("--dtype", "float32")[0] == 0
     frames = list(media.open_video(clip / "clip.mp4"))
     tracker = Tracker(STM.load(weights, device="cpu", dtype=torch.float32))
-    for result in tracker.track(frames, {0: media.read_mask(clip / "mask.png")}):
-        written = media.read_mask(tmp_path / "out" / "masks" / f"{result.index:05d}.png")
+    for result in tracker.track(frames, {0: pictures.read_mask(clip / "mask.png")}):
+        written = pictures.read_mask(tmp_path / "out" / "masks" / f"{result.index:05d}.png")
         np.testing.assert_array_equal(written, result.labels)
 
 
 def test_objects_enter_by_a_folder_of_masks(track, clip, tmp_path):
     folder = tmp_path / "given"
     folder.mkdir()
-    truth = media.read_mask(clip / "true" / "00003.png")
-    media.write_mask(folder / "first_0.png", np.where(media.read_mask(clip / "mask.png") == 7, 7, 0))
-    media.write_mask(folder / "later_3.png", np.where(truth == 9, 9, 0))
+    truth = pictures.read_mask(clip / "true" / "00003.png")
+    pictures.write_mask(folder / "first_0.png", np.where(pictures.read_mask(clip / "mask.png") == 7, 7, 0))
+    pictures.write_mask(folder / "later_3.png", np.where(truth == 9, 9, 0))
     code, out, _ = track("--json", mask=folder)
     assert code == 0 and json.loads(out)["objects"] == [7, 9]
-    labels = [set(np.unique(media.read_mask(tmp_path / "out" / "masks" / f"{t:05d}.png"))) for t in range(4)]
+    labels = [set(np.unique(pictures.read_mask(tmp_path / "out" / "masks" / f"{t:05d}.png"))) for t in range(4)]
     assert all(9 not in seen for seen in labels[:3]) and 9 in labels[3]
 
 
@@ -146,25 +148,25 @@ def test_a_mask_for_every_frame_is_pointed_out(track, clip):
 
 
 def test_a_black_and_white_mask_needs_binary(track, clip, tmp_path):
-    media.write_mask(tmp_path / "mask.png", np.where(media.read_mask(clip / "mask.png") == 7, 255, 0))
+    pictures.write_mask(tmp_path / "mask.png", np.where(pictures.read_mask(clip / "mask.png") == 7, 255, 0))
     assert _refused(track(mask=tmp_path / "mask.png"), "its only label is 255", "--binary")
     code, out, _ = track("--json", "--binary", mask=tmp_path / "mask.png")
     assert code == 0 and json.loads(out)["objects"] == [1]
 
 
 def test_a_mask_of_another_size_is_resized_only_when_asked(track, clip, tmp_path):
-    media.write_mask(tmp_path / "mask.png", media.resize_mask(media.read_mask(clip / "mask.png"), (96, 160)))
+    pictures.write_mask(tmp_path / "mask.png", pictures.resize_mask(pictures.read_mask(clip / "mask.png"), (96, 160)))
     assert _refused(track(mask=tmp_path / "mask.png"), "160x96", "80x48", "--resize-mask")
     assert not (tmp_path / "out").exists()
     code, _, _ = track("--resize-mask", mask=tmp_path / "mask.png")
-    assert code == 0 and media.read_mask(tmp_path / "out" / "masks" / "00000.png").shape == (48, 80)
+    assert code == 0 and pictures.read_mask(tmp_path / "out" / "masks" / "00000.png").shape == (48, 80)
 
 
 def test_a_full_folder_is_refused_and_only_results_are_overwritten(track, tmp_path):
     out = tmp_path / "out"
     (out / "masks").mkdir(parents=True)
     (out / "notes.txt").write_text("mine")
-    media.write_mask(out / "masks" / "00099.png", np.zeros((4, 4), dtype=np.uint8))
+    pictures.write_mask(out / "masks" / "00099.png", np.zeros((4, 4), dtype=np.uint8))
     (out / "masks" / ".00100.partial.png").write_text("left by a run that was killed")
     assert _refused(track(), "is not empty", "--overwrite")
     assert (out / "masks" / "00099.png").exists()
@@ -252,7 +254,7 @@ def test_ctrl_c_keeps_what_was_tracked(weights, tmp_path):
     with media.VideoWriter(tmp_path / "clip.mp4") as writer:
         for frame in np.concatenate([frames, frames[::-1]] * 8):
             writer.write(frame)
-    media.write_mask(tmp_path / "mask.png", labels[0])
+    pictures.write_mask(tmp_path / "mask.png", labels[0])
     out = tmp_path / "out"
     command = [sys.executable, "-m", "stm_model.cli", "track", "clip.mp4", "--mask", "mask.png", "--out", "out"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
@@ -282,7 +284,7 @@ def test_ctrl_c_keeps_what_was_tracked(weights, tmp_path):
 def test_bad_input_is_one_line(track, clip, weights, tmp_path):
     (tmp_path / "file").write_text("text")
     (tmp_path / "empty").mkdir()
-    media.write_mask(tmp_path / "blank.png", np.zeros((48, 80), dtype=np.uint8))
+    pictures.write_mask(tmp_path / "blank.png", np.zeros((48, 80), dtype=np.uint8))
     torch.save({"module.fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pth")
     assert _refused(track(video=tmp_path / "gone.mp4"), "gone.mp4: no such video")
     assert _refused(track(video=tmp_path / "file"), "file: does not open as a video")
@@ -374,9 +376,9 @@ def test_train_hands_its_settings_on(monkeypatch, tmp_path, capsys):
 @pytest.mark.skipif(not DEFAULT_WEIGHTS.is_file(), reason="the default weights are not trained yet")
 def test_a_real_video_end_to_end(tmp_path):
     """The default weights on a real H.264 video, through the command, scored against its ground truth."""
-    truths = [media.read_mask(file) for file in sorted((CLIP / "Annotations").iterdir())]
+    truths = [pictures.read_mask(file) for file in sorted((CLIP / "Annotations").iterdir())]
     arguments = [CLIP / "bear.mp4", "--mask", CLIP / "Annotations" / "00000.png", "--out", tmp_path, "--size", "240"]
     assert main(["track", *map(str, arguments), "--no-overlay"]) == 0
-    predictions = [media.read_mask(file) for file in sorted((tmp_path / "masks").iterdir())]
+    predictions = [pictures.read_mask(file) for file in sorted((tmp_path / "masks").iterdir())]
     region, _ = sequence_scores(predictions, truths)[1]
     assert region >= 0.5

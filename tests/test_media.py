@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stm_model import media
-from stm_model.media import BrokenVideo, MediaError
+from stm_model import media, pictures
+from stm_model.media import BrokenVideo
+from stm_model.pictures import MediaError
 
 SIZE = (48, 64)
 
@@ -192,7 +193,7 @@ def test_sound_alone_is_no_video(tmp_path):
 def test_an_image_of_16_bits_is_refused(tmp_path):
     Image.fromarray(np.full(SIZE, 1000, dtype=np.uint16)).save(tmp_path / "a.png")
     with pytest.raises(MediaError, match="more than 8 bits a channel"):
-        media.read_image(tmp_path / "a.png")
+        pictures.read_image(tmp_path / "a.png")
 
 
 # masks in
@@ -200,17 +201,17 @@ def test_an_image_of_16_bits_is_refused(tmp_path):
 
 def test_palette_and_grey_masks_give_the_labels_as_stored(tmp_path):
     mask = _mask(3, 200, 255)
-    media.write_mask(tmp_path / "palette.png", mask)
+    pictures.write_mask(tmp_path / "palette.png", mask)
     _save_mask(tmp_path / "grey.png", mask)
     _save_mask(tmp_path / "equal.png", mask, "RGB")
     _save_mask(tmp_path / "alpha.png", mask, "LA")
     Image.fromarray(mask.astype(np.uint16)).save(tmp_path / "sixteen.png")
     for name in ("palette", "grey", "equal", "alpha", "sixteen"):
-        read = media.read_mask(tmp_path / f"{name}.png")
+        read = pictures.read_mask(tmp_path / f"{name}.png")
         assert read.dtype == np.uint8
         np.testing.assert_array_equal(read, mask, err_msg=name)
     Image.fromarray(_mask(1) > 0).save(tmp_path / "bit.png")
-    np.testing.assert_array_equal(media.read_mask(tmp_path / "bit.png"), _mask(1))
+    np.testing.assert_array_equal(pictures.read_mask(tmp_path / "bit.png"), _mask(1))
 
 
 def test_a_binary_mask_is_one_object(tmp_path):
@@ -218,12 +219,12 @@ def test_a_binary_mask_is_one_object(tmp_path):
     _save_mask(tmp_path / "grey.png", black_and_white)
     _save_mask(tmp_path / "photo.jpg", black_and_white)
     _save_mask(tmp_path / "colour.png", black_and_white, "RGB")
-    media.write_mask(tmp_path / "palette.png", _mask(3))
+    pictures.write_mask(tmp_path / "palette.png", _mask(3))
     soft = black_and_white.astype(np.uint8)
     soft[soft == 0] = np.arange((soft == 0).sum()) % 100
     _save_mask(tmp_path / "soft.png", soft)
     for name in ("grey.png", "photo.jpg", "colour.png", "palette.png", "soft.png"):
-        np.testing.assert_array_equal(media.read_mask(tmp_path / name, binary=True), _mask(1), err_msg=name)
+        np.testing.assert_array_equal(pictures.read_mask(tmp_path / name, binary=True), _mask(1), err_msg=name)
 
 
 def test_masks_that_cannot_be_used_are_named(tmp_path):
@@ -243,11 +244,11 @@ def test_masks_that_cannot_be_used_are_named(tmp_path):
         "gone.png": "no such file",
     }.items():
         with pytest.raises(MediaError, match=rf"{name}: .*{message}|{name}: {message}"):
-            media.read_mask(tmp_path / name)
+            pictures.read_mask(tmp_path / name)
 
 
 def test_one_mask_is_for_the_first_frame(tmp_path):
-    media.write_mask(tmp_path / "00007.png", _mask(4))
+    pictures.write_mask(tmp_path / "00007.png", _mask(4))
     masks = media.read_masks(tmp_path / "00007.png")
     assert list(masks) == [0]
     np.testing.assert_array_equal(masks[0], _mask(4))
@@ -255,7 +256,7 @@ def test_one_mask_is_for_the_first_frame(tmp_path):
 
 def test_a_folder_of_masks_goes_by_frame_number(tmp_path):
     for name, label in {"mask_10": 2, "mask_9": 1, "mask_011": 3}.items():
-        media.write_mask(tmp_path / f"{name}.png", _mask(label))
+        pictures.write_mask(tmp_path / f"{name}.png", _mask(label))
     masks = media.read_masks(tmp_path)
     assert {index: labels.max() for index, labels in masks.items()} == {9: 1, 10: 2, 11: 3}
     assert list(masks) == [9, 10, 11]
@@ -265,9 +266,9 @@ def test_masks_named_as_the_frames_go_by_the_name(tmp_path):
     video = media.open_video(_write_pictures(tmp_path / "clip", _frames(4), "shot_{}0.png"))
     folder = tmp_path / "masks"
     folder.mkdir()
-    media.write_mask(folder / "shot_20.png", _mask(1))
+    pictures.write_mask(folder / "shot_20.png", _mask(1))
     assert list(media.read_masks(folder, video)) == [2]
-    media.write_mask(folder / "shot_25.png", _mask(1))
+    pictures.write_mask(folder / "shot_25.png", _mask(1))
     with pytest.raises(MediaError, match=r"shot_25\.png: expected the name of a frame"):
         media.read_masks(folder, video)
 
@@ -279,7 +280,7 @@ def test_mask_folders_that_cannot_be_used_are_named(tmp_path):
         folder = tmp_path / f"masks{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         for name, mask in masks.items():
-            media.write_mask(folder / name, mask)
+            pictures.write_mask(folder / name, mask)
         with pytest.raises(MediaError, match=message):
             media.read_masks(folder, **options)
 
@@ -293,8 +294,8 @@ def test_mask_folders_that_cannot_be_used_are_named(tmp_path):
 
 
 def test_an_empty_mask_beside_a_full_one_is_fine(tmp_path):
-    media.write_mask(tmp_path / "0.png", _mask(1))
-    media.write_mask(tmp_path / "3.png", _mask())
+    pictures.write_mask(tmp_path / "0.png", _mask(1))
+    pictures.write_mask(tmp_path / "3.png", _mask())
     assert list(media.read_masks(tmp_path)) == [0, 3]
 
 
@@ -302,8 +303,8 @@ def test_an_empty_mask_beside_a_full_one_is_fine(tmp_path):
 
 
 def test_a_written_mask_reads_back_and_has_the_davis_palette(tmp_path):
-    media.write_mask(tmp_path / "a.png", _mask(1, 2, 255))
-    np.testing.assert_array_equal(media.read_mask(tmp_path / "a.png"), _mask(1, 2, 255))
+    pictures.write_mask(tmp_path / "a.png", _mask(1, 2, 255))
+    np.testing.assert_array_equal(pictures.read_mask(tmp_path / "a.png"), _mask(1, 2, 255))
     palette = np.array(Image.open(tmp_path / "a.png").getpalette()).reshape(-1, 3)
     known = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 8: (64, 0, 0), 21: (128, 64, 128), 22: (0, 192, 128)}
     for label, colour in known.items():
@@ -312,7 +313,7 @@ def test_a_written_mask_reads_back_and_has_the_davis_palette(tmp_path):
 
 
 def test_a_mask_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
-    media.write_mask(tmp_path / "a.png", _mask(1))
+    pictures.write_mask(tmp_path / "a.png", _mask(1))
 
     def full_disk(self, path, **_):
         path.write_bytes(b"half")
@@ -320,9 +321,9 @@ def test_a_mask_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
 
     monkeypatch.setattr(Image.Image, "save", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        media.write_mask(tmp_path / "a.png", _mask(2))
+        pictures.write_mask(tmp_path / "a.png", _mask(2))
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
-    np.testing.assert_array_equal(media.read_mask(tmp_path / "a.png"), _mask(1))
+    np.testing.assert_array_equal(pictures.read_mask(tmp_path / "a.png"), _mask(1))
 
 
 @pytest.mark.parametrize("codec", [None, "mpeg4"])
@@ -354,10 +355,10 @@ def test_a_video_is_kept_when_the_block_fails_and_absent_without_a_frame(tmp_pat
 def test_an_overlay_colours_objects_only(tmp_path):
     frame = _frames(1)[0]
     labels = _mask(1, 8, 255)  # 8 takes the first colour again
-    painted = media.overlay(frame, labels, alpha=0.5)
+    painted = pictures.overlay(frame, labels, alpha=0.5)
     outside = (labels == 0) | (labels == 255)
     np.testing.assert_array_equal(painted[outside], frame[outside])
-    colour = media.OVERLAY_COLOURS[0]
+    colour = pictures.OVERLAY_COLOURS[0]
     np.testing.assert_array_equal(painted[2, 10], colour)  # the line around it
     np.testing.assert_allclose(painted[5, 10], (frame[5, 10] + colour.astype(int)) / 2, atol=1)
     np.testing.assert_allclose(painted[15, 20], (frame[15, 20] + colour.astype(int)) / 2, atol=1)
@@ -366,15 +367,15 @@ def test_an_overlay_colours_objects_only(tmp_path):
 
 def test_a_contact_sheet_lays_pictures_out_in_rows(tmp_path):
     images = [np.full((4, 6, 3), value, dtype=np.uint8) for value in (10, 20, 30)]
-    sheet = media.contact_sheet(images, columns=2, gap=2)
+    sheet = pictures.contact_sheet(images, columns=2, gap=2)
     assert sheet.shape == (10, 14, 3)
     assert (sheet[:4, :6] == 10).all() and (sheet[:4, 8:] == 20).all() and (sheet[6:, :6] == 30).all()
     assert (sheet[6:, 8:] == 255).all() and (sheet[4:6] == 255).all()
-    media.write_image(tmp_path / "sheet.png", sheet)
-    np.testing.assert_array_equal(media.read_image(tmp_path / "sheet.png"), sheet)
+    pictures.write_image(tmp_path / "sheet.png", sheet)
+    np.testing.assert_array_equal(pictures.read_image(tmp_path / "sheet.png"), sheet)
 
 
 def test_resizing_keeps_labels_and_changes_size():
-    labels = media.resize_mask(_mask(3, 200), (96, 128))
+    labels = pictures.resize_mask(_mask(3, 200), (96, 128))
     assert labels.shape == (96, 128) and set(np.unique(labels)) == {0, 3, 200}
-    assert media.resize_frame(_frames(1)[0], (24, 30)).shape == (24, 30, 3)
+    assert pictures.resize_frame(_frames(1)[0], (24, 30)).shape == (24, 30, 3)

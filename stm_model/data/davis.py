@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from stm_model import media
+from stm_model import pictures
 from stm_model.data.augment import paste_objects, random_color, random_view, visible_objects
 from stm_model.data.clips import Clip
 
@@ -22,7 +22,9 @@ class Sequence(NamedTuple):
 
     def load(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """All frames uint8 `[H, W, 3]` and all label maps uint8 `[H, W]`."""
-        return [media.read_image(path) for path in self.frame_paths], [_read_labels(path) for path in self.mask_paths]
+        return [pictures.read_image(path) for path in self.frame_paths], [
+            _read_labels(path) for path in self.mask_paths
+        ]
 
 
 def davis_sequences(root: str | Path, split: str, resolution: str | None = None) -> list[Sequence]:
@@ -64,7 +66,7 @@ def _find_sequence(root: Path, resolution: str, name: str) -> Sequence:
 
 def _read_labels(path: Path) -> np.ndarray:
     """Labels of an annotation; DAVIS-2016's 255 is its one object."""
-    labels = media.read_mask(path)
+    labels = pictures.read_mask(path)
     return np.where(labels == 255, 1, labels).astype(np.uint8) if set(np.unique(labels)) <= {0, 255} else labels
 
 
@@ -106,7 +108,7 @@ class DavisClips(torch.utils.data.Dataset):
         sequence = self.sequences[int(torch.randint(len(self.sequences), (), generator=random))]
         still = bool(torch.rand((), generator=random) < self.still)
         indices = self._pick_frames(len(sequence.frame_paths), still, random)
-        pixels = np.stack([media.read_image(sequence.frame_paths[index]) for index in indices])
+        pixels = np.stack([pictures.read_image(sequence.frame_paths[index]) for index in indices])
         labels = np.stack([_read_labels(sequence.mask_paths[index]) for index in indices])
         frames = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
         clip = random_view(frames, torch.from_numpy(labels), self.size, random, jitter=1.0 if still else 0.3)
