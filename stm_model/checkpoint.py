@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import os
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "stm_small.safetensors"
@@ -33,10 +29,15 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
         raise FileNotFoundError(f"checkpoint: no such file: {path}")
     try:
         if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
             tensors = load_file(path)
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:
+        # a file that is no checkpoint makes its reader fail in any way: IndexError, KeyError, UnpicklingError, …
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"checkpoint: {path} can't be read: {reason}") from error
     if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
@@ -68,6 +69,8 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, dtype:
         path: where to, ending in `.safetensors`.
         dtype: floating-point type in the file; None keeps each tensor's own.
     """
+    from safetensors.torch import save_file
+
     path = Path(path)
     stored = {
         name: value.detach().cpu().to(dtype if dtype and value.is_floating_point() else value.dtype).contiguous()
@@ -75,4 +78,6 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, dtype:
     }
     temporary = path.with_name(path.name + ".part")
     save_file(stored, temporary)
+    # safetensors writes for the owner alone; a file among a package's others is for everybody
+    temporary.chmod(0o644)
     os.replace(temporary, path)

@@ -53,10 +53,13 @@ def test_a_shape_that_differs_is_named(tmp_path, small_model):
 def test_files_that_are_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file: .*missing.pth"):
         STM.load(tmp_path / "missing.pth")
-    for name in ("broken.pth", "broken.safetensors"):
+    for name in ("broken.pth", "broken.safetensors", "notes.txt"):
         (tmp_path / name).write_bytes(b"not a checkpoint at all")
         with pytest.raises(CheckpointError, match=name):
             STM.load(tmp_path / name)
+    (tmp_path / "empty.pth").touch()
+    with pytest.raises(CheckpointError, match="empty.pth can't be read"):
+        STM.load(tmp_path / "empty.pth")
     torch.save([torch.zeros(2)], tmp_path / "list.pth")
     with pytest.raises(CheckpointError, match="expected a dictionary of named tensors"):
         STM.load(tmp_path / "list.pth")
