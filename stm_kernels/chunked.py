@@ -17,7 +17,7 @@ LOG2_E = math.log2(math.e)
 QUERIES_PER_BLOCK = 576
 KEYS_PER_CHUNK = 1024
 # the backward pass takes all queries at once, so its chunk shrinks as they grow
-BACKWARD_LOGITS = 2**21
+BACKWARD_LOGITS = 2**20
 BACKWARD_KEYS_PER_CHUNK = (64, 2048)
 
 
@@ -160,11 +160,10 @@ def _backward_item(
         values = _beside(values, None, scratch.take("values", len(values), values.shape[1] + 2, narrow))
         products = _key_products(query_key, keys, wide, scratch).sub_(rounded)
         weights = torch.add(rest, products, alpha=scale * LOG2_E, out=products).exp2_()
-        _store_product(grad_memory_value[chunk], scratch.cast("rounded", weights, narrow).mT, grad_out, scratch)
+        weights = scratch.cast("rounded", weights, narrow)
+        _store_product(grad_memory_value[chunk], weights.mT, grad_out, scratch)
         grad_logits = scratch.take("grad_logits", M, len(keys), narrow)
-        torch.addmm(grad_logits, shifted_grad_out, values.mT, beta=0, alpha=scale, out=grad_logits)
-        grad_logits = weights.mul_(scratch.cast("widened", grad_logits, wide))
-        grad_logits = scratch.cast("rounded", grad_logits, narrow)
+        torch.addmm(grad_logits, shifted_grad_out, values.mT, beta=0, alpha=scale, out=grad_logits).mul_(weights)
         _store_product(grad_memory_key[chunk], grad_logits.mT, query_key, scratch)
         _add_product(total, grad_logits, keys, scratch)
     grad_query_key.copy_(total)

@@ -44,9 +44,10 @@ def test_reference_has_second_derivatives():
 
 
 @pytest.mark.parametrize("implementation", ["chunked", "triton"])
-def test_opcheck(implementation, device):
+@pytest.mark.parametrize("channel_major", [False, True], ids=["token_major", "channel_major"])
+def test_opcheck(implementation, channel_major, device):
     device = device if implementation == "triton" else "cpu"
-    problem = make_problem(2, 5, 7, 6, 3, device=device)
+    problem = make_problem(2, 5, 7, 6, 3, device=device, channel_major=channel_major)
     inputs = [t.requires_grad_() for t in (problem.query_key, problem.memory_key, problem.memory_value)]
     torch.library.opcheck(read_operator, (*inputs, 0.3, implementation))
     inputs = [t.detach() for t in inputs]

@@ -40,6 +40,17 @@ def test_read_equals_the_read_of_everything(dtype, page_size, implementation):
         assert (one - true).abs().max() <= error
 
 
+def test_pages_are_merged_in_float32():
+    problem = make_problem(B, 9, 50, C, V, dtype=torch.float16, peak=3.0)
+    found = filled(problem, 1).read(problem.query_key)
+    # a page of one position reads its value exactly: what is left is one rounding of the merged read
+    problem = problem.to(torch.float32)
+    expected = filled(problem, 1).read(problem.query_key)
+    rounding = torch.finfo(torch.float16).eps / 2
+    merges = 50 * torch.finfo(torch.float32).eps * problem.memory_value.abs().max()
+    assert ((found - expected).abs() <= rounding * expected.abs() + merges).all()
+
+
 def test_interpreted_triton_reads_pages(device):
     problem = make_problem(B, 9, 50, C, V, device=device)
     found = filled(problem, 20, device=device).read(problem.query_key, implementation="triton")
