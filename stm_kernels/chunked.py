@@ -1,9 +1,9 @@
 """The read in plain PyTorch by an online softmax over chunks of keys, forward and backward: the CPU implementation.
 
 Three facts of CPUs shape it. Fresh memory costs more than the arithmetic, so every buffer is allocated once and reused,
-and no operation mixes dtypes, which would convert through fresh memory. Batched products of strided chunks are slow, so
-every product is a 2-D `mm` into a buffer. A bfloat16 product is fast but rounds its result to 8 bits, too few for a
-logit, so those of the keys are taken twice: once rounded, once what the rounding lost.
+and no operation on a chunk mixes dtypes, which would convert through fresh memory. Batched products of strided chunks
+are slow, so every product is a 2-D `mm` into a buffer. A bfloat16 product is fast but rounds its result to 8 bits, too
+few for a logit, so the products of the keys are taken twice: once rounded, once what the rounding lost.
 """
 
 import math
@@ -75,7 +75,7 @@ def _read_block(
     scratch: _Scratch,
 ) -> tuple[Tensor, Tensor]:
     """Read `[M, V]` and log-sum-exp `[M]` for a block of queries of one batch item; the read is lent by `scratch`."""
-    wide, narrow = accumulation_dtype(query_key.dtype), _product_dtype(query_key)
+    wide, narrow = _accumulation_dtype(query_key.dtype), _product_dtype(query_key)
     M, V = len(query_key), memory_value.shape[1]
     query_key = scratch.cast("query_key", query_key, narrow)
     total = scratch.take("total", M, V, wide).zero_()
@@ -123,7 +123,7 @@ def chunked_read_backward(
     least, most = BACKWARD_KEYS_PER_CHUNK
     chunks = _even_slices(N, max(least, min(most, BACKWARD_LOGITS // M)))
     scratch = _Scratch(query_key.device)
-    wide = accumulation_dtype(query_key.dtype)
+    wide = _accumulation_dtype(query_key.dtype)
     for item in range(query_key.shape[0]):
         delta = (grad_out[item].to(wide) * out[item]).sum(1) - grad_lse[item]
         inputs = (grad_out[item], query_key[item], memory_key[item], memory_value[item])
@@ -184,7 +184,7 @@ def _beside(matrix: Tensor, column: Tensor | None, joined: Tensor) -> Tensor:
     return joined
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums, maxima and the log-sum-exp of a read in `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -193,7 +193,7 @@ def _product_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype of matrix products: bfloat16 where the processor multiplies it, else the accumulator's."""
     if tensor.dtype == torch.bfloat16 and (tensor.is_cuda or torch.cpu._is_avx512_bf16_supported()):
         return torch.bfloat16
-    return accumulation_dtype(tensor.dtype)
+    return _accumulation_dtype(tensor.dtype)
 
 
 def _even_slices(length: int, most: int) -> list[slice]:

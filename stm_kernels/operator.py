@@ -1,4 +1,4 @@
-"""The read and its backward as a pair of PyTorch operators: opaque to `torch.compile`, right under autograd, vmap."""
+"""The read and its backward as a pair of PyTorch operators: what compile, autograd, autocast and vmap see of them."""
 
 import os
 from importlib.util import find_spec
