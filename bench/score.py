@@ -72,7 +72,8 @@ def main() -> None:
         print(f"  {sequence:20} {j:6.3f} {f:6.3f}")
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        report = {"command": " ".join(["python", *sys.argv]), "split": arguments.split, "mean": means, "sequences": rows}
+        command = " ".join(["python", *sys.argv])
+        report = {"command": command, "split": arguments.split, "mean": means, "sequences": rows}
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
