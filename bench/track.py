@@ -1,8 +1,9 @@
 """Time and memory per tracked frame: python bench/track.py [--out bench/results/<device>/track.json]
 
 The tracker as it runs by default against the same tracker the way public STM code computes: float32, contiguous NCHW,
-the whole affinity at once. ResNet-50 network, 2 objects, memories of 1, 5 and 20 frames; both in one process, their
-frames timed in alternation. Peak memory comes from one fresh process per version and memory size.
+batch norm as a layer of its own, the memory concatenated for every frame, the whole affinity at once. ResNet-50
+network, 2 objects, memories of 1, 5 and 20 frames; both in one process, their frames timed in alternation. Peak memory
+comes from one fresh process per version and memory size.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,11 +32,13 @@ VERSIONS = ("naive", "default")
 
 
 def build_tracker(version: str, device: str, memory: MemoryRule | str, weights: STM | None = None) -> Tracker:
-    """The default tracker, or the naive one: float32, NCHW, whole affinity."""
+    """The default tracker, or the naive one: float32, NCHW, separate batch norm, whole affinity."""
     model = weights if weights is not None else random_network()
     if version == "naive":
         model = model.float().to(device, memory_format=torch.contiguous_format)
-        return Tracker(model, memory=memory, implementation="reference")
+        tracker = Tracker(model, memory=memory, implementation="reference")
+        tracker.model = model
+        return tracker
     from stm_model.runtime import default_dtype
 
     model = model.to(device, default_dtype(device), memory_format=torch.channels_last)
@@ -100,7 +102,13 @@ def print_peak(arguments: argparse.Namespace) -> None:
     frames, labels = procedural_clip(8, (arguments.height, arguments.width), OBJECTS, seed=0)
     next(track_until(build_tracker(version, arguments.device, steady_memory(size)), frames, labels[0], size))
     on_gpu = torch.device(arguments.device).type == "cuda"
-    print(torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(torch.cuda.max_memory_allocated() if on_gpu else peak_of_process())
+
+
+def peak_of_process() -> int:
+    """Most bytes this process ever held; getrusage would count what its parent held when it was started."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def agreement(arguments: argparse.Namespace, frames: np.ndarray, mask: np.ndarray) -> float:

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from einops import einsum
+from einops import rearrange
 from torch import Tensor
 
 
@@ -32,5 +32,6 @@ def merge_reads(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     # not exp(lses - lse): a large log-sum-exp is rounded, and would take the weights with it
     weight = seen.softmax(0).masked_fill(empty, 0.0)
     math_dtype = torch.promote_types(outs.dtype, torch.float32)
-    out = einsum(weight.to(math_dtype), outs.to(math_dtype), "s b m, s b m v -> b m v")
+    # a product and a sum: as a contraction this would run as B·M tiny matrix products
+    out = (rearrange(weight.to(math_dtype), "s b m -> s b m 1") * outs).sum(0)
     return out.to(outs.dtype), seen.logsumexp(0).masked_fill(empty, -math.inf)
