@@ -64,7 +64,7 @@ def synchronize(device: str) -> None:
 
 
 def track_until(tracker: Tracker, frames: np.ndarray, mask: np.ndarray, size: int) -> Iterator:
-    """A running track whose next frame is the first that reads `size` frames."""
+    """A track that has gone through the first `size` frames; with a memory of that size the next one reads it all."""
     results = tracker.track((frames[index % len(frames)] for index in range(10**9)), {0: mask})
     for _ in range(size):
         next(results)
@@ -90,17 +90,17 @@ def time_frames(arguments: argparse.Namespace, frames: np.ndarray, mask: np.ndar
 
 
 def peak_memory(arguments: argparse.Namespace, version: str, size: int) -> int:
-    """Peak bytes of a fresh process that tracks up to a memory of `size` frames."""
+    """Peak bytes of a fresh process that tracks, with a memory of `size` frames, as many frames as for the largest."""
     command = [sys.executable, __file__, "--device", arguments.device, "--height", str(arguments.height)]
-    command += ["--width", str(arguments.width), "--peak", version, str(size)]
+    command += ["--width", str(arguments.width), "--peak", version, str(size), str(max(arguments.sizes) + 2)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def print_peak(arguments: argparse.Namespace) -> None:
     """The child's side of `peak_memory`."""
-    version, size = arguments.peak[0], int(arguments.peak[1])
+    version, size, count = arguments.peak[0], int(arguments.peak[1]), int(arguments.peak[2])
     frames, labels = procedural_clip(8, (arguments.height, arguments.width), OBJECTS, seed=0)
-    next(track_until(build_tracker(version, arguments.device, steady_memory(size)), frames, labels[0], size))
+    track_until(build_tracker(version, arguments.device, steady_memory(size)), frames, labels[0], count)
     on_gpu = torch.device(arguments.device).type == "cuda"
     print(torch.cuda.max_memory_allocated() if on_gpu else peak_of_process())
 
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 5, 20], help="memory sizes in frames")
     parser.add_argument("--repeats", type=int, default=5, help="timed frames per version and size")
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak:
         return print_peak(arguments)

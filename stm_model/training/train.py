@@ -19,7 +19,7 @@ from stm_model.checkpoint import write_tensors
 from stm_model.data.clips import Clip
 from stm_model.data.davis import DavisClips, davis_sequences
 from stm_model.data.synthetic import ProceduralClips
-from stm_model.network import STM, STMConfig
+from stm_model.network import STM, STRIDE, STMConfig
 from stm_model.network.decoder import ResBlock
 from stm_model.runtime import default_device, default_dtype
 from stm_model.training.loss import clip_loss
@@ -72,6 +72,16 @@ class TrainConfig:
     device: str | None = None
     """Where to train; None for the GPU if there is one."""
 
+    def __post_init__(self) -> None:
+        for name, least in {"steps": 1, "batch": 1, "frames": 2, "max_skip": 1, "crop": STRIDE}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if self.crop % STRIDE:
+            raise ValueError(f"crop: expected a multiple of {STRIDE} pixels, got {self.crop}")
+        for name in ("procedural", "decay", "freeze_batch_norm", "ema"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a share from 0 to 1, got {getattr(self, name)}")
+
 
 class MixedClips(Dataset):
     """Draws item i from one of two datasets, by a share that i's own seed decides."""
@@ -92,9 +102,10 @@ def train(config: TrainConfig) -> Path:
 
     Raises:
         FileNotFoundError: the data folder, its list or a sequence is missing.
-        ValueError: the run in `out` was started with other settings.
+        ValueError: the run in `out` was started with other settings, or frames and masks of a sequence don't match.
     """
     device = torch.device(config.device) if config.device else default_device()
+    dataset = _dataset(config)
     config.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     model = STM(STMConfig.small()).to(device, memory_format=torch.channels_last)
@@ -105,7 +116,7 @@ def train(config: TrainConfig) -> Path:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=default_dtype(device) == torch.bfloat16)
     losses: list[float] = []
     started = time.perf_counter()
-    progress = tqdm(_batches(config, start), initial=start, total=config.steps, desc="train", unit="step")
+    progress = tqdm(_batches(config, dataset, start), initial=start, total=config.steps, desc="train", unit="step")
     for step, clips in enumerate(progress, start=start + 1):
         _set_mode(model, frozen=step > config.freeze_batch_norm * config.steps)
         for group in optimizer.param_groups:
@@ -197,13 +208,14 @@ def _dataset(config: TrainConfig) -> Dataset:
     procedural = ProceduralClips(config.frames, size)
     if config.data is None:
         return procedural
+    if config.validation_split:
+        davis_sequences(config.data, config.validation_split)
     real = DavisClips(davis_sequences(config.data, config.split), config.frames, size, config.max_skip)
     return MixedClips(real, procedural, config.procedural)
 
 
-def _batches(config: TrainConfig, start: int) -> Iterator[list[Clip]]:
+def _batches(config: TrainConfig, dataset: Dataset, start: int) -> Iterator[list[Clip]]:
     """Batches of steps start + 1 … steps; each is a function of its step and the seed alone."""
-    dataset = _dataset(config)
     first = config.seed * 10_000_000
     seeds = [
         [first + step * config.batch + item for item in range(config.batch)] for step in range(start, config.steps)

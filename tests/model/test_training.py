@@ -146,6 +146,26 @@ def test_a_run_is_not_continued_with_other_settings(config):
         train(config)
 
 
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"crop": 50}, "crop: expected a multiple of 16 pixels, got 50"),
+        ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"frames": 1}, "frames: expected at least 2, got 1"),
+        ({"procedural": 1.5}, "procedural: expected a share from 0 to 1, got 1.5"),
+    ],
+)
+def test_wrong_settings_are_named(wrong, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(out=tmp_path, **wrong)
+
+
+def test_missing_data_leaves_nothing_behind(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no fit\.txt under"):
+        train(TrainConfig(out=tmp_path / "run", data=tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
 def test_metrics_are_logged(config):
     train(config)
     lines = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
