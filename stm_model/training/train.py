@@ -208,9 +208,9 @@ def _dataset(config: TrainConfig) -> Dataset:
     procedural = ProceduralClips(config.frames, size)
     if config.data is None:
         return procedural
-    if config.validation_split:
-        davis_sequences(config.data, config.validation_split)
     real = DavisClips(davis_sequences(config.data, config.split), config.frames, size, config.max_skip)
+    if config.validation_split:
+        davis_sequences(config.data, config.validation_split)  # a missing one is an error now, not after hours
     return MixedClips(real, procedural, config.procedural)
 
 
