@@ -217,7 +217,7 @@ def read_masks(
 
     Raises:
         MediaError: what `read_mask` raises, no masks, two for one frame, one of a frame that the video does not have,
-            different sizes, or no object in any of them.
+            or no object in any of them.
     """
     path = Path(path)
     files = picture_files(path) if path.is_dir() else [path]
@@ -229,10 +229,6 @@ def read_masks(
             raise MediaError(f"{file}: frame {index} already has the mask {by_index[index].name}")
         by_index[index] = file
     masks = {index: read_mask(by_index[index], binary=binary) for index in sorted(by_index)}
-    size = next(iter(masks.values())).shape
-    for index, labels in masks.items():
-        if labels.shape != size:
-            raise MediaError(f"{by_index[index]}: {by(labels.shape)} pixels, but the masks before it are {by(size)}")
     if not any(((labels > 0) & (labels < VOID)).any() for labels in masks.values()):
         if any((labels == VOID).any() for labels in masks.values()):
             raise MediaError(f"{path}: its only label is 255, which is void; for a black-and-white mask use --binary")

@@ -14,7 +14,7 @@ import torch
 import tyro
 
 from stm_model import STM, STMConfig, Tracker, media, pictures
-from stm_model.checkpoint import DEFAULT_WEIGHTS, write_tensors
+from stm_model.checkpoint import write_tensors
 from stm_model.cli import main
 from stm_model.data.synthetic import procedural_clip
 from stm_model.evaluation.metrics import sequence_scores
@@ -160,6 +160,17 @@ def test_a_mask_of_another_size_is_resized_only_when_asked(track, clip, tmp_path
     assert not (tmp_path / "out").exists()
     code, _, _ = track("--resize-mask", mask=tmp_path / "mask.png")
     assert code == 0 and pictures.read_mask(tmp_path / "out" / "masks" / "00000.png").shape == (48, 80)
+
+
+def test_one_mask_of_another_size_among_many(track, clip, tmp_path):
+    folder = tmp_path / "given"
+    folder.mkdir()
+    labels = pictures.read_mask(clip / "mask.png")
+    pictures.write_mask(folder / "00000.png", np.where(labels == 7, 7, 0))
+    pictures.write_mask(folder / "00003.png", np.where(labels == 9, 9, 0)[:, 1:])
+    assert _refused(track(mask=folder), "the mask of frame 3 is 79x48", "80x48", "--resize-mask")
+    code, out, _ = track("--json", "--resize-mask", mask=folder)
+    assert code == 0 and json.loads(out)["objects"] == [7, 9]
 
 
 def test_a_full_folder_is_refused_and_only_results_are_overwritten(track, tmp_path):
@@ -373,7 +384,6 @@ def test_train_hands_its_settings_on(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.skipif(not CLIP.is_dir(), reason="the bear clip is not here")
-@pytest.mark.skipif(not DEFAULT_WEIGHTS.is_file(), reason="the default weights are not trained yet")
 def test_a_real_video_end_to_end(tmp_path):
     """The default weights on a real H.264 video, through the command, scored against its ground truth."""
     truths = [pictures.read_mask(file) for file in sorted((CLIP / "Annotations").iterdir())]

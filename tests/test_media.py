@@ -288,7 +288,6 @@ def test_mask_folders_that_cannot_be_used_are_named(tmp_path):
     refused("first.png: expected a name that ends in the frame's number", {"first.png": _mask(1)})
     refused(r"1\.png: frame 1 already has the mask", {"01.png": _mask(1), "1.png": _mask(1)})
     refused(r"4\.png: a mask for frame 4, but .*clip has 4 frames, 0 to 3", {"4.png": _mask(1)}, video=video)
-    refused(r"1\.png: 60x48 pixels, but the masks before", {"0.png": _mask(1), "1.png": _mask(1, size=(48, 60))})
     refused("an empty mask, no pixel belongs to an object", {"0.png": _mask(), "1.png": _mask()})
     refused("its only label is 255, which is void; .* use --binary", {"0.png": _mask(255)})
 
