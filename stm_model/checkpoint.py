@@ -11,6 +11,8 @@ from torch import Tensor
 
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "stm_small.safetensors"
 """The weights that come with the package; their card lies beside them."""
+DEFAULT_WEIGHTS_SIZE = 240
+"""Shorter side, in pixels, of the frames that the default weights were trained on."""
 
 
 class CheckpointError(ValueError):

@@ -78,7 +78,8 @@ class TrackConfig:
     memory: str = "every:5"
     """Which frames are remembered: first, previous, first+previous, every:N or uniform:K."""
     size: int | None = None
-    """Shorter side in pixels at which the network runs; None takes the video's. Masks always have the video's size."""
+    """Shorter side in pixels at which the network runs. None takes the video's own; with the package's weights at most
+    240, the size they were trained on. Masks always have the video's size."""
     device: str | None = None
     """Where to run, like cpu or cuda:0; None takes the GPU if there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -191,7 +192,10 @@ def track(argv: Sequence[str]) -> int:
     if len(masks) == video.frame_count:
         warnings.warn("every frame has a given mask: nothing is left to track", stacklevel=1)
     from stm_model import Tracker
+    from stm_model.checkpoint import DEFAULT_WEIGHTS_SIZE
 
+    if config.size is None and config.checkpoint is None and min(video.size) > DEFAULT_WEIGHTS_SIZE:
+        config = dataclasses.replace(config, size=DEFAULT_WEIGHTS_SIZE)
     model = _load_model(config.checkpoint, config.device, config.dtype)
     tracker = Tracker(model, memory=config.memory, size=config.size)
     run = Run("track", config.out, tracker, dataclasses.asdict(config))

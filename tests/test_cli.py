@@ -387,8 +387,9 @@ def test_train_hands_its_settings_on(monkeypatch, tmp_path, capsys):
 def test_a_real_video_end_to_end(tmp_path):
     """The default weights on a real H.264 video, through the command, scored against its ground truth."""
     truths = [pictures.read_mask(file) for file in sorted((CLIP / "Annotations").iterdir())]
-    arguments = [CLIP / "bear.mp4", "--mask", CLIP / "Annotations" / "00000.png", "--out", tmp_path, "--size", "240"]
+    arguments = [CLIP / "bear.mp4", "--mask", CLIP / "Annotations" / "00000.png", "--out", tmp_path]
     assert main(["track", *map(str, arguments), "--no-overlay"]) == 0
     predictions = [pictures.read_mask(file) for file in sorted((tmp_path / "masks").iterdir())]
+    assert json.loads((tmp_path / "summary.json").read_text())["settings"]["size"] == 240
     region, _ = sequence_scores(predictions, truths)[1]
     assert region >= 0.5
