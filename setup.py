@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["stm_kernels", "stm_kernels.*", "stm_model", "stm_model.*"]),
-    package_data={"stm_model": ["weights/*.safetensors", "weights/*.json", "weights/*.md"]},
+    package_data={"stm_model": ["weights/*.safetensors", "weights/*.jsonl", "weights/*.md"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",
