@@ -26,6 +26,10 @@ class MemoryRule:
     previous: bool
     """Whether the frame before the current one is in memory while the current one is read."""
 
+    def __post_init__(self) -> None:
+        if not (self.first or self.previous):
+            raise ValueError("memory: expected a rule that remembers the first or the previous frame, got neither")
+
     @classmethod
     def parse(cls, text: str, frame_count: int | None = None) -> MemoryRule:
         """Read a rule from its name.

@@ -130,7 +130,9 @@ class _Video:
         probabilities = self._segment(image)
         given: set[int] = set()
         if mask is not None:
-            probabilities, given = self._apply_mask(probabilities, self._resize_mask(mask))
+            # of the mask as given: an object too small for the network's size is still an object
+            given = set(np.unique(mask).tolist()) - {0, VOID}
+            probabilities = self._apply_mask(probabilities, self._resize_mask(mask), given)
         self.previous = (index, image, probabilities, given)
         full = probabilities
         if full.shape[-2:] != self.frame_size:
@@ -198,9 +200,8 @@ class _Video:
         for memory, mask_given, part in wanting:
             memory.remember(index, mask_given, key[part], value[part])
 
-    def _apply_mask(self, probabilities: Tensor, labels: Tensor) -> tuple[Tensor, set[int]]:
+    def _apply_mask(self, probabilities: Tensor, labels: Tensor, given: set[int]) -> Tensor:
         """Overwrite predictions by a given mask and take in new objects; void pixels keep their prediction."""
-        given = set(labels.unique().tolist()) - {0, VOID}
         new = sorted(given - set(self.objects))
         if new:
             self.objects += new
@@ -219,7 +220,7 @@ class _Video:
         probabilities[:, named] = 0
         for label in given:
             probabilities[1 + self.objects.index(label)][labels == label] = 1
-        return probabilities, given
+        return probabilities
 
 
 def pad_to_stride(maps: Tensor) -> tuple[Tensor, tuple[int, int]]:

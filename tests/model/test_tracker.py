@@ -113,6 +113,20 @@ def test_the_given_mask_comes_back_exactly_at_any_network_size(small_model, clip
     np.testing.assert_array_equal(results[4].labels, labels[4])
 
 
+def test_an_object_too_small_for_the_networks_size_is_not_forgotten(small_model, clip):
+    frames, labels = clip
+    mask = np.zeros_like(labels[0])
+    mask[20:50, 20:50], mask[0, 1] = 1, 2
+    results = track(small_model, frames, {0: mask}, size=16)
+    np.testing.assert_array_equal(results[0].labels, mask)
+    assert all(result.objects == (1, 2) for result in results)
+
+
+def test_a_rule_must_remember_something():
+    with pytest.raises(ValueError, match="expected a rule that remembers the first or the previous frame"):
+        MemoryRule(kept=None, first=False, previous=False)
+
+
 def test_void_says_nothing(small_model, clip):
     frames, labels = clip
     with_void = labels[0].copy()
