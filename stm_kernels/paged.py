@@ -31,7 +31,7 @@ class PagedMemory:
         key_channels: int,
         value_channels: int,
         *,
-        page_size: int = 8192,
+        page_size: int = 32768,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
