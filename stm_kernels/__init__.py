@@ -3,13 +3,14 @@
 from stm_kernels.merge import merge_reads
 from stm_kernels.operator import default_implementation
 from stm_kernels.paged import PagedMemory
-from stm_kernels.read import SpaceTimeMemoryRead, memory_read, space_time_memory_read
+from stm_kernels.read import SpaceTimeMemoryRead, memory_read, memory_usage, space_time_memory_read
 
 __all__ = [
     "PagedMemory",
     "SpaceTimeMemoryRead",
     "default_implementation",
     "memory_read",
+    "memory_usage",
     "merge_reads",
     "space_time_memory_read",
 ]

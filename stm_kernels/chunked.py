@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from stm_kernels.affinity import Affinity, wide_dtype
+
 LOG2_E = math.log2(math.e)
 
 # [query block × key chunk] buffers of about 2 MiB stay in the second- and third-level caches
@@ -19,6 +21,8 @@ KEYS_PER_CHUNK = 1024
 # the backward pass takes all queries at once, so its chunk shrinks as they grow
 BACKWARD_LOGITS = 2**20
 BACKWARD_KEYS_PER_CHUNK = (64, 2048)
+# stands in for the maximum of a row that has seen only hidden positions: -inf - (-inf) is no number
+LEAST_MAXIMUM = -1e30
 
 
 class _Scratch:
@@ -41,41 +45,49 @@ class _Scratch:
         return self.take(name, *tensor.shape, dtype).copy_(tensor)
 
 
-def chunked_read(query_key: Tensor, memory_key: Tensor, memory_value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def chunked_read(affinity: Affinity, memory_value: Tensor, skip: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Read a memory of at least one position.
 
     Args:
-        query_key, memory_key, memory_value, scale: as in `reference_read`.
+        affinity: what weighs the positions.
+        memory_value: `[B, N, V]`, in the dtype of the keys.
+        skip: the weight a query may leave out in all.
 
     Returns:
-        The read `[B, M, V]` in the dtype of the inputs and its log-sum-exp `[B, M]` in float64: the backward pass
-        subtracts it from every logit, where a rounding of it would tilt a whole row of weights.
+        As `read_operator`. The log-sum-exp is float64: the backward pass subtracts it from every logit, where a
+        rounding of it would tilt a whole row of weights.
 
     Source: Milakov & Gimelshein 2018, online softmax.
     """
-    (B, M, _), N, V = query_key.shape, memory_key.shape[1], memory_value.shape[2]
+    query_key, memory_key, key_bias = affinity.query_key, affinity.memory_key, affinity.key_bias
+    (B, M, _), V = affinity.sizes, memory_value.shape[2]
     out = query_key.new_empty(B, M, V)
     lse = query_key.new_empty(B, M, dtype=torch.float64)
     scratch = _Scratch(query_key.device)
-    chunks = _even_slices(N, KEYS_PER_CHUNK)
     for item in range(B):
+        chunks = _even_slices(affinity.positions(item), KEYS_PER_CHUNK)
+        bias = None if key_bias is None else key_bias[item] / affinity.scale
         for block in _even_slices(M, QUERIES_PER_BLOCK):
             out[item, block], lse[item, block] = _read_block(
-                query_key[item, block], memory_key[item], memory_value[item], scale, chunks, scratch
+                query_key[item, block], memory_key[item], memory_value[item], bias, affinity.scale, chunks, scratch
             )
-    return out, lse
+    return out, lse, torch.zeros_like(lse, dtype=torch.float32), query_key.new_empty(B, 0, dtype=torch.uint8)
 
 
 def _read_block(
     query_key: Tensor,
     memory_key: Tensor,
     memory_value: Tensor,
+    bias: Tensor | None,
     scale: float,
     chunks: list[slice],
     scratch: _Scratch,
 ) -> tuple[Tensor, Tensor]:
-    """Read `[M, V]` and log-sum-exp `[M]` for a block of queries of one batch item; the read is lent by `scratch`."""
-    wide, narrow = _accumulation_dtype(query_key.dtype), _product_dtype(query_key)
+    """Read `[M, V]` and log-sum-exp `[M]` for a block of queries of one batch item; the read is lent by `scratch`.
+
+    `bias` `[N]` is added to the unscaled products.
+    """
+    wide, narrow = wide_dtype(query_key.dtype), _product_dtype(query_key)
     M, V = len(query_key), memory_value.shape[1]
     query_key = scratch.cast("query_key", query_key, narrow)
     total = scratch.take("total", M, V, wide).zero_()
@@ -83,7 +95,9 @@ def _read_block(
     row_max = total.new_full((M, 1), -math.inf)
     for chunk in chunks:
         products = _key_products(query_key, memory_key[chunk], wide, scratch)
-        new_max = torch.maximum(row_max, products.amax(1, keepdim=True))
+        if bias is not None:
+            products.add_(bias[chunk])
+        new_max = torch.maximum(row_max, products.amax(1, keepdim=True)).clamp_(min=LEAST_MAXIMUM)
         shrink = (row_max - new_max).mul_(scale).exp_()
         row_max = new_max
         # the maximum is subtracted before the products are scaled: a large logit loses no digit
@@ -92,81 +106,108 @@ def _read_block(
         weights = scratch.cast("rounded", weights, narrow)
         values = scratch.cast("values", memory_value[chunk], narrow)
         _add_product(total.mul_(shrink), weights, values, scratch)
-    return total.div_(row_sum), (row_max.double() * scale + row_sum.double().log_())[:, 0]
+    # a row that saw nothing has a sum of 0
+    total.div_(row_sum.clamp(min=torch.finfo(wide).tiny))
+    return total, (row_max.double() * scale + row_sum.double().log_())[:, 0]
 
 
 def chunked_read_backward(
     grad_out: Tensor,
     grad_lse: Tensor,
-    query_key: Tensor,
-    memory_key: Tensor,
+    affinity: Affinity,
     memory_value: Tensor,
     out: Tensor,
     lse: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    skipped: Tensor,
+    kept: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of a read of at least one position by its inputs; the affinity is recomputed chunk by chunk.
 
     Args:
         grad_out: `[B, M, V]`, gradient by the read.
         grad_lse: `[B, M]` float64, gradient by the log-sum-exp.
-        query_key, memory_key, memory_value, scale: what was read, as in `reference_read`.
-        out, lse: what `chunked_read` returned.
+        affinity, memory_value: what was read.
+        out, lse, skipped, kept: what `chunked_read` returned.
 
     Returns:
-        The gradients by `query_key`, `memory_key` and `memory_value`, laid out as `torch.empty_like` of each.
+        The gradients by `query_key`, `memory_key` and `memory_value`, laid out as `torch.empty_like` of each, and by
+        `key_bias`, where there is one.
 
     Source: Dao et al. 2022, FlashAttention, appendix B.4; the log-sum-exp's own gradient is subtracted from delta.
     """
-    gradients = tuple(torch.empty_like(tensor) for tensor in (query_key, memory_key, memory_value))
-    M, N = query_key.shape[1], memory_key.shape[1]
+    query_key, memory_key, key_bias = affinity.query_key, affinity.memory_key, affinity.key_bias
+    gradients = [torch.empty_like(tensor) for tensor in (query_key, memory_key, memory_value)]
+    gradients.append(None if key_bias is None else torch.zeros_like(key_bias))
+    M = query_key.shape[1]
     least, most = BACKWARD_KEYS_PER_CHUNK
-    chunks = _even_slices(N, max(least, min(most, BACKWARD_LOGITS // M)))
     scratch = _Scratch(query_key.device)
-    wide = _accumulation_dtype(query_key.dtype)
+    wide = wide_dtype(query_key.dtype)
     for item in range(query_key.shape[0]):
+        count = affinity.positions(item)
+        chunks = _even_slices(count, max(least, min(most, BACKWARD_LOGITS // M)))
         delta = (grad_out[item].to(wide) * out[item]).sum(1) - grad_lse[item]
-        inputs = (grad_out[item], query_key[item], memory_key[item], memory_value[item])
-        outputs = tuple(gradient[item] for gradient in gradients)
-        _backward_item(inputs, delta.to(wide), lse[item], scale, chunks, scratch, outputs)
-    return gradients
+        bias = None if key_bias is None else key_bias[item] / affinity.scale
+        inputs = (grad_out[item], query_key[item], memory_key[item], memory_value[item], bias)
+        outputs = tuple(gradient if gradient is None else gradient[item] for gradient in gradients)
+        _backward_item(inputs, delta.to(wide), lse[item], affinity.scale, chunks, scratch, outputs)
+        for gradient in outputs[1:3]:
+            gradient[count:] = 0
+    return tuple(gradients)
 
 
 def _backward_item(
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
     delta: Tensor,
     lse: Tensor,
     scale: float,
     chunks: list[slice],
     scratch: _Scratch,
-    gradients: tuple[Tensor, Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor | None],
 ) -> None:
     """Write the gradients of one batch item; every tensor comes without its batch axis."""
-    grad_out, query_key, memory_key, memory_value = inputs
-    grad_query_key, grad_memory_key, grad_memory_value = gradients
+    grad_out, query_key, memory_key, memory_value, bias = inputs
+    grad_query_key, grad_memory_key, grad_memory_value, grad_bias = gradients
     wide, narrow = delta.dtype, _product_dtype(query_key)
     M, C = query_key.shape
     query_key = scratch.cast("query_key", query_key, narrow)
     grad_out = scratch.cast("grad_out", grad_out, narrow)
     shifted_grad_out = _beside(grad_out, -delta, scratch.take("shifted_grad_out", M, grad_out.shape[1] + 2, narrow))
-    # in two parts: a rounding of it would tilt the whole row
-    row_top = (lse / scale)[:, None]
-    rounded = row_top.to(wide)
-    rest = ((rounded - row_top) * (scale * LOG2_E)).to(wide)
+    row_top = _row_top(lse, scale, wide)
     total = scratch.take("total", M, C, wide).zero_()
     for chunk in chunks:
         keys = scratch.cast("keys", memory_key[chunk], narrow)
         values = memory_value[chunk]
         values = _beside(values, None, scratch.take("values", len(values), values.shape[1] + 2, narrow))
-        products = _key_products(query_key, keys, wide, scratch).sub_(rounded)
-        weights = torch.add(rest, products, alpha=scale * LOG2_E, out=products).exp2_()
+        products = _key_products(query_key, keys, wide, scratch)
+        if bias is not None:
+            products.add_(bias[chunk])
+        weights = _weights(products, row_top, scale)
         weights = scratch.cast("rounded", weights, narrow)
         _store_product(grad_memory_value[chunk], weights.mT, grad_out, scratch)
         grad_logits = scratch.take("grad_logits", M, len(keys), narrow)
         torch.addmm(grad_logits, shifted_grad_out, values.mT, beta=0, alpha=scale, out=grad_logits).mul_(weights)
+        if grad_bias is not None:
+            torch.sum(grad_logits, 0, dtype=wide, out=grad_bias[chunk]).div_(scale)
         _store_product(grad_memory_key[chunk], grad_logits.mT, query_key, scratch)
         _add_product(total, grad_logits, keys, scratch)
     grad_query_key.copy_(total)
+
+
+def _row_top(lse: Tensor, scale: float, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The log-sum-exp `[M]`, float64, as `[M, 1]` unscaled products, and what their rounding takes from the exponents.
+
+    In two parts: a rounding alone would tilt the whole row. A row that saw nothing gets a top so high that it weighs
+    nothing.
+    """
+    row_top = (lse.masked_fill(lse.isneginf(), -LEAST_MAXIMUM) / scale)[:, None]
+    rounded = row_top.to(wide)
+    return rounded, ((rounded - row_top) * (scale * LOG2_E)).to(wide)
+
+
+def _weights(products: Tensor, row_top: tuple[Tensor, Tensor], scale: float) -> Tensor:
+    """The unscaled products `[M, N]` turned into weights, in place."""
+    rounded, rest = row_top
+    return torch.add(rest, products.sub_(rounded), alpha=scale * LOG2_E, out=products).exp2_()
 
 
 def _beside(matrix: Tensor, column: Tensor | None, joined: Tensor) -> Tensor:
@@ -184,20 +225,17 @@ def _beside(matrix: Tensor, column: Tensor | None, joined: Tensor) -> Tensor:
     return joined
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums, maxima and the log-sum-exp of a read in `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _product_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype of matrix products: bfloat16 where the processor multiplies it, else the accumulator's."""
     if tensor.dtype == torch.bfloat16 and (tensor.is_cuda or torch.cpu._is_avx512_bf16_supported()):
         return torch.bfloat16
-    return _accumulation_dtype(tensor.dtype)
+    return wide_dtype(tensor.dtype)
 
 
 def _even_slices(length: int, most: int) -> list[slice]:
     """Cover `range(length)` by slices of nearly equal length, none longer than `most`, the longest first."""
+    if not length:
+        return []
     count = -(-length // most)
     size = -(-length // count)
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
@@ -232,3 +270,29 @@ def _store_product(target: Tensor, left: Tensor, right: Tensor, scratch: _Scratc
         torch.mm(left, right, out=target)
     else:
         target.copy_(torch.mm(left, right, out=scratch.take("product", *target.shape, left.dtype)))
+
+
+def chunked_usage(affinity: Affinity, lse: Tensor | None) -> Tensor:
+    """Column sums `[B, N]` of the affinity, in `wide_dtype`, of a memory of at least one position.
+
+    Args:
+        affinity: what weighs the positions.
+        lse: `[B, M]`, float64; None computes it.
+    """
+    query_key, memory_key = affinity.query_key, affinity.memory_key
+    B, M, N = affinity.sizes
+    wide, narrow = wide_dtype(query_key.dtype), _product_dtype(query_key)
+    if lse is None:
+        lse = chunked_read(affinity, memory_key[:, :, :1], 0.0)[1]
+    usage = query_key.new_zeros(B, N, dtype=wide)
+    scratch = _Scratch(query_key.device)
+    for item in range(B):
+        for block in _even_slices(M, QUERIES_PER_BLOCK):
+            queries = scratch.cast("query_key", query_key[item, block], narrow)
+            row_top = _row_top(lse[item, block], affinity.scale, wide)
+            for chunk in _even_slices(affinity.positions(item), KEYS_PER_CHUNK):
+                products = _key_products(queries, memory_key[item, chunk], wide, scratch)
+                if affinity.key_bias is not None:
+                    products.add_(affinity.key_bias[item, chunk] / affinity.scale)
+                usage[item, chunk] += _weights(products, row_top, affinity.scale).sum(0)
+    return usage

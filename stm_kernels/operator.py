@@ -1,40 +1,84 @@
-"""The read and its backward as a pair of PyTorch operators: what compile, autograd, autocast and vmap see of them."""
+"""The read, its backward and the usage as PyTorch operators: what compile, autograd, autocast and vmap see of them."""
 
 import os
 from importlib.util import find_spec
+from typing import Optional
 
 import torch
 from torch import Tensor
 
-from stm_kernels.chunked import chunked_read, chunked_read_backward
+from stm_kernels.affinity import SKIP_POSITIONS, SKIP_QUERIES, Affinity, wide_dtype
+from stm_kernels.chunked import chunked_read, chunked_read_backward, chunked_usage
+from stm_kernels.topk import chunked_select, top_k_read, top_k_read_backward
 
 TRITON_KEY_CHANNELS = 256
 
 
 @torch.library.custom_op("stm_kernels::memory_read", mutates_args=())
 def read_operator(
-    query_key: Tensor, memory_key: Tensor, memory_value: Tensor, scale: float, implementation: str
-) -> tuple[Tensor, Tensor]:
+    query_key: Tensor,
+    memory_key: Tensor,
+    memory_value: Tensor,
+    key_bias: Optional[Tensor],  # noqa: UP045  the schema of an operator is read from this spelling
+    lengths: Optional[Tensor],  # noqa: UP045
+    scale: float,
+    top_k: int,
+    skip: float,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Read by a named implementation, "auto" resolved by the device of the inputs.
 
+    Args:
+        query_key, memory_key, memory_value: as in `memory_read`.
+        key_bias, lengths, scale: as in `Affinity`.
+        top_k: 0 is all.
+        skip: 0 is the exact read.
+        implementation: as in `memory_read`, but "reference".
+
     Returns:
-        The read `[B, M, V]` in the dtype of the inputs and its log-sum-exp `[B, M]`, always in float64: the backward
-        pass subtracts it from every logit.
+        The read `[B, M, V]` in the dtype of the inputs; its log-sum-exp `[B, M]`, always in float64: the backward pass
+        subtracts it from every logit; the weight left out `[B, M]`, float32; and what the backward pass needs to know
+        of the choice made: `[B, M, min(k, N)]` int32, the chosen positions, for a top-k read; for one that skips
+        `[B, ⌈M / SKIP_QUERIES⌉, ⌈N / SKIP_POSITIONS⌉]` uint8, 1 where a block's values were read; else `[B, 0]`.
     """
+    affinity = Affinity(query_key, memory_key, scale, key_bias, lengths)
+    _check_lengths(affinity)
     if min(*query_key.shape, *memory_value.shape) == 0:
-        B, M, V = *query_key.shape[:2], memory_value.shape[2]
-        return query_key.new_zeros(B, M, V), query_key.new_full((B, M), float("-inf"), dtype=torch.float64)
-    if _resolve(implementation, query_key) == "triton":
+        out, lse, skipped, choice = _outputs(affinity, memory_value, top_k, skip)
+        return out.zero_(), lse.fill_(float("-inf")), skipped.zero_(), choice.zero_()
+    on_gpu = _resolve(implementation, query_key) == "triton"
+    if top_k:
+        if on_gpu:
+            from stm_kernels.gpu.topk import triton_select as select
+        else:
+            select = chunked_select
+        out, lse, choice = top_k_read(affinity, memory_value, top_k, select)
+        return out, lse, torch.zeros_like(lse, dtype=torch.float32), choice
+    if on_gpu:
         from stm_kernels.gpu.forward import triton_read
 
-        return triton_read(query_key, memory_key, memory_value, scale)
-    return chunked_read(query_key, memory_key, memory_value, scale)
+        return triton_read(affinity, memory_value, skip)
+    return chunked_read(affinity, memory_value, skip)
 
 
 @read_operator.register_fake
-def _(query_key: Tensor, memory_key: Tensor, memory_value: Tensor, scale: float, implementation: str):
-    B, M, _ = query_key.shape
-    return query_key.new_empty(B, M, memory_value.shape[2]), query_key.new_empty(B, M, dtype=torch.float64)
+def _(query_key, memory_key, memory_value, key_bias, lengths, scale, top_k, skip, implementation):
+    return _outputs(Affinity(query_key, memory_key, scale), memory_value, top_k, skip)
+
+
+def _outputs(affinity: Affinity, memory_value: Tensor, top_k: int, skip: float) -> tuple[Tensor, ...]:
+    """Empty tensors in the form of what `read_operator` returns."""
+    B, M, N = affinity.sizes
+    if top_k:
+        choice = torch.sym_min(top_k, N) if isinstance(N, torch.SymInt) else min(top_k, N)
+        choice = memory_value.new_empty(B, M, choice, dtype=torch.int32)
+    elif skip:
+        blocks = (M + SKIP_QUERIES - 1) // SKIP_QUERIES, (N + SKIP_POSITIONS - 1) // SKIP_POSITIONS
+        choice = memory_value.new_empty(B, *blocks, dtype=torch.uint8)
+    else:
+        choice = memory_value.new_empty(B, 0, dtype=torch.uint8)
+    out = memory_value.new_empty(B, M, memory_value.shape[2])
+    return out, out.new_empty(B, M, dtype=torch.float64), out.new_empty(B, M, dtype=torch.float32), choice
 
 
 @torch.library.custom_op("stm_kernels::memory_read_backward", mutates_args=())
@@ -44,33 +88,59 @@ def backward_operator(
     query_key: Tensor,
     memory_key: Tensor,
     memory_value: Tensor,
+    key_bias: Optional[Tensor],  # noqa: UP045
+    lengths: Optional[Tensor],  # noqa: UP045
     out: Tensor,
     lse: Tensor,
+    skipped: Tensor,
+    choice: Tensor,
     scale: float,
+    top_k: int,
+    skip: float,
     implementation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `read_operator` by its three tensors, laid out as `torch.empty_like` of each."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `read_operator` by its tensors, laid out as `torch.empty_like` of each; `[B, 0]` without a bias.
+
+    Of a read that skips, positions whose values were not read have no gradient.
+    """
+    affinity = Affinity(query_key, memory_key, scale, key_bias, lengths)
     if min(*query_key.shape, *memory_value.shape) == 0:
-        return torch.zeros_like(query_key), torch.zeros_like(memory_key), torch.zeros_like(memory_value)
-    if _resolve(implementation, query_key) == "triton":
+        grads = tuple(torch.zeros_like(tensor) for tensor in (query_key, memory_key, memory_value))
+        return *grads, _empty_grad_key_bias(query_key, key_bias).zero_()
+    on_gpu = _resolve(implementation, query_key) == "triton"
+    if top_k:
+        grads = top_k_read_backward(grad_out, grad_lse, affinity, memory_value, out, lse, choice)
+    elif on_gpu:
         from stm_kernels.gpu.backward import triton_read_backward
 
-        return triton_read_backward(grad_out, grad_lse, query_key, memory_key, memory_value, out, lse, scale)
-    return chunked_read_backward(grad_out, grad_lse, query_key, memory_key, memory_value, out, lse, scale)
+        grads = triton_read_backward(grad_out, grad_lse, affinity, memory_value, out, lse, skipped, choice)
+    else:
+        grads = chunked_read_backward(grad_out, grad_lse, affinity, memory_value, out, lse, skipped, choice)
+    *grads, grad_key_bias = grads
+    return *grads, _empty_grad_key_bias(query_key, key_bias) if grad_key_bias is None else grad_key_bias
 
 
 @backward_operator.register_fake
-def _(grad_out, grad_lse, query_key, memory_key, memory_value, out, lse, scale, implementation):
-    return torch.empty_like(query_key), torch.empty_like(memory_key), torch.empty_like(memory_value)
+def _(grad_out, grad_lse, query_key, memory_key, memory_value, key_bias, *rest):
+    grads = (torch.empty_like(tensor) for tensor in (query_key, memory_key, memory_value))
+    return *grads, _empty_grad_key_bias(query_key, key_bias)
+
+
+def _empty_grad_key_bias(query_key: Tensor, key_bias: Tensor | None) -> Tensor:
+    return query_key.new_empty(len(query_key), 0) if key_bias is None else torch.empty_like(key_bias)
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.scale, ctx.implementation = inputs
-    ctx.save_for_backward(*tensors, *output)
+    *tensors, ctx.scale, ctx.top_k, ctx.skip, ctx.implementation = inputs
+    out, lse, skipped, choice = output
+    ctx.mark_non_differentiable(skipped, choice)
+    ctx.save_for_backward(*tensors, out, lse, skipped, choice)
 
 
-def _differentiate(ctx, grad_out: Tensor, grad_lse: Tensor):
-    return *backward_operator(grad_out, grad_lse, *ctx.saved_tensors, ctx.scale, ctx.implementation), None, None
+def _differentiate(ctx, grad_out: Tensor, grad_lse: Tensor, *_):
+    settings = (ctx.scale, ctx.top_k, ctx.skip, ctx.implementation)
+    *grads, grad_key_bias = backward_operator(grad_out, grad_lse, *ctx.saved_tensors, *settings)
+    return *grads, None if ctx.saved_tensors[3] is None else grad_key_bias, *(None,) * 5
 
 
 def _refuse(ctx, *grads):
@@ -84,6 +154,33 @@ read_operator.register_autograd(_differentiate, setup_context=_save)
 backward_operator.register_autograd(_refuse)
 
 
+@torch.library.custom_op("stm_kernels::memory_usage", mutates_args=())
+def usage_operator(
+    query_key: Tensor,
+    memory_key: Tensor,
+    key_bias: Optional[Tensor],  # noqa: UP045
+    lengths: Optional[Tensor],  # noqa: UP045
+    lse: Optional[Tensor],  # noqa: UP045
+    scale: float,
+    implementation: str,
+) -> Tensor:
+    """Column sums `[B, N]` of the affinity, in `wide_dtype`; `lse` `[B, M]`, float64, spares a pass."""
+    affinity = Affinity(query_key, memory_key, scale, key_bias, lengths)
+    _check_lengths(affinity)
+    if min(*query_key.shape, *memory_key.shape) == 0:
+        return query_key.new_zeros(memory_key.shape[:2], dtype=wide_dtype(query_key.dtype))
+    if _resolve(implementation, query_key) == "triton":
+        from stm_kernels.gpu.usage import triton_usage
+
+        return triton_usage(affinity, lse)
+    return chunked_usage(affinity, lse)
+
+
+@usage_operator.register_fake
+def _(query_key, memory_key, key_bias, lengths, lse, scale, implementation):
+    return query_key.new_empty(memory_key.shape[:2], dtype=wide_dtype(query_key.dtype))
+
+
 @read_operator.register_vmap
 def _(info, in_dims, *inputs):
     return _fold(read_operator, info.batch_size, in_dims, inputs)
@@ -92,6 +189,12 @@ def _(info, in_dims, *inputs):
 @backward_operator.register_vmap
 def _(info, in_dims, *inputs):
     return _fold(backward_operator, info.batch_size, in_dims, inputs)
+
+
+@usage_operator.register_vmap
+def _(info, in_dims, *inputs):
+    (usage,), (dim,) = _fold(lambda *folded: (usage_operator(*folded),), info.batch_size, in_dims, inputs)
+    return usage, dim
 
 
 def _fold(operator, size: int, in_dims: tuple, inputs: tuple):
@@ -104,6 +207,15 @@ def _fold(operator, size: int, in_dims: tuple, inputs: tuple):
         folded.append(value)
     outputs = operator(*folded)
     return tuple(output.unflatten(0, (size, len(output) // size)) for output in outputs), (0,) * len(outputs)
+
+
+def _check_lengths(affinity: Affinity) -> None:
+    """Refuse a length out of range where looking at it costs no wait for a GPU; a kernel clamps it."""
+    lengths, N = affinity.lengths, affinity.memory_key.shape[1]
+    if lengths is not None and lengths.device.type == "cpu" and lengths.numel():
+        least, most = int(lengths.min()), int(lengths.max())
+        if least < 0 or most > N:
+            raise ValueError(f"lengths: expected 0 to N = {N} positions, got {least if least < 0 else most}")
 
 
 def _resolve(implementation: str, query_key: Tensor) -> str:

@@ -121,7 +121,7 @@ class PagedMemory:
             parts = [tuple(torch.cat(tensors, 1) for tensors in zip(*parts))]
         merged = None
         for key, value in parts:
-            out, lse = read_with_float64_lse(query_key, key, value, scale, implementation)
+            out, lse, _ = read_with_float64_lse(query_key, key, value, scale=scale, implementation=implementation)
             dtype = out.dtype
             if len(parts) > 1:
                 # merged in float32 or wider, so that the read is rounded once, not once a page

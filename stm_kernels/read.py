@@ -1,15 +1,13 @@
 """The public read: shapes, errors and the choice of implementation."""
 
-import math
-
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from stm_kernels.operator import autocast_inputs, read_operator
-from stm_kernels.reference import reference_read
-
-IMPLEMENTATIONS = ("auto", "triton", "chunked", "reference")
+from stm_kernels.affinity import wide_dtype
+from stm_kernels.checks import check_agreement, check_tensors, checked_affinity, checked_choice
+from stm_kernels.operator import autocast_inputs, read_operator, usage_operator
+from stm_kernels.reference import reference_read, reference_usage
 
 
 def memory_read(
@@ -18,91 +16,176 @@ def memory_read(
     memory_value: Tensor,
     *,
     scale: float | None = None,
+    similarity: str = "dot",
+    key_bias: Tensor | None = None,
+    lengths: Tensor | None = None,
+    top_k: int | None = None,
+    skip: float = 0.0,
     return_lse: bool = False,
+    return_skipped: bool = False,
     implementation: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Read a memory: for every query the mean of all memory values, weighted by the softmax of query · key.
+) -> Tensor | tuple[Tensor, ...]:
+    """Read a memory: for every query the mean of all memory values, weighted by the softmax of its similarities.
 
     Args:
         query_key: `[B, M, C]`, float16, bfloat16, float32 or float64; any strides.
         memory_key: `[B, N, C]`, same dtype and device; any strides. N = 0 is an empty memory.
-        memory_value: `[B, N, V]`, same dtype and device; any strides.
-        scale: factor of the dot product; None is C ** -0.5 (the released model), 1.0 the paper's equation.
-        return_lse: also return the log-sum-exp of the scaled dot products.
+        memory_value: `[B, N, V]`, same dtype and device; any strides. The values of K objects that share their keys
+            lie side by side, `[B, N, K·V]`: the affinity is computed once for all.
+        scale: factor of the similarity; None is C ** -0.5 (the released model), 1.0 the paper's equation.
+        similarity: "dot", the dot product, or "l2", the negative squared distance of STCN.
+        key_bias: `[B, N]`, any floating dtype, added to every logit of a memory position; -inf hides the position.
+        lengths: `[B]`, integers on the device of the inputs, 0 to N: how many positions each memory of a batch has.
+            What lies behind, NaN included, is as if it were not there.
+        top_k: weigh only so many positions, those of the greatest logits; of equal ones those of lower index. None is
+            all.
+        skip: the weight that a query may leave out in all, from 0 to below 1: blocks of memory positions of which all
+            queries nearby weigh less are not read, and the rest is weighed up to 1. The result is off by at most
+            2 · skip · max |memory_value|; 0 is the exact read. `implementation="reference"` leaves nothing out.
+        return_lse: also return the log-sum-exp of the logits (of the `top_k` greatest).
+        return_skipped: also return the weight left out.
         implementation: "auto" (triton on a GPU, but for float64 and C > 256; chunked elsewhere), "triton", "chunked"
             or "reference". One asked for by name never falls back to another.
 
     Returns:
         The read `[B, M, V]` in the dtype of the inputs (autocast's dtype under autocast); with `return_lse` also the
-        natural log-sum-exp `[B, M]` in float32 (float64 for float64 inputs). Both are differentiable once. An empty
-        memory reads zeros, with a log-sum-exp of -inf.
+        natural log-sum-exp `[B, M]` in float32 (float64 for float64 inputs), of all positions, left out or not; with
+        `return_skipped` also the weight left out `[B, M]` in float32, at most `skip`. The first two are differentiable
+        once, where a read that skips takes the blocks it read as given. A query that sees no position reads zeros,
+        with a log-sum-exp of -inf.
 
     Raises:
-        TypeError: an input is no floating-point tensor, or `scale` no number.
+        TypeError: an input is no tensor of the kind expected, or a setting no number.
         ValueError: shapes, dtypes or devices disagree, a setting is out of range, or the implementation asked for
             cannot read these inputs.
         ImportError: `implementation="triton"` where triton is not installed.
 
-    Source: Oh et al. 2019, Space-Time Memory Networks, equation 1.
+    Source: Oh et al. 2019, Space-Time Memory Networks, equation 1. "l2": Cheng et al. 2021, Rethinking Space-Time
+    Networks, section 4. `top_k`: Cheng et al. 2021, Modular Interactive Video Object Segmentation, section 3.2.
     """
-    out, lse = read_with_float64_lse(query_key, memory_key, memory_value, scale, implementation)
-    if not return_lse:
-        return out
-    return out, lse if out.dtype == torch.float64 else lse.float()
+    out, lse, skipped = read_with_float64_lse(
+        query_key,
+        memory_key,
+        memory_value,
+        scale=scale,
+        similarity=similarity,
+        key_bias=key_bias,
+        lengths=lengths,
+        top_k=top_k,
+        skip=skip,
+        implementation=implementation,
+    )
+    results = [out]
+    if return_lse:
+        results.append(lse if out.dtype == torch.float64 else lse.float())
+    if return_skipped:
+        results.append(skipped)
+    return tuple(results) if len(results) > 1 else out
 
 
 def read_with_float64_lse(
-    query_key: Tensor, memory_key: Tensor, memory_value: Tensor, scale: float | None, implementation: str
-) -> tuple[Tensor, Tensor]:
-    """`memory_read` with its log-sum-exp in float64: merging many reads by rounded ones would add the roundings up."""
-    _check_tensors(query_key=query_key, memory_key=memory_key, memory_value=memory_value)
+    query_key: Tensor,
+    memory_key: Tensor,
+    memory_value: Tensor,
+    *,
+    scale: float | None = None,
+    similarity: str = "dot",
+    key_bias: Tensor | None = None,
+    lengths: Tensor | None = None,
+    top_k: int | None = None,
+    skip: float = 0.0,
+    implementation: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`memory_read` with all it can return, and its log-sum-exp in float64: merging many reads by rounded ones would
+    add the roundings up.
+    """
+    check_tensors(query_key=query_key, memory_key=memory_key, memory_value=memory_value)
     query_key, memory_key, memory_value = autocast_inputs(query_key, memory_key, memory_value)
-    _check_agreement(query_key, memory_key, memory_value)
-    scale = query_key.shape[2] ** -0.5 if scale is None else _checked_scale(scale)
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation: expected one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
+    check_agreement(query_key, memory_key=memory_key, memory_value=memory_value)
+    scale = checked_affinity(query_key, memory_key, scale, similarity, key_bias, lengths, implementation)
+    top_k, skip = checked_choice(top_k, skip)
     if implementation == "reference":
-        out, lse = reference_read(query_key, memory_key, memory_value, scale)
-        return out, lse.double()
-    return read_operator(query_key, memory_key, memory_value, scale, implementation)
-
-
-def _check_tensors(ndim: int = 3, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
-        if tensor.ndim != ndim:
-            raise ValueError(f"{name}: expected {ndim} axes, got {tensor.ndim} in shape {list(tensor.shape)}")
-
-
-def _check_agreement(query_key: Tensor, memory_key: Tensor, memory_value: Tensor) -> None:
-    for name, tensor in (("memory_key", memory_key), ("memory_value", memory_value)):
-        for what, expected, got in (
-            ("dtype", query_key.dtype, tensor.dtype),
-            ("device", query_key.device, tensor.device),
-            ("B =", query_key.shape[0], tensor.shape[0]),
-        ):
-            if expected != got:
-                raise ValueError(f"{name}: expected {what} {expected} as in query_key, got {got}")
-    if memory_key.shape[2] != query_key.shape[2]:
-        raise ValueError(f"memory_key: expected C = {query_key.shape[2]} as in query_key, got {memory_key.shape[2]}")
-    if memory_value.shape[1] != memory_key.shape[1]:
-        raise ValueError(
-            f"memory_value: expected N = {memory_key.shape[1]} as in memory_key, got {memory_value.shape[1]}"
+        out, lse = reference_read(
+            query_key, memory_key, memory_value, scale, similarity, key_bias, lengths, top_k or None
         )
-    if 0 in (query_key.shape[2], memory_value.shape[2]):
-        name = "memory_value" if query_key.shape[2] else "query_key"
-        raise ValueError(f"{name}: expected at least one channel, got none")
+        return out, lse.double(), torch.zeros_like(lse, dtype=torch.float32)
+    scale, key_bias, lengths, shift = _as_dot_product(query_key, memory_key, scale, similarity, key_bias, lengths)
+    out, lse, skipped, _ = read_operator(
+        query_key, memory_key, memory_value, key_bias, lengths, scale, top_k, skip, implementation
+    )
+    return out, lse if shift is None else lse - shift, skipped
 
 
-def _checked_scale(scale: float) -> float:
-    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"scale: expected a positive finite number, got {scale}")
-    return float(scale)
+def memory_usage(
+    query_key: Tensor,
+    memory_key: Tensor,
+    *,
+    lse: Tensor | None = None,
+    scale: float | None = None,
+    similarity: str = "dot",
+    key_bias: Tensor | None = None,
+    lengths: Tensor | None = None,
+    implementation: str = "auto",
+) -> Tensor:
+    """Sum what all queries of a read weigh each memory position: the column sums of the affinity, never held.
+
+    Args:
+        query_key: `[B, M, C]`, as in `memory_read`.
+        memory_key: `[B, N, C]`, as in `memory_read`.
+        lse: `[B, M]`, the log-sum-exp that the read of the same arguments returned; None computes it. One of a larger
+            memory, of which these positions are a part, gives their share in it.
+        scale, similarity, key_bias, lengths, implementation: as in `memory_read`.
+
+    Returns:
+        `[B, N]` in float32 (float64 for float64 inputs), not differentiable, bit-equal from run to run. The sum over N
+        is the number of queries that see any position.
+
+    Raises:
+        TypeError, ValueError, ImportError: as in `memory_read`.
+
+    Source: Cheng & Schwing 2022, XMem, section 3.3.
+    """
+    check_tensors(query_key=query_key, memory_key=memory_key)
+    query_key, memory_key = (tensor.detach() for tensor in autocast_inputs(query_key, memory_key))
+    check_agreement(query_key, memory_key=memory_key)
+    scale = checked_affinity(query_key, memory_key, scale, similarity, key_bias, lengths, implementation)
+    key_bias, lse = (None if tensor is None else tensor.detach() for tensor in (key_bias, lse))
+    if lse is not None and (lse.shape != query_key.shape[:2] or lse.device != query_key.device):
+        expected = f"[B, M] = {list(query_key.shape[:2])} on {query_key.device}"
+        raise ValueError(f"lse: expected {expected}, got {list(lse.shape)} on {lse.device}")
+    if implementation == "reference":
+        return reference_usage(query_key, memory_key, scale, similarity, key_bias, lengths)
+    scale, key_bias, lengths, shift = _as_dot_product(query_key, memory_key, scale, similarity, key_bias, lengths)
+    if lse is not None:
+        lse = lse.double() if shift is None else lse.double() + shift
+    return usage_operator(query_key, memory_key, key_bias, lengths, lse, scale, implementation)
+
+
+def _as_dot_product(
+    query_key: Tensor,
+    memory_key: Tensor,
+    scale: float,
+    similarity: str,
+    key_bias: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[float, Tensor | None, Tensor | None, Tensor | None]:
+    """Scale, bias and lengths as the operators take them, and what to take from their log-sum-exp `[B, M]`.
+
+    -scale · |q - k|² is 2 · scale · q · k - scale · |k|² - scale · |q|²: a dot product, a bias of the position, and a
+    shift of the whole row, which the softmax does not see.
+    """
+    wide = wide_dtype(query_key.dtype)
+    shift = None
+    if key_bias is not None:
+        key_bias = key_bias.to(wide).contiguous()
+    if similarity == "l2":
+        square = memory_key.to(wide).square().sum(2) * -scale
+        key_bias = square if key_bias is None else square + key_bias
+        shift = query_key.double().square().sum(2) * scale
+        scale = 2 * scale
+    if lengths is not None:
+        lengths = lengths.to(torch.int32).contiguous()
+    return scale, key_bias, lengths, shift
 
 
 def space_time_memory_read(
@@ -111,9 +194,15 @@ def space_time_memory_read(
     memory_value: Tensor,
     *,
     scale: float | None = None,
+    similarity: str = "dot",
+    key_bias: Tensor | None = None,
+    lengths: Tensor | None = None,
+    top_k: int | None = None,
+    skip: float = 0.0,
     return_lse: bool = False,
+    return_skipped: bool = False,
     implementation: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Read a memory of whole frames into a feature map, without copying the memory.
 
     Args:
@@ -121,49 +210,73 @@ def space_time_memory_read(
         memory_key: `[B, C, T, H, W]`, the remembered frames; any strides (T, H and W merge without a copy when
             contiguous or channels-last). Their grid may differ from the query's.
         memory_value: `[B, V, T, H, W]`.
-        scale: as in `memory_read`.
-        return_lse: as in `memory_read`.
-        implementation: as in `memory_read`.
+        key_bias: `[B, T, H, W]`, as in `memory_read`.
+        lengths: `[B]`, how many frames each memory has.
+        scale, similarity, top_k, skip, return_lse, return_skipped, implementation: as in `memory_read`.
 
     Returns:
-        The read `[B, V, H, W]`; with `return_lse` also the log-sum-exp `[B, H, W]`.
+        The read `[B, V, H, W]`; with `return_lse` also the log-sum-exp `[B, H, W]`, with `return_skipped` also the
+        weight left out `[B, H, W]`.
 
     Raises:
         TypeError, ValueError: as in `memory_read`.
 
     Source: Oh et al. 2019, Space-Time Memory Networks, equation 1.
     """
-    _check_tensors(4, query_key=query_key)
-    _check_tensors(5, memory_key=memory_key, memory_value=memory_value)
+    check_tensors(4, query_key=query_key)
+    check_tensors(5, memory_key=memory_key, memory_value=memory_value)
     if memory_key.shape[2:] != memory_value.shape[2:]:
         raise ValueError(
             f"memory_value: expected T, H, W = {list(memory_key.shape[2:])} as in memory_key, "
             f"got {list(memory_value.shape[2:])}"
         )
-    read, lse = memory_read(
+    if isinstance(key_bias, Tensor):
+        if key_bias.shape != (memory_key.shape[0], *memory_key.shape[2:]):
+            expected = [memory_key.shape[0], *memory_key.shape[2:]]
+            raise ValueError(f"key_bias: expected [B, T, H, W] = {expected}, got {list(key_bias.shape)}")
+        key_bias = rearrange(key_bias, "b t h w -> b (t h w)")
+    if isinstance(lengths, Tensor):
+        lengths = lengths * (memory_key.shape[3] * memory_key.shape[4])
+    results = memory_read(
         rearrange(query_key, "b c h w -> b (h w) c"),
         rearrange(memory_key, "b c t h w -> b (t h w) c"),
         rearrange(memory_value, "b v t h w -> b (t h w) v"),
         scale=scale,
-        return_lse=True,
+        similarity=similarity,
+        key_bias=key_bias,
+        lengths=lengths,
+        top_k=top_k,
+        skip=skip,
+        return_lse=return_lse,
+        return_skipped=return_skipped,
         implementation=implementation,
     )
     height, width = query_key.shape[2:]
-    read = rearrange(read, "b (h w) v -> b v h w", h=height, w=width)
-    return (read, rearrange(lse, "b (h w) -> b h w", h=height, w=width)) if return_lse else read
+    if isinstance(results, Tensor):
+        return rearrange(results, "b (h w) v -> b v h w", h=height, w=width)
+    read, *others = results
+    others = (rearrange(other, "b (h w) -> b h w", h=height, w=width) for other in others)
+    return rearrange(read, "b (h w) v -> b v h w", h=height, w=width), *others
 
 
 class SpaceTimeMemoryRead(nn.Module):
     """The released STM's `Memory` module: same call, same result; one changed line drops it in.
 
     Args:
-        scale: as in `memory_read`.
-        implementation: as in `memory_read`.
+        scale, similarity, top_k, skip, implementation: as in `memory_read`.
     """
 
-    def __init__(self, scale: float | None = None, implementation: str = "auto") -> None:
+    def __init__(
+        self,
+        scale: float | None = None,
+        *,
+        similarity: str = "dot",
+        top_k: int | None = None,
+        skip: float = 0.0,
+        implementation: str = "auto",
+    ) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale, self.similarity, self.top_k, self.skip = scale, similarity, top_k, skip
         self.implementation = implementation
 
     def forward(
@@ -184,7 +297,14 @@ class SpaceTimeMemoryRead(nn.Module):
             TypeError, ValueError: as in `memory_read`.
         """
         read = space_time_memory_read(
-            query_key, memory_key, memory_value, scale=self.scale, implementation=self.implementation
+            query_key,
+            memory_key,
+            memory_value,
+            scale=self.scale,
+            similarity=self.similarity,
+            top_k=self.top_k,
+            skip=self.skip,
+            implementation=self.implementation,
         )
         if not isinstance(query_value, Tensor) or query_value.shape != read.shape:
             got = list(query_value.shape) if isinstance(query_value, Tensor) else type(query_value).__name__

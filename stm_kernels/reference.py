@@ -1,23 +1,101 @@
 """What every read means: the space-time memory read in naive PyTorch, in any dtype. The truth of the tests."""
 
+import math
+
+import torch
 from torch import Tensor
 
 
-def reference_read(query_key: Tensor, memory_key: Tensor, memory_value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def reference_read(
+    query_key: Tensor,
+    memory_key: Tensor,
+    memory_value: Tensor,
+    scale: float,
+    similarity: str = "dot",
+    key_bias: Tensor | None = None,
+    lengths: Tensor | None = None,
+    top_k: int | None = None,
+) -> tuple[Tensor, Tensor]:
     """Read the memory by holding the whole affinity, computed in the dtype of the inputs.
 
     Args:
         query_key: `[B, M, C]`, any floating dtype.
         memory_key: `[B, N, C]`, same dtype; N = 0 is an empty memory.
         memory_value: `[B, N, V]`, same dtype.
-        scale: factor of the dot product, before the softmax.
+        scale: factor of the similarity, before the softmax.
+        similarity: "dot", or "l2" for the negative squared distance.
+        key_bias: `[B, N]`, added to the logits; -inf hides a position.
+        lengths: `[B]`, how many positions each memory has; None is N.
+        top_k: weigh only so many best positions of a query; of equal ones those of lower index.
 
     Returns:
         The read `[B, M, V]` in the dtype of the inputs and the natural log of the summed exponentials `[B, M]` in
-        float32 (float64 for float64 inputs). An empty memory reads zeros, with a log-sum-exp of -inf.
+        float32 (float64 for float64 inputs). A query that sees no position reads zeros, with a log-sum-exp of -inf.
 
-    Source: Oh et al. 2019, Space-Time Memory Networks, equation 1; the scale is the released code's.
+    Source: Oh et al. 2019, Space-Time Memory Networks, equation 1; the scale is the released code's. "l2": Cheng et al.
+    2021, Rethinking Space-Time Networks, section 4.
     """
-    logits_BMN = query_key @ memory_key.mT * scale
+    logits_BMN = reference_logits(query_key, memory_key, scale, similarity, key_bias, lengths)
+    weights_BMN, lse_BM = _softmax(logits_BMN, top_k)
+    if lengths is not None:
+        # a weight of 0 hides no NaN
+        memory_value = memory_value.masked_fill(_behind(memory_value, lengths)[:, :, None], 0.0)
+    return weights_BMN @ memory_value, lse_BM
+
+
+def reference_usage(
+    query_key: Tensor,
+    memory_key: Tensor,
+    scale: float,
+    similarity: str = "dot",
+    key_bias: Tensor | None = None,
+    lengths: Tensor | None = None,
+    top_k: int | None = None,
+) -> Tensor:
+    """What all queries together weigh each memory position: the column sums `[B, N]` of the affinity.
+
+    Args:
+        query_key, memory_key, scale, similarity, key_bias, lengths, top_k: as in `reference_read`.
+    """
+    logits_BMN = reference_logits(query_key, memory_key, scale, similarity, key_bias, lengths)
+    weights_BMN, _ = _softmax(logits_BMN, top_k)
+    return (weights_BMN if weights_BMN.itemsize == 8 else weights_BMN.float()).sum(1)
+
+
+def reference_logits(
+    query_key: Tensor,
+    memory_key: Tensor,
+    scale: float,
+    similarity: str = "dot",
+    key_bias: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """The logits `[B, M, N]`, in the dtype of the keys; the arguments are those of `reference_read`."""
+    logits_BMN = query_key @ memory_key.mT
+    if similarity == "l2":
+        query_square = query_key.square().sum(2)[:, :, None]
+        logits_BMN = 2 * logits_BMN - memory_key.square().sum(2)[:, None] - query_square
+    logits_BMN = logits_BMN * scale
+    if key_bias is not None:
+        logits_BMN = logits_BMN + key_bias[:, None].to(logits_BMN.dtype)
+    if lengths is not None:
+        logits_BMN = logits_BMN.masked_fill(_behind(memory_key, lengths)[:, None], -math.inf)
+    return logits_BMN
+
+
+def _behind(memory: Tensor, lengths: Tensor) -> Tensor:
+    """`[B, N]`, true where a memory has ended."""
+    return torch.arange(memory.shape[1], device=lengths.device) >= lengths[:, None]
+
+
+def _softmax(logits_BMN: Tensor, top_k: int | None) -> tuple[Tensor, Tensor]:
+    """The affinity and its log-sum-exp; both 0 or -inf, and without a gradient, where a query sees nothing."""
+    if top_k is not None:
+        best = logits_BMN.sort(-1, descending=True, stable=True).indices[..., :top_k]
+        left_out = torch.ones_like(logits_BMN, dtype=torch.bool).scatter_(-1, best, False)
+        logits_BMN = logits_BMN.masked_fill(left_out, -math.inf)
+    blind = logits_BMN.isneginf().all(-1, keepdim=True)
+    logits_BMN = logits_BMN.masked_fill(blind, 0.0)
     wide = logits_BMN if logits_BMN.itemsize == 8 else logits_BMN.float()
-    return logits_BMN.softmax(-1) @ memory_value, wide.logsumexp(-1)
+    lse_BM = wide.logsumexp(-1).masked_fill(blind[..., 0], -math.inf)
+    return logits_BMN.softmax(-1).masked_fill(blind, 0.0), lse_BM

@@ -6,14 +6,15 @@ and by one rounding of the largest result.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stm_kernels.read import memory_read
-from stm_kernels.reference import reference_read
 
-Read = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+Read = Callable[..., tuple[Tensor, ...]]
+"""A read of a problem: `read(query_key, memory_key, memory_value, **problem.options())` gives at least out and lse."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,32 @@ class Problem:
     """`[B, M, V]`"""
     grad_lse: Tensor
     """`[B, M]`, in float32 or wider"""
+    similarity: str = "dot"
+    """As in `memory_read`; likewise the rest."""
+    key_bias: Tensor | None = None
+    """`[B, N]`, in float32 or wider"""
+    lengths: Tensor | None = None
+    """`[B]`"""
+    top_k: int | None = None
+    """None is all."""
+
+    def options(self) -> dict[str, Any]:
+        """The scale, and all else that is not as `memory_read` has it by default."""
+        options = {"scale": self.scale}
+        if self.similarity != "dot":
+            options["similarity"] = self.similarity
+        for name in ("lengths", "top_k"):
+            if getattr(self, name) is not None:
+                options[name] = getattr(self, name)
+        return options
 
     def to(self, dtype: torch.dtype) -> "Problem":
         """The same problem in another dtype."""
         names = ("query_key", "memory_key", "memory_value", "grad_out")
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         converted = {name: getattr(self, name).to(dtype) for name in names}
+        if self.key_bias is not None:
+            converted["key_bias"] = self.key_bias.to(wide)
         return replace(self, **converted, grad_lse=self.grad_lse.to(wide))
 
 
@@ -97,25 +118,27 @@ def make_tie_problem(
     return replace(problem, query_key=query_key, memory_key=memory_key, scale=1.0).to(dtype)
 
 
-def read_by(implementation: str) -> Read:
-    """The public read as a function of a problem's tensors and scale."""
+def read_by(implementation: str, **options: Any) -> Read:
+    """The public read by one implementation, as a function of a problem's tensors and options."""
 
-    def read(query_key: Tensor, memory_key: Tensor, memory_value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        return memory_read(
-            query_key, memory_key, memory_value, scale=scale, return_lse=True, implementation=implementation
-        )
+    def read(*inputs: Tensor, **problem: Any) -> tuple[Tensor, ...]:
+        return memory_read(*inputs, **problem, **options, return_lse=True, implementation=implementation)
 
     return read
 
 
-def results(problem: Problem, read: Read = reference_read, gradients: bool = True) -> dict[str, Tensor]:
-    """Run a read: `out`, `lse` and, if asked, `grad_query_key`, `grad_memory_key` and `grad_memory_value`."""
-    names = ("query_key", "memory_key", "memory_value")
-    inputs = [getattr(problem, name).detach().requires_grad_(gradients) for name in names]
-    out, lse = read(*inputs, problem.scale)
+def results(problem: Problem, read: Read | None = None, gradients: bool = True) -> dict[str, Tensor]:
+    """Run a read, the reference unless told otherwise: `out`, `lse` and, if asked, the gradients by each input:
+    `grad_query_key`, `grad_memory_key`, `grad_memory_value` and, where there is one, `grad_key_bias`.
+    """
+    names = ["query_key", "memory_key", "memory_value"] + ["key_bias"] * (problem.key_bias is not None)
+    inputs = {name: getattr(problem, name).detach().requires_grad_(gradients) for name in names}
+    bias = {name: inputs[name] for name in names[3:]}
+    read = read or read_by("reference")
+    out, lse = read(*(inputs[name] for name in names[:3]), **bias, **problem.options())[:2]
     found = {"out": out.detach(), "lse": lse.detach()}
     if gradients:
-        grads = torch.autograd.grad([out, lse], inputs, [problem.grad_out, problem.grad_lse])
+        grads = torch.autograd.grad([out, lse], list(inputs.values()), [problem.grad_out, problem.grad_lse])
         found |= {f"grad_{name}": grad for name, grad in zip(names, grads)}
     return found
 
@@ -137,6 +160,12 @@ def error_ratios(problem: Problem, read: Read, gradients: bool = True) -> dict[s
     found = results(problem, read, gradients)
     ratios = {}
     for name, true in truth.items():
+        # where nothing was seen, -inf is the truth and the only right answer
+        blind = true.isneginf()
+        if not found[name].isneginf().equal(blind):
+            ratios[name] = float("inf")
+            continue
+        true, found[name], plain[name] = (t.masked_fill(blind, 0.0) for t in (true, found[name], plain[name]))
         error, plain_error = ((tensor[name] - true).abs().amax().item() for tensor in (found, plain))
         rounding = torch.finfo(found[name].dtype).eps / 2 * true.abs().amax().item()
         ratio = error / (2 * plain_error + rounding) if error else 0.0

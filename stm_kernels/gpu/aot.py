@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,9 +21,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from stm_kernels.gpu.backward import affinity_launch
+from stm_kernels.affinity import SKIP_POSITIONS, SKIP_QUERIES, Affinity
+from stm_kernels.gpu.affinity import affinity_launch
 from stm_kernels.gpu.forward import forward_launch
 from stm_kernels.gpu.launch import Launch
+from stm_kernels.gpu.merge import merge_launch
+from stm_kernels.gpu.tuning import affinity_tiles, forward_tiles, usage_tiles
+from stm_kernels.gpu.usage import usage_launch
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -37,6 +41,8 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 class Resources:
     """What a compiled kernel takes of its GPU."""
 
+    form: str
+    """What the kernel is compiled to do."""
     kernel: str
     """Name of the kernel."""
     dtype: str
@@ -69,24 +75,39 @@ class Resources:
 
 def default_launches(
     dtype: torch.dtype, architecture: str, B: int = 2, M: int = 1620, N: int = 32400, C: int = 128, V: int = 512
-) -> list[Launch]:
-    """The launches of a read and its backward for token-major inputs, without any memory behind them."""
+) -> dict[str, Launch]:
+    """Every kernel in its forms, with its default tiles, for token-major inputs without any memory behind them."""
 
     def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=of, device="meta")
 
-    query_key, memory_key, memory_value, out = empty(B, M, C), empty(B, N, C), empty(B, N, V), empty(B, M, V)
-    lse, delta = empty(B, M, of=torch.float64), empty(B, M, of=torch.float32)
-    scale = C**-0.5
-    return [
-        forward_launch(query_key, memory_key, memory_value, out, lse, scale, architecture),
-        affinity_launch(
-            query_key, memory_key, memory_value, out, lse, delta, empty(B, M, N), empty(B, M, N), scale, architecture
+    affinity = Affinity(empty(B, M, C), empty(B, N, C), C**-0.5)
+    value, out = empty(B, N, V), empty(B, M, V)
+    lse, delta, nothing = empty(B, M, of=torch.float64), empty(B, M, of=torch.float32), empty(B, 0, of=torch.uint8)
+    # every argument that a kernel may go without
+    full = replace(affinity, key_bias=empty(B, N, of=torch.float32), lengths=empty(B, of=torch.int32))
+    kept = empty(B, M // SKIP_QUERIES + 1, N // SKIP_POSITIONS + 1, of=torch.uint8)
+    partial = empty(8, B, M, V, of=torch.float32), empty(8, B, M, of=torch.float64)
+    tiles, skip_tiles = (forward_tiles(architecture, dtype, C, V, skips) for skips in (False, True))
+    written, written_skipping = (affinity_tiles(architecture, dtype, skips) for skips in (False, True))
+    gradient = (value, out, delta, empty(B, M, N))
+    launches = {
+        "read": forward_launch(affinity, value, out[None], lse[None], delta[None], nothing, 0.0, tiles, N),
+        "read, split": forward_launch(affinity, value, *partial, empty(8, B, M), nothing, 0.0, tiles, N // 8),
+        "read, bias and lengths": forward_launch(
+            full, value, out[None], lse[None], delta[None], nothing, 0.0, tiles, N
         ),
-    ]
+        "read, skipping": forward_launch(affinity, value, out[None], lse[None], delta[None], kept, 1e-3, skip_tiles, N),
+        "merge": merge_launch(*partial, out, lse, architecture),
+        "affinity": affinity_launch(affinity, lse, empty(B, M, N), written),
+        "affinity and gradient": affinity_launch(affinity, lse, empty(B, M, N), written, gradient),
+        "the same, skipping": affinity_launch(full, lse, empty(B, M, N), written_skipping, gradient, kept),
+        "usage": usage_launch(affinity, lse, delta, usage_tiles(architecture, dtype, C)),
+    }
+    return launches
 
 
-def compile_launch(launch: Launch, architecture: str) -> Resources:
+def compile_launch(form: str, launch: Launch, architecture: str) -> Resources:
     """Compile a launch for an NVIDIA architecture ("sm_90") and read the machine code's demands.
 
     Raises:
@@ -107,8 +128,9 @@ def compile_launch(launch: Launch, architecture: str) -> Resources:
     names = (*TENSOR_CORE_INSTRUCTIONS, *SPILL_INSTRUCTIONS, "FFMA", "MUFU.EX2", "LDGSTS", "LDSM", "BAR.SYNC")
     counts = {name: len(re.findall(rf"\s{re.escape(name)}\b", code)) for name in names}
     return Resources(
+        form=form,
         kernel=launch.kernel.__name__,
-        dtype=str(launch.arguments["query_key_ptr"].dtype).removeprefix("torch."),
+        dtype=str(launch.arguments.get("query_key_ptr", launch.arguments.get("out_ptr")).dtype).removeprefix("torch."),
         architecture=architecture,
         warps=launch.num_warps,
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
@@ -124,7 +146,7 @@ def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, object], dict
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.arguments[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name] = "*" + _TYPES[value.dtype]
@@ -139,6 +161,7 @@ def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, object], dict
 
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+_TYPES |= {torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"}
 
 
 def _run(tool: str, *arguments: str) -> str:
@@ -147,7 +170,8 @@ def _run(tool: str, *arguments: str) -> str:
 
 def _compile_all(case: tuple[str, torch.dtype]) -> list[Resources]:
     architecture, dtype = case
-    return [compile_launch(launch, architecture) for launch in default_launches(dtype, architecture)]
+    launches = default_launches(dtype, architecture)
+    return [compile_launch(form, launch, architecture) for form, launch in launches.items()]
 
 
 def main() -> None:
@@ -158,10 +182,10 @@ def main() -> None:
     cases = [(architecture, dtype) for architecture in arguments.architecture for dtype in DTYPES]
     with ProcessPoolExecutor(2) as pool:
         table = [resources for batch in pool.map(_compile_all, cases) for resources in batch]
-    print(f"{'kernel':16}{'dtype':10}{'for':8}{'registers':>10}{'stack B':>9}{'spills':>8}{'shared KiB':>12}  MMA")
+    print(f"{'form':24}{'dtype':10}{'for':8}{'registers':>10}{'stack B':>9}{'spills':>8}{'shared KiB':>12}  MMA")
     for row in table:
         print(
-            f"{row.kernel:16}{row.dtype:10}{row.architecture:8}{row.registers:10}{row.stack_bytes:9}{row.spills:8}"
+            f"{row.form:24}{row.dtype:10}{row.architecture:8}{row.registers:10}{row.stack_bytes:9}{row.spills:8}"
             f"{row.shared_kib:8.0f}/{row.shared_limit_kib}  {row.tensor_cores}"
         )
     if arguments.json:

@@ -1,106 +1,222 @@
-"""The read: one program keeps a block of queries and a slice of value channels, and walks over all memory positions."""
-
-import math
+"""The read: one program keeps a block of queries and a slice of value channels, and walks over a part of the memory."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from stm_kernels.gpu.launch import Launch, architecture_of, refuse_interpreted_bfloat16, strides
-from stm_kernels.gpu.tiles import load_tile, online_softmax
-from stm_kernels.gpu.tuning import forward_tiles, padded
+from stm_kernels.affinity import SKIP_POSITIONS, SKIP_QUERIES, Affinity
+from stm_kernels.gpu.affinity import affinity_launch, chunk_of, product, row_top_of, visible
+from stm_kernels.gpu.launch import (
+    Launch,
+    affinity_arguments,
+    architecture_of,
+    multiprocessors,
+    refuse_interpreted_bfloat16,
+    strides,
+)
+from stm_kernels.gpu.merge import triton_merge
+from stm_kernels.gpu.tiles import any_of, biased, load_tile, memory_length, online_softmax
+from stm_kernels.gpu.tuning import (
+    ForwardTiles,
+    affinity_tiles,
+    forward_splits,
+    forward_tiles,
+    keys_per_chunk,
+    padded,
+    staged_is_cheaper,
+)
+
+# a tensor core takes no fewer
+LEAST_CHANNELS = 16
+
+# a maximum below every product
+LEAST_PRODUCT = tl.constexpr(-1e30)
 
 
 @triton.jit
 def read_kernel(
-    query_key_ptr, memory_key_ptr, memory_value_ptr, out_ptr, lse_ptr,
+    query_key_ptr, memory_key_ptr, memory_value_ptr, key_bias_ptr, lengths_ptr,
+    out_ptr, lse_ptr, skipped_ptr, kept_ptr,
     query_key_stride_b, query_key_stride_m, query_key_stride_c,
-    memory_key_stride_b, memory_key_stride_n, memory_key_stride_c,
+    memory_key_stride_b, memory_key_stride_n, memory_key_stride_c, key_bias_stride_b,
     memory_value_stride_b, memory_value_stride_n, memory_value_stride_v,
-    M, N, scale: tl.float64, scale_log2,
-    C: tl.constexpr, V: tl.constexpr,
+    B, M, N, positions_per_split, scale: tl.float64, scale_log2, skip: tl.float32,
+    SKIPS: tl.constexpr,
+    SKIP_QUERIES: tl.constexpr, SKIP_POSITIONS: tl.constexpr, C: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     slices_v = tl.cdiv(V, BLOCK_V)
     blocks_m = tl.cdiv(M, BLOCK_M)
     program = tl.program_id(0)
+    split = tl.program_id(1).to(tl.int64)
     first_v = program % slices_v * BLOCK_V
     first_m = program // slices_v % blocks_m * BLOCK_M
     b = (program // slices_v // blocks_m).to(tl.int64)
     query_key_ptr += b * query_key_stride_b
     memory_key_ptr += b * memory_key_stride_b
     memory_value_ptr += b * memory_value_stride_b
+    start = tl.program_id(1) * positions_per_split
+    stop = tl.minimum(start + positions_per_split, memory_length(lengths_ptr, b, N))
+    blocks_n = tl.cdiv(tl.maximum(stop - start, 0), BLOCK_N)
+    m = first_m + tl.arange(0, BLOCK_M)
 
     # [M, C]
     query_key = load_tile(query_key_ptr, first_m, M, query_key_stride_m, 0, C, query_key_stride_c, BLOCK_M, BLOCK_C)
     # [M, V]
     total = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_max = tl.full([BLOCK_M], LEAST_PRODUCT, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    for first_n in range(0, N, BLOCK_N):
+    skipped = tl.zeros([BLOCK_M], tl.float32)
+    for block in range(blocks_n):
+        if SKIPS:
+            # the newest positions weigh most: seen first, they let more of the others be skipped
+            first_n = start + (blocks_n - 1 - block) * BLOCK_N
+        else:
+            first_n = start + block * BLOCK_N
         # [N, C]
-        keys = load_tile(memory_key_ptr, first_n, N, memory_key_stride_n, 0, C, memory_key_stride_c, BLOCK_N, BLOCK_C)
+        keys = load_tile(
+            memory_key_ptr, first_n, stop, memory_key_stride_n, 0, C, memory_key_stride_c, BLOCK_N, BLOCK_C
+        )
         # [M, N]
         products = tl.dot(query_key, tl.trans(keys), input_precision="ieee")
-        products = tl.where((first_n + tl.arange(0, BLOCK_N))[None, :] < N, products, float("-inf"))
-        weights, shrink, row_max, row_sum = online_softmax(products, row_max, row_sum, scale_log2)
-        # [N, V]
-        values = load_tile(
-            memory_value_ptr, first_n, N, memory_value_stride_n, first_v, V, memory_value_stride_v, BLOCK_N, BLOCK_V
-        )
-        total = tl.dot(weights.to(values.dtype), values, total * shrink[:, None], input_precision="ieee")
+        products = biased(products, key_bias_ptr, b * key_bias_stride_b, first_n + tl.arange(0, BLOCK_N), stop)
+        weights, sums, shrink, row_max, row_sum = online_softmax(products, row_max, row_sum, scale_log2)
+        total *= shrink[:, None]
+        if SKIPS:
+            skipped *= shrink
+            # the sum only grows from here on, so what is little of it now is no more of it in the end
+            reads = any_of((skipped + sums > skip * row_sum) & (m < M))
+            if reads:
+                values = load_tile(
+                    memory_value_ptr, first_n, stop, memory_value_stride_n, first_v, V, memory_value_stride_v,
+                    BLOCK_N, BLOCK_V,
+                )  # fmt: skip
+                total = tl.dot(weights.to(values.dtype), values, total, input_precision="ieee")
+            else:
+                skipped += sums
+            if first_v == 0:
+                rows_kept = tl.cdiv(M, SKIP_QUERIES)
+                columns_kept = tl.cdiv(N, SKIP_POSITIONS)
+                row_kept = first_m // SKIP_QUERIES + tl.arange(0, BLOCK_M // SKIP_QUERIES)
+                column_kept = first_n // SKIP_POSITIONS + tl.arange(0, BLOCK_N // SKIP_POSITIONS)
+                places = (b * rows_kept + row_kept[:, None]) * columns_kept + column_kept[None, :]
+                inside = (row_kept[:, None] < rows_kept) & (column_kept[None, :] < columns_kept)
+                tl.store(kept_ptr + places, tl.full(places.shape, 1, tl.uint8) * reads.to(tl.uint8), mask=inside)
+        else:
+            # [N, V]
+            values = load_tile(
+                memory_value_ptr, first_n, stop, memory_value_stride_n, first_v, V, memory_value_stride_v,
+                BLOCK_N, BLOCK_V,
+            )  # fmt: skip
+            total = tl.dot(weights.to(values.dtype), values, total, input_precision="ieee")
 
-    m = first_m + tl.arange(0, BLOCK_M)
     v = first_v + tl.arange(0, BLOCK_V)
-    rows = b * M + m
-    out = (total / row_sum[:, None]).to(out_ptr.dtype.element_ty)
+    rows = (split * B + b) * M + m
+    row_sum -= skipped
+    # a row that saw nothing has a sum of 0
+    seen = tl.where(row_sum == 0.0, 1.0, row_sum)
+    out = (total / seen[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + rows[:, None] * V + v[None, :], out, mask=(m[:, None] < M) & (v[None, :] < V))
     if first_v == 0:
-        tl.store(lse_ptr + rows, row_max.to(tl.float64) * scale + tl.log(row_sum.to(tl.float64)), mask=m < M)
+        lse = row_max.to(tl.float64) * scale + tl.log(seen.to(tl.float64))
+        tl.store(lse_ptr + rows, tl.where(row_sum == 0.0, float("-inf"), lse), mask=m < M)
+        if SKIPS:
+            tl.store(skipped_ptr + rows, skipped / (seen + skipped), mask=m < M)
 
 
 def forward_launch(
-    query_key: Tensor,
-    memory_key: Tensor,
+    affinity: Affinity,
     memory_value: Tensor,
     out: Tensor,
     lse: Tensor,
-    scale: float,
-    architecture: str,
+    skipped: Tensor,
+    kept: Tensor,
+    skip: float,
+    tiles: ForwardTiles,
+    positions_per_split: int,
 ) -> Launch:
-    """The launch that fills `out` `[B, M, V]` and `lse` `[B, M]`, both contiguous, on an architecture."""
-    (B, M, C), N, V = query_key.shape, memory_key.shape[1], memory_value.shape[2]
-    tiles = forward_tiles(architecture, query_key.dtype, C, V)
-    arguments = {
-        "query_key_ptr": query_key,
-        "memory_key_ptr": memory_key,
+    """The launch that reads S parts of the memory, each of `positions_per_split`, with given tiles.
+
+    `out` `[S, B, M, V]`, `lse` `[S, B, M]` (float64) and `skipped` (float32) are contiguous; the log-sum-exp is that
+    of the positions whose values were read. `kept` is as `read_operator` returns it, contiguous, and zeros.
+    """
+    (B, M, _), C, V = affinity.sizes, affinity.query_key.shape[2], memory_value.shape[2]
+    arguments = affinity_arguments(affinity) | {
         "memory_value_ptr": memory_value,
         "out_ptr": out,
         "lse_ptr": lse,
-        **strides("query_key", query_key, "bmc"),
-        **strides("memory_key", memory_key, "bnc"),
+        "skipped_ptr": skipped,
+        "kept_ptr": kept,
         **strides("memory_value", memory_value, "bnv"),
-        "M": M,
-        "N": N,
-        "scale": scale,
-        "scale_log2": scale * math.log2(math.e),
-        "C": C,
+        "B": B,
+        "positions_per_split": positions_per_split,
+        "scale": affinity.scale,
+        "skip": skip,
+        "SKIPS": skip > 0,
+        "SKIP_QUERIES": SKIP_QUERIES,
+        "SKIP_POSITIONS": SKIP_POSITIONS,
         "V": V,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "BLOCK_C": padded(C),
         "BLOCK_V": tiles.block_v,
     }
-    grid = (triton.cdiv(V, tiles.block_v) * triton.cdiv(M, tiles.block_m) * B,)
+    grid = (triton.cdiv(V, tiles.block_v) * triton.cdiv(M, tiles.block_m) * B, out.shape[0])
     return Launch(read_kernel, grid, arguments, tiles.num_warps, tiles.num_stages)
 
 
-def triton_read(query_key: Tensor, memory_key: Tensor, memory_value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def triton_read(affinity: Affinity, memory_value: Tensor, skip: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Read a memory of at least one position; arguments and results as in `chunked_read`."""
+    query_key = affinity.query_key
     refuse_interpreted_bfloat16(query_key)
-    (B, M, _), V, device = query_key.shape, memory_value.shape[2], query_key.device
-    out = query_key.new_empty(B, M, V)
-    lse = query_key.new_empty(B, M, dtype=torch.float64)
-    forward_launch(query_key, memory_key, memory_value, out, lse, scale, architecture_of(device)).run(device)
-    return out, lse
+    (B, M, N), C, V = affinity.sizes, query_key.shape[2], memory_value.shape[2]
+    architecture = architecture_of(query_key.device)
+    if not skip and staged_is_cheaper(architecture, query_key.dtype, C, V):
+        return _staged_read(affinity, memory_value)
+    tiles = forward_tiles(architecture, query_key.dtype, C, V, skips=skip > 0)
+    splits, positions_per_split = forward_splits(tiles, B, M, N, V, multiprocessors(query_key.device))
+    partial = query_key.dtype if splits == 1 else torch.float32
+    out = query_key.new_empty(splits, B, M, V, dtype=partial)
+    lse = query_key.new_empty(splits, B, M, dtype=torch.float64)
+    skipped = query_key.new_zeros(splits, B, M, dtype=torch.float32)
+    blocks = (triton.cdiv(M, SKIP_QUERIES), triton.cdiv(N, SKIP_POSITIONS)) if skip else (0,)
+    kept = query_key.new_zeros(B, *blocks, dtype=torch.uint8)
+    launch = forward_launch(affinity, memory_value, out, lse, skipped, kept, skip, tiles, positions_per_split)
+    launch.run(query_key.device)
+    if skip:
+        whole = lse - torch.log1p(-skipped.double())
+    out, lse = (out[0], lse[0]) if splits == 1 else triton_merge(out, lse, query_key.dtype)
+    if not skip:
+        return out, lse, skipped[0], kept
+    whole = whole.logsumexp(0)
+    blind = lse.isneginf()
+    skipped = torch.where(blind, 0.0, -torch.expm1(lse - whole)).float()
+    return out, whole, skipped, kept
+
+
+def _staged_read(affinity: Affinity, memory_value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The read of many value channels: the affinity once, chunk by chunk, whatever their number.
+
+    A program of `read_kernel` holds a slice of the channels and computes the affinity anew for each slice.
+    """
+    query_key = affinity.query_key
+    (B, M, N), V = affinity.sizes, memory_value.shape[2]
+    lse = log_sum_exp(affinity)
+    row_top = row_top_of(lse, affinity.scale)
+    tiles = affinity_tiles(architecture_of(query_key.device), query_key.dtype)
+    size = min(N, keys_per_chunk(B * M))
+    scratch = query_key.new_empty(B * M * size)
+    out = query_key.new_zeros(B, M, V, dtype=torch.float32)
+    for start in range(0, N, size):
+        values = visible(memory_value[:, start : start + size], affinity.lengths, start)
+        weights = scratch[: B * M * values.shape[1]].view(B, M, -1)
+        affinity_launch(chunk_of(affinity, start, size), row_top, weights, tiles).run(query_key.device)
+        out += product(weights, values)
+    nothing = query_key.new_zeros(B, 0, dtype=torch.uint8)
+    return out.to(query_key.dtype), lse, torch.zeros_like(lse, dtype=torch.float32), nothing
+
+
+def log_sum_exp(affinity: Affinity) -> Tensor:
+    """The log-sum-exp `[B, M]`, float64: that of any read of this affinity, so of one with next to no values."""
+    return triton_read(affinity, affinity.memory_key[:, :, :LEAST_CHANNELS], 0.0)[1]

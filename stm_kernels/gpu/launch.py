@@ -1,10 +1,13 @@
 """A kernel launch as a value: what runs on a device is what is compiled ahead of time for another."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from stm_kernels.affinity import Affinity
 
 INTERPRETER = "interpreter"
 
@@ -44,9 +47,37 @@ def architecture_of(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def strides(name: str, tensor: Tensor, axes: str) -> dict[str, int]:
-    """The strides of a tensor as kernel arguments: `strides("memory_key", k, "bnc")` gives `memory_key_stride_b`, …"""
-    return {f"{name}_stride_{axis}": stride for axis, stride in zip(axes, tensor.stride())}
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once, one on each multiprocessor; 1 for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def strides(name: str, tensor: Tensor | None, axes: str) -> dict[str, int]:
+    """The strides of a tensor as kernel arguments: `strides("memory_key", k, "bnc")` gives `memory_key_stride_b`, …
+
+    Without a tensor they are 1, which a kernel doesn't look at.
+    """
+    return {f"{name}_stride_{axis}": 1 if tensor is None else tensor.stride(i) for i, axis in enumerate(axes)}
+
+
+def affinity_arguments(affinity: Affinity) -> dict[str, Any]:
+    """The arguments of every kernel that computes the affinity. The bias goes in the unit of the dot products."""
+    bias = None if affinity.key_bias is None else affinity.key_bias / affinity.scale
+    _, M, N = affinity.sizes
+    return {
+        "query_key_ptr": affinity.query_key,
+        "memory_key_ptr": affinity.memory_key,
+        "key_bias_ptr": bias,
+        "lengths_ptr": affinity.lengths,
+        **strides("query_key", affinity.query_key, "bmc"),
+        **strides("memory_key", affinity.memory_key, "bnc"),
+        "key_bias_stride_b": 1 if bias is None else bias.stride(0),
+        "M": M,
+        "N": N,
+        "scale": affinity.scale,
+        "scale_log2": affinity.scale * math.log2(math.e),
+        "C": affinity.query_key.shape[2],
+    }
 
 
 def refuse_interpreted_bfloat16(tensor: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Pieces that the kernels share: strided tiles with ragged edges, and the online softmax."""
+"""Pieces that the kernels share: strided tiles with ragged edges, logits, and the online softmax."""
 
 import triton
 import triton.language as tl
@@ -18,13 +18,52 @@ def load_tile(ptr, first_row, row_count, row_stride, first_column, COLUMN_COUNT:
 
 
 @triton.jit
+def memory_length(lengths_ptr, b, N):
+    """How many positions the memory of batch item `b` has."""
+    if lengths_ptr is not None:
+        return tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), N)
+    else:
+        return N
+
+
+@triton.jit
+def biased(products, key_bias_ptr, first_bias, n, stop):
+    """Dot products `[M, N]` plus the bias of their positions `n`, in the same unit; -inf from `stop` on."""
+    inside = n < stop
+    if key_bias_ptr is not None:
+        products += tl.load(key_bias_ptr + first_bias + n, mask=inside, other=0.0)[None, :]
+    return tl.where(inside[None, :], products, float("-inf"))
+
+
+@triton.jit
 def online_softmax(products, row_max, row_sum, scale_log2):
     """Fold a tile of dot products `[M, N]` into the running maximum and sum of exponentials `[M]`.
 
-    The maximum is of the unscaled products, and subtracted before they are scaled: a large logit loses no digit.
-    Returns the weights of the tile, the factor that shrinks what was summed before, and the new maximum and sum.
+    The maximum is of the unscaled products, and subtracted before they are scaled: a large logit loses no digit. It
+    starts from a finite number, so that a row of nothing but -inf weighs nothing.
+    Returns the weights of the tile, their sums, the factor that shrinks what was summed before, and the new maximum and
+    sum.
     """
     new_max = tl.maximum(row_max, tl.max(products, 1))
     weights = tl.exp2((products - new_max[:, None]) * scale_log2)
     shrink = tl.exp2((row_max - new_max) * scale_log2)
-    return weights, shrink, new_max, row_sum * shrink + tl.sum(weights, 1)
+    sums = tl.sum(weights, 1)
+    return weights, sums, shrink, new_max, row_sum * shrink + sums
+
+
+@triton.jit
+def any_of(flags):
+    """Whether any of a vector of flags is true."""
+    # a maximum of a vector that comes from a product makes Triton 3.6 fail for sm_100; a histogram does not
+    counts = tl.histogram(flags.to(tl.int32), 2)
+    return tl.sum(counts * tl.arange(0, 2), 0) > 0
+
+
+@triton.jit
+def final_weights(products, row_top_ptr, rows, inside, scale_log2):
+    """The affinity `[M, N]` of dot products whose log-sum-exp, as an unscaled product in float64, is known by row."""
+    row_top = tl.load(row_top_ptr + rows, mask=inside, other=0.0)
+    # in two parts: a rounding of it would tilt the whole row
+    rounded = row_top.to(tl.float32)
+    rest = (row_top - rounded).to(tl.float32)
+    return tl.exp2((products - rounded[:, None] - rest[:, None]) * scale_log2)

@@ -1,8 +1,10 @@
 """Tile choices: safe defaults by architecture, dtype and channels."""
 
+import math
 from dataclasses import dataclass
 
 import torch
+import triton
 
 from stm_kernels.gpu.launch import INTERPRETER
 
@@ -24,8 +26,8 @@ class ForwardTiles:
 
 
 @dataclass(frozen=True)
-class BackwardTiles:
-    """The tile of one program that recomputes a part of the affinity and its gradient."""
+class AffinityTiles:
+    """The tile of one program that writes a part of the affinity, and of its gradient, out."""
 
     block_m: int
     """Queries."""
@@ -39,42 +41,123 @@ class BackwardTiles:
     """Loop iterations whose loads are in flight."""
 
 
+@dataclass(frozen=True)
+class UsageTiles:
+    """The tile of one program that sums columns of the affinity."""
+
+    block_m: int
+    """Queries per loop iteration."""
+    block_n: int
+    """Memory positions."""
+    num_warps: int
+    """Warps per program."""
+    num_stages: int
+    """Loop iterations whose loads are in flight."""
+
+
+@dataclass(frozen=True)
+class MergeTiles:
+    """The tile of one program that merges partial reads."""
+
+    block_rows: int
+    """Queries of all batch items."""
+    block_v: int
+    """Value channels."""
+    num_warps: int
+    """Warps per program."""
+
+
 # 227 KiB of shared memory; every other GPU gets tiles that fit 99 KiB
 LARGE_TILES = ("sm_90", "sm_100", "sm_103")
 
-# logits of one pass of the backward: 2 GPU waves of tiles at M = 1620, and 128 MiB of bfloat16 scratch
-BACKWARD_LOGITS = 2**25
-BACKWARD_LEAST_KEYS = 1024
+# logits written out at once: 2 GPU waves of tiles at M = 1620, and 128 MiB of bfloat16 scratch
+WRITTEN_LOGITS = 2**25
+LEAST_KEYS_PER_CHUNK = 1024
+
+# value slices from which on the affinity is written out: three objects of 512 channels that share their keys
+STAGED_SLICES = 6
+
+# costs of a split, in memory positions that a program reads meanwhile: its start and end, a launch of the merge, and
+# the merge's traffic per value
+LEAST_KEYS_PER_SPLIT = 128
+MOST_SPLITS = 64
+KEYS_PER_START = 100
+KEYS_PER_MERGE = 200
+KEYS_PER_MERGED_VALUE = 1e-4
 
 
-def forward_tiles(architecture: str, dtype: torch.dtype, C: int, V: int) -> ForwardTiles:
-    """Choose the forward tile; `architecture` as `architecture_of` names it."""
+def forward_tiles(architecture: str, dtype: torch.dtype, C: int, V: int, skips: bool = False) -> ForwardTiles:
+    """Choose the forward tile; `architecture` as `architecture_of` names it, `skips` where values may be left out."""
     block_v = padded(V)
     if architecture == INTERPRETER:
         return ForwardTiles(32, 32, min(64, block_v), 4, 1)
     if dtype == torch.float32:
-        return ForwardTiles(32, 32, min(128, block_v), 8, 1)
+        return ForwardTiles(32, 32, min(64, block_v), 16, 1) if skips else ForwardTiles(32, 32, min(128, block_v), 8, 1)
     if padded(C) > 128:
         return ForwardTiles(64, 32, min(256, block_v), 8, 2)
-    if architecture in LARGE_TILES:
+    if architecture in LARGE_TILES and not skips:
         return ForwardTiles(128, 64, min(256, block_v), 8, 3)
     return ForwardTiles(64, 64, min(256, block_v), 8, 2)
 
 
-def backward_tiles(architecture: str, dtype: torch.dtype) -> BackwardTiles:
-    """Choose the backward tile; `architecture` as `architecture_of` names it."""
+def affinity_tiles(architecture: str, dtype: torch.dtype, skips: bool = False) -> AffinityTiles:
+    """Choose the tile of a written affinity; `architecture` as `architecture_of` names it, `skips` where blocks of it
+    may be left out.
+    """
     if architecture == INTERPRETER:
-        return BackwardTiles(32, 32, 32, 4, 1)
+        return AffinityTiles(32, 32, 32, 4, 1)
     if dtype == torch.float32:
-        return BackwardTiles(64, 64, 32, 8, 1)
-    return BackwardTiles(128, 128, 64 if architecture in LARGE_TILES else 32, 8, 3)
+        return AffinityTiles(64, 64, 16, 8, 1)
+    return AffinityTiles(128, 128 if architecture in LARGE_TILES and not skips else 64, 64, 8, 3)
 
 
-def backward_keys_per_chunk(queries: int) -> int:
-    """Memory positions whose affinity with all `queries` (B · M) the backward holds at once."""
-    return max(BACKWARD_LEAST_KEYS, BACKWARD_LOGITS // queries // 128 * 128)
+def usage_tiles(architecture: str, dtype: torch.dtype, C: int) -> UsageTiles:
+    """Choose the tile of a column sum; `architecture` as `architecture_of` names it."""
+    if architecture == INTERPRETER:
+        return UsageTiles(32, 32, 4, 1)
+    if dtype == torch.float32 or padded(C) > 128:
+        return UsageTiles(32, 32, 4, 1)
+    return UsageTiles(64, 128, 8, 3)
+
+
+def merge_tiles(architecture: str, V: int) -> MergeTiles:
+    """Choose the tile of a merge, which only moves memory: small ones, so that there are many."""
+    return MergeTiles(32 if architecture == INTERPRETER else 4, min(256, padded(V)), 4)
+
+
+def keys_per_chunk(queries: int) -> int:
+    """Memory positions whose affinity with all `queries` (B · M) is written out at once."""
+    return max(LEAST_KEYS_PER_CHUNK, WRITTEN_LOGITS // queries // 128 * 128)
 
 
 def padded(channels: int) -> int:
     """The least block that holds so many channels: a power of two, and no less than a tensor core takes."""
     return max(16, 1 << (channels - 1).bit_length())
+
+
+def staged_is_cheaper(architecture: str, dtype: torch.dtype, C: int, V: int) -> bool:
+    """Whether the affinity is better written out than computed anew for every slice of so many value channels.
+
+    Per query and position the slices cost 2·C·slices operations, the other way 4·C and two trips to memory.
+    """
+    return triton.cdiv(V, forward_tiles(architecture, dtype, C, V).block_v) >= STAGED_SLICES
+
+
+def forward_splits(tiles: ForwardTiles, B: int, M: int, N: int, V: int, multiprocessors: int) -> tuple[int, int]:
+    """Into how many parts to cut the memory so that every multiprocessor has work, and the positions of a part.
+
+    A part costs what its positions cost, a start and an end; a merge costs a launch and its traffic.
+    """
+    programs = triton.cdiv(V, tiles.block_v) * triton.cdiv(M, tiles.block_m) * B
+    blocks = triton.cdiv(N, tiles.block_n)
+    best = (math.inf, 1, blocks)
+    for splits in range(1, max(1, min(blocks * tiles.block_n // LEAST_KEYS_PER_SPLIT, MOST_SPLITS)) + 1):
+        blocks_per_split = triton.cdiv(blocks, splits)
+        splits = triton.cdiv(blocks, blocks_per_split)
+        waves = triton.cdiv(programs * splits, multiprocessors)
+        cost = waves * (blocks_per_split * tiles.block_n + KEYS_PER_START)
+        if splits > 1:
+            cost += KEYS_PER_MERGE + splits * B * M * V * KEYS_PER_MERGED_VALUE
+        best = min(best, (cost, splits, blocks_per_split))
+    _, splits, blocks_per_split = best
+    return splits, blocks_per_split * tiles.block_n

@@ -5,6 +5,7 @@ import torch
 
 import stm_kernels.chunked as chunked
 from stm_kernels import memory_read
+from stm_kernels.affinity import Affinity
 from stm_kernels.testing import allocations, assert_exact, extra_memory, make_problem, read_by, results
 
 
@@ -63,9 +64,9 @@ def test_extra_memory_of_a_read_does_not_grow_with_the_memory(dtype, channel_maj
 def test_extra_memory_of_a_backward_grows_by_the_gradients_alone(dtype, channel_major):
     def extra(N: int) -> int:
         problem = make_problem(1, 64, N, 32, 64, dtype=dtype, channel_major=channel_major)
-        inputs = (problem.query_key, problem.memory_key, problem.memory_value)
-        out, lse = chunked.chunked_read(*inputs, problem.scale)
-        arguments = (problem.grad_out, problem.grad_lse.double(), *inputs, out, lse, problem.scale)
+        inputs = (Affinity(problem.query_key, problem.memory_key, problem.scale), problem.memory_value)
+        outputs = chunked.chunked_read(*inputs, 0.0)
+        arguments = (problem.grad_out, problem.grad_lse.double(), *inputs, *outputs)
         gradients = problem.memory_key.nbytes + problem.memory_value.nbytes
         return extra_memory(lambda: chunked.chunked_read_backward(*arguments)) - gradients
 
@@ -78,11 +79,11 @@ def test_extra_memory_of_a_backward_grows_by_the_gradients_alone(dtype, channel_
 def test_chunks_share_their_buffers(dtype):
     def count(N: int) -> int:
         problem = make_problem(1, 64, N, 32, 64, dtype=dtype)
-        inputs = (problem.query_key, problem.memory_key, problem.memory_value)
+        inputs = (Affinity(problem.query_key, problem.memory_key, problem.scale), problem.memory_value)
 
         def read_and_backward():
-            out, lse = chunked.chunked_read(*inputs, problem.scale)
-            chunked.chunked_read_backward(problem.grad_out, problem.grad_lse.double(), *inputs, out, lse, problem.scale)
+            outputs = chunked.chunked_read(*inputs, 0.0)
+            chunked.chunked_read_backward(problem.grad_out, problem.grad_lse.double(), *inputs, *outputs)
 
         # a maximum or a sum of a row is small; a buffer is not
         return sum(size > 4096 for size in allocations(read_and_backward))

@@ -49,11 +49,12 @@ def test_opcheck(implementation, channel_major, device):
     device = device if implementation == "triton" else "cpu"
     problem = make_problem(2, 5, 7, 6, 3, device=device, channel_major=channel_major)
     inputs = [t.requires_grad_() for t in (problem.query_key, problem.memory_key, problem.memory_value)]
-    torch.library.opcheck(read_operator, (*inputs, 0.3, implementation))
-    inputs = [t.detach() for t in inputs]
-    out, lse = read_operator(*inputs, 0.3, implementation)
+    settings = (0.3, 0, 0.0, implementation)
+    torch.library.opcheck(read_operator, (*inputs, None, None, *settings))
+    inputs = [*(t.detach() for t in inputs), None, None]
+    out, lse, skipped, choice = read_operator(*inputs, *settings)
     grads = (torch.randn_like(out), torch.randn_like(lse))
-    torch.library.opcheck(backward_operator, (*grads, *inputs, out, lse, 0.3, implementation))
+    torch.library.opcheck(backward_operator, (*grads, *inputs, out, lse, skipped, choice, *settings))
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

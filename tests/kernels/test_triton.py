@@ -9,7 +9,7 @@ import torch
 import stm_kernels.gpu.backward as backward
 from stm_kernels import memory_read
 from stm_kernels.gpu.launch import architecture_of
-from stm_kernels.gpu.tuning import backward_keys_per_chunk, backward_tiles, forward_tiles, padded
+from stm_kernels.gpu.tuning import affinity_tiles, forward_tiles, keys_per_chunk, padded
 from stm_kernels.testing import assert_exact, make_problem, read_by, results
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -18,7 +18,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_backward_in_chunks(monkeypatch, device, dtype):
-    monkeypatch.setattr(backward, "backward_keys_per_chunk", lambda queries: 40)
+    monkeypatch.setattr(backward, "keys_per_chunk", lambda queries: 40)
     assert_exact(make_problem(2, 50, 90, 32, 48, dtype=dtype, device=device), read_by("triton"))
 
 
@@ -38,7 +38,7 @@ def test_equal_bits_from_run_to_run(device):
 
 def test_scratch_of_the_backward_is_bounded():
     for queries in (1, 576, 1620, 8160, 10**6):
-        keys = backward_keys_per_chunk(queries)
+        keys = keys_per_chunk(queries)
         assert keys >= 1024
         assert keys * queries <= 2**25 or keys == 1024
 
@@ -53,7 +53,7 @@ def test_every_architecture_has_tiles(architecture, dtype):
     for C, V in ((16, 16), (128, 512), (256, 1024)):
         tiles = forward_tiles(architecture, dtype, C, V)
         assert 16 <= tiles.block_v <= padded(V)
-        assert min(tiles.block_m, tiles.block_n, backward_tiles(architecture, dtype).block_k) >= 16
+        assert min(tiles.block_m, tiles.block_n, affinity_tiles(architecture, dtype).block_k) >= 16
 
 
 @without_gpu

@@ -1,0 +1,41 @@
+"""What defines the affinity of a read, whatever computes it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# a read that may leave values out notes what it read by blocks of this many queries and memory positions
+SKIP_QUERIES = 32
+SKIP_POSITIONS = 32
+
+
+@dataclass(frozen=True)
+class Affinity:
+    """The weight of a memory position for a query: the softmax of `scale · query_key · memory_key + key_bias`."""
+
+    query_key: Tensor
+    """`[B, M, C]`; any strides."""
+    memory_key: Tensor
+    """`[B, N, C]`, same dtype and device; any strides."""
+    scale: float
+    """Factor of the dot product."""
+    key_bias: Tensor | None = None
+    """`[B, N]`, contiguous, in `wide_dtype`; added to a position's logits. -inf hides the position."""
+    lengths: Tensor | None = None
+    """`[B]`, int32: how many positions each memory has; those behind are as if they were not there."""
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """B, M and N."""
+        return *self.query_key.shape[:2], self.memory_key.shape[1]
+
+    def positions(self, item: int) -> int:
+        """How many positions the memory of one batch item has."""
+        N = self.memory_key.shape[1]
+        return N if self.lengths is None else min(max(int(self.lengths[item]), 0), N)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, maxima and biases of a read in `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,1 @@
+"""The choice of the k best memory positions of each query."""
