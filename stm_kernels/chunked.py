@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stm_kernels.affinity import Affinity, wide_dtype
+from stm_kernels.products import Scratch, even_slices, key_products, product_dtype
 
 LOG2_E = math.log2(math.e)
 
@@ -23,26 +24,6 @@ BACKWARD_LOGITS = 2**20
 BACKWARD_KEYS_PER_CHUNK = (64, 2048)
 # stands in for the maximum of a row that has seen only hidden positions: -inf - (-inf) is no number
 LEAST_MAXIMUM = -1e30
-
-
-class _Scratch:
-    """Buffers by name, allocated at their first and largest use and lent again for every chunk."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.buffers: dict[str, Tensor] = {}
-
-    def take(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        buffer = self.buffers.get(name)
-        if buffer is None or buffer.numel() < rows * columns:
-            buffer = self.buffers[name] = torch.empty(rows * columns, dtype=dtype, device=self.device)
-        return buffer[: rows * columns].view(rows, columns)
-
-    def cast(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """The matrix in `dtype`: itself where it has that dtype already."""
-        if tensor.dtype == dtype:
-            return tensor
-        return self.take(name, *tensor.shape, dtype).copy_(tensor)
 
 
 def chunked_read(affinity: Affinity, memory_value: Tensor, skip: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -63,11 +44,11 @@ def chunked_read(affinity: Affinity, memory_value: Tensor, skip: float) -> tuple
     (B, M, _), V = affinity.sizes, memory_value.shape[2]
     out = query_key.new_empty(B, M, V)
     lse = query_key.new_empty(B, M, dtype=torch.float64)
-    scratch = _Scratch(query_key.device)
+    scratch = Scratch(query_key.device)
     for item in range(B):
-        chunks = _even_slices(affinity.positions(item), KEYS_PER_CHUNK)
+        chunks = even_slices(affinity.positions(item), KEYS_PER_CHUNK)
         bias = None if key_bias is None else key_bias[item] / affinity.scale
-        for block in _even_slices(M, QUERIES_PER_BLOCK):
+        for block in even_slices(M, QUERIES_PER_BLOCK):
             out[item, block], lse[item, block] = _read_block(
                 query_key[item, block], memory_key[item], memory_value[item], bias, affinity.scale, chunks, scratch
             )
@@ -81,20 +62,20 @@ def _read_block(
     bias: Tensor | None,
     scale: float,
     chunks: list[slice],
-    scratch: _Scratch,
+    scratch: Scratch,
 ) -> tuple[Tensor, Tensor]:
     """Read `[M, V]` and log-sum-exp `[M]` for a block of queries of one batch item; the read is lent by `scratch`.
 
     `bias` `[N]` is added to the unscaled products.
     """
-    wide, narrow = wide_dtype(query_key.dtype), _product_dtype(query_key)
+    wide, narrow = wide_dtype(query_key.dtype), product_dtype(query_key)
     M, V = len(query_key), memory_value.shape[1]
     query_key = scratch.cast("query_key", query_key, narrow)
     total = scratch.take("total", M, V, wide).zero_()
     row_sum = total.new_zeros(M, 1)
     row_max = total.new_full((M, 1), -math.inf)
     for chunk in chunks:
-        products = _key_products(query_key, memory_key[chunk], wide, scratch)
+        products = key_products(query_key, memory_key[chunk], wide, scratch)
         if bias is not None:
             products.add_(bias[chunk])
         new_max = torch.maximum(row_max, products.amax(1, keepdim=True)).clamp_(min=LEAST_MAXIMUM)
@@ -140,11 +121,11 @@ def chunked_read_backward(
     gradients.append(None if key_bias is None else torch.zeros_like(key_bias))
     M = query_key.shape[1]
     least, most = BACKWARD_KEYS_PER_CHUNK
-    scratch = _Scratch(query_key.device)
+    scratch = Scratch(query_key.device)
     wide = wide_dtype(query_key.dtype)
     for item in range(query_key.shape[0]):
         count = affinity.positions(item)
-        chunks = _even_slices(count, max(least, min(most, BACKWARD_LOGITS // M)))
+        chunks = even_slices(count, max(least, min(most, BACKWARD_LOGITS // M)))
         delta = (grad_out[item].to(wide) * out[item]).sum(1) - grad_lse[item]
         bias = None if key_bias is None else key_bias[item] / affinity.scale
         inputs = (grad_out[item], query_key[item], memory_key[item], memory_value[item], bias)
@@ -161,13 +142,13 @@ def _backward_item(
     lse: Tensor,
     scale: float,
     chunks: list[slice],
-    scratch: _Scratch,
+    scratch: Scratch,
     gradients: tuple[Tensor, Tensor, Tensor, Tensor | None],
 ) -> None:
     """Write the gradients of one batch item; every tensor comes without its batch axis."""
     grad_out, query_key, memory_key, memory_value, bias = inputs
     grad_query_key, grad_memory_key, grad_memory_value, grad_bias = gradients
-    wide, narrow = delta.dtype, _product_dtype(query_key)
+    wide, narrow = delta.dtype, product_dtype(query_key)
     M, C = query_key.shape
     query_key = scratch.cast("query_key", query_key, narrow)
     grad_out = scratch.cast("grad_out", grad_out, narrow)
@@ -178,7 +159,7 @@ def _backward_item(
         keys = scratch.cast("keys", memory_key[chunk], narrow)
         values = memory_value[chunk]
         values = _beside(values, None, scratch.take("values", len(values), values.shape[1] + 2, narrow))
-        products = _key_products(query_key, keys, wide, scratch)
+        products = key_products(query_key, keys, wide, scratch)
         if bias is not None:
             products.add_(bias[chunk])
         weights = _weights(products, row_top, scale)
@@ -225,37 +206,7 @@ def _beside(matrix: Tensor, column: Tensor | None, joined: Tensor) -> Tensor:
     return joined
 
 
-def _product_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype of matrix products: bfloat16 where the processor multiplies it, else the accumulator's."""
-    if tensor.dtype == torch.bfloat16 and (tensor.is_cuda or torch.cpu._is_avx512_bf16_supported()):
-        return torch.bfloat16
-    return wide_dtype(tensor.dtype)
-
-
-def _even_slices(length: int, most: int) -> list[slice]:
-    """Cover `range(length)` by slices of nearly equal length, none longer than `most`, the longest first."""
-    if not length:
-        return []
-    count = -(-length // most)
-    size = -(-length // count)
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
-
-
-def _key_products(query_key: Tensor, keys: Tensor, wide: torch.dtype, scratch: _Scratch) -> Tensor:
-    """`query_key · keysᵀ` in a buffer of the wide dtype, as exact as its accumulation."""
-    shape, narrow = (len(query_key), len(keys)), query_key.dtype
-    products = scratch.take("products", *shape, wide)
-    keys = scratch.cast("keys", keys, narrow).mT
-    if narrow == wide:
-        return torch.mm(query_key, keys, out=products)
-    # one product is rounded to 8 bits, a second one returns what the first has lost
-    rounded = torch.mm(query_key, keys, out=scratch.take("rounded", *shape, narrow))
-    products.copy_(rounded)
-    lost = rounded.addmm_(query_key, keys, beta=-1)
-    return products.add_(scratch.cast("widened", lost, wide))
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor, scratch: _Scratch) -> None:
+def _add_product(total: Tensor, left: Tensor, right: Tensor, scratch: Scratch) -> None:
     """`total += left · right`; a narrow product is rounded once, its sum never."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
@@ -264,7 +215,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, scratch: _Scratch) 
         total.add_(scratch.cast("widened", product, total.dtype))
 
 
-def _store_product(target: Tensor, left: Tensor, right: Tensor, scratch: _Scratch) -> None:
+def _store_product(target: Tensor, left: Tensor, right: Tensor, scratch: Scratch) -> None:
     """`target = left · right`, through a buffer where the product has another dtype."""
     if left.dtype == target.dtype:
         torch.mm(left, right, out=target)
@@ -281,17 +232,17 @@ def chunked_usage(affinity: Affinity, lse: Tensor | None) -> Tensor:
     """
     query_key, memory_key = affinity.query_key, affinity.memory_key
     B, M, N = affinity.sizes
-    wide, narrow = wide_dtype(query_key.dtype), _product_dtype(query_key)
+    wide, narrow = wide_dtype(query_key.dtype), product_dtype(query_key)
     if lse is None:
         lse = chunked_read(affinity, memory_key[:, :, :1], 0.0)[1]
     usage = query_key.new_zeros(B, N, dtype=wide)
-    scratch = _Scratch(query_key.device)
+    scratch = Scratch(query_key.device)
     for item in range(B):
-        for block in _even_slices(M, QUERIES_PER_BLOCK):
+        for block in even_slices(M, QUERIES_PER_BLOCK):
             queries = scratch.cast("query_key", query_key[item, block], narrow)
             row_top = _row_top(lse[item, block], affinity.scale, wide)
-            for chunk in _even_slices(affinity.positions(item), KEYS_PER_CHUNK):
-                products = _key_products(queries, memory_key[item, chunk], wide, scratch)
+            for chunk in even_slices(affinity.positions(item), KEYS_PER_CHUNK):
+                products = key_products(queries, memory_key[item, chunk], wide, scratch)
                 if affinity.key_bias is not None:
                     products.add_(affinity.key_bias[item, chunk] / affinity.scale)
                 usage[item, chunk] += _weights(products, row_top, affinity.scale).sum(0)

@@ -6,13 +6,14 @@ import torch
 import stm_kernels.chunked as chunked
 from stm_kernels import memory_read
 from stm_kernels.affinity import Affinity
+from stm_kernels.products import even_slices
 from stm_kernels.testing import allocations, assert_exact, extra_memory, make_problem, read_by, results
 
 
 def test_slices_cover_a_range_evenly():
-    assert chunked._even_slices(7, 3) == [slice(0, 3), slice(3, 6), slice(6, 7)]
-    assert chunked._even_slices(8, 5) == [slice(0, 4), slice(4, 8)]
-    assert chunked._even_slices(3, 100) == [slice(0, 3)]
+    assert even_slices(7, 3) == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    assert even_slices(8, 5) == [slice(0, 4), slice(4, 8)]
+    assert even_slices(3, 100) == [slice(0, 3)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
