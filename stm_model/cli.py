@@ -1,4 +1,4 @@
-"""The `stm` command: stm demo | track | train | info."""
+"""The `stm` command: stm demo | track | train | evaluate | info."""
 
 from __future__ import annotations
 
@@ -213,6 +213,22 @@ def train(argv: Sequence[str]) -> int:
     return 0
 
 
+def evaluate(argv: Sequence[str]) -> int:
+    """`stm evaluate`; see stm_model.evaluation.evaluate.EvaluateConfig."""
+    from stm_model.evaluation.evaluate import EvaluateConfig, describe
+    from stm_model.evaluation.evaluate import evaluate as run_evaluation
+    from stm_model.evaluation.ranks import OtherRankFailed, Ranks
+
+    config = _parse(EvaluateConfig, "stm evaluate", argv)
+    try:
+        summary = run_evaluation(config)
+    except OtherRankFailed:
+        return BAD_INPUT
+    if Ranks().first:
+        print(json.dumps(summary, indent=1) if config.json else describe(summary))
+    return 0
+
+
 def info(argv: Sequence[str]) -> int:
     """`stm info`; see InfoConfig."""
     config = _parse(InfoConfig, "stm info", argv)
@@ -256,6 +272,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "demo": (demo, "track objects through a made-up clip, to see it work"),
     "track": (track, "track the objects of a mask through a video"),
     "train": (train, "train the network"),
+    "evaluate": (evaluate, "score the tracker, or a folder of masks, on a benchmark"),
     "info": (info, "versions, devices and what would run on them"),
 }
 

@@ -1,0 +1,258 @@
+"""Score the tracker, or a folder of masks someone else made, on a benchmark: `stm evaluate --data DAVIS`."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from stm_model import __version__
+from stm_model.evaluation.protocol import Dataset, open_dataset
+from stm_model.evaluation.ranks import Ranks
+from stm_model.evaluation.scoring import find_results, score
+from stm_model.evaluation.studies import STUDIES, run_study
+from stm_model.evaluation.tables import (
+    Evaluation,
+    format_table,
+    score_records,
+    summarize,
+    write_json,
+    write_score_tables,
+)
+from stm_model.evaluation.tracking import Speed, TrackingSettings, track_videos
+from stm_model.memory import MemoryRule
+from stm_model.network import STRIDE
+from stm_model.runtime import default_device, default_dtype
+
+SUMMARY = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Score the tracker, or a folder of masks, on a benchmark.
+
+    Writes masks/ as the benchmark wants them submitted, tables (CSV), evaluation.json and report.html. torchrun spreads
+    the videos over processes.
+    """
+
+    data: Path
+    """The dataset's folder."""
+    dataset: Literal["davis2016", "davis2017", "youtube_vos", "lvos"] = "davis2016"
+    """The benchmark: its folders, what it gives and what it scores."""
+    split: str | None = None
+    """List or folder of the split; None is val for DAVIS, valid elsewhere."""
+    resolution: str | None = None
+    """Folder under JPEGImages, DAVIS alone; None takes 480p, or the only one."""
+    videos: tuple[str, ...] = ()
+    """Names of the videos to score; none takes the whole split."""
+    results: Path | None = None
+    """Folder of masks to score, laid out as a submission; None tracks."""
+    binary: bool = False
+    """The masks in --results are black and white: what is bright is the one object."""
+    out: Path = Path("stm-evaluation")
+    """Folder for what is written."""
+    overwrite: bool = False
+    """Replace an earlier evaluation in a folder that is not empty."""
+    study: Literal["memory", "every", "read"] | None = None
+    """Track with several settings instead of one: memory, the paper's four memory rules; every, a remembered frame in
+    1, 2, 5, 10 or 20; read, how the memory is read."""
+    checkpoint: Path | None = None
+    """A released .pth or our .safetensors; None takes the weights that come with the package."""
+    memory: str = "every:5"
+    """Which frames are remembered: first, previous, first+previous, every:N or uniform:K."""
+    size: int | None = None
+    """Shorter side in pixels at which the network runs. None takes the frames' own; with the package's weights at most
+    240, the size they were trained on."""
+    device: str | None = None
+    """Where to run, like cpu or cuda:0; None takes the GPU if there is one."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Number format of the network; None takes bfloat16 where the device computes it natively, else float32."""
+    overlay: bool = False
+    """Write overlays/VIDEO.mp4, the frames with the objects coloured, and link them in the report."""
+    report: bool = True
+    """Write report.html and figures/; --no-report does not."""
+    workers: int | None = None
+    """Processes that score; None takes one a core."""
+    json: bool = False
+    """Print the summary as JSON, alone on stdout."""
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers: expected at least 1, got {self.workers}")
+        if self.results is not None and self.study is not None:
+            raise ValueError("study: tracks with settings of its own and can't score --results; give one of the two")
+        if self.results is not None and self.checkpoint is not None:
+            raise ValueError("checkpoint: the masks in --results are there already; give one of the two")
+        if self.binary and self.results is None:
+            raise ValueError("binary: says how to read --results, which was not given")
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Run an evaluation or a study and write its files.
+
+    Returns:
+        What evaluation.json holds, in every process of a torchrun.
+
+    Raises:
+        FileNotFoundError, ValueError: data, results or settings make no sense; the message names the file.
+    """
+    with Ranks() as ranks:
+        # what can be refused is refused before anything is written
+        dataset = ranks.on_first(lambda: _prepare(config))
+        config = dataclasses.replace(config, device=ranks.device(config.device))
+        return (_study if config.study else _evaluation)(config, dataset, ranks)
+
+
+def _evaluation(config: EvaluateConfig, dataset: Dataset, ranks: Ranks) -> dict[str, Any]:
+    masks, speed = config.results, None
+    if masks is None:
+        masks = config.out / "masks"
+        mine = ranks.share(dataset.videos, lambda video: len(video.frame_paths))
+        settings = tracking_settings(config)
+        speeds = ranks.each(lambda: track_videos(mine, settings, masks / dataset.submission_folder))
+        speed = sum(speeds[1:], start=speeds[0])
+    return ranks.on_first(lambda: _finish(config, dataset, masks, speed))
+
+
+def _finish(config: EvaluateConfig, dataset: Dataset, masks: Path, speed: Speed | None) -> dict[str, Any]:
+    """Score, and write tables, JSON, overlays and the report."""
+    scores = score(dataset, masks, binary=config.binary, workers=config.workers)
+    floor = score(dataset, None, workers=config.workers)
+    summary = _facts(config, dataset) | {
+        "scores": summarize(dataset.name, scores),
+        "floor": summarize(dataset.name, floor),
+        "speed": speed_record(speed) if speed else None,
+        "objects": score_records(scores),
+    }
+    if scores:
+        write_score_tables(config.out, dataset, scores)
+    evaluation = Evaluation(dataset, masks, scores, floor, speed, summary)
+    overlays = {}
+    if config.overlay:
+        from stm_model.evaluation.overlays import write_overlays
+
+        overlays = write_overlays(dataset, masks, config.out / "overlays", config.binary)
+    if config.report:
+        # matplotlib takes a second to import
+        from stm_model.evaluation.report import write_report
+
+        write_report(evaluation, config.out, overlays, config.binary)
+    write_json(config.out / SUMMARY, summary)
+    return summary
+
+
+def _study(config: EvaluateConfig, dataset: Dataset, ranks: Ranks) -> dict[str, Any]:
+    study = STUDIES[config.study]
+    rows = run_study(study, dataset, tracking_settings(config), config.out, ranks, config.workers)
+    summary = _facts(config, dataset) | {"study": config.study, "variants": rows}
+
+    def write() -> None:
+        from stm_model.evaluation.figures import draw_study
+
+        draw_study(study, rows, config.out / f"study_{config.study}.png")
+        write_json(config.out / SUMMARY, summary)
+
+    ranks.on_first(write)
+    return summary
+
+
+def tracking_settings(config: EvaluateConfig) -> TrackingSettings:
+    """The part of the settings that tracking needs."""
+    return TrackingSettings(config.checkpoint, config.device, config.dtype, config.size, {"memory": config.memory})
+
+
+def speed_record(speed: Speed) -> dict[str, Any]:
+    """A speed for JSON."""
+    return {"FPS": speed.fps, **dataclasses.asdict(speed)}
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """A summary as the lines that the command prints."""
+    if "variants" in summary:
+        shown = ("J-Mean", "J-Recall", "J-Decay", "F-Mean", "FPS", "Peak-MiB", "Added-MiB")
+        rows = {name: {key: row[key] for key in shown if key in row} for name, row in summary["variants"].items()}
+        return format_table(rows, summary["study"])
+    if not summary["scores"]:
+        lines = ["no ground truth here: the masks are written, to be submitted"]
+    else:
+        rows = {
+            "tracked" if summary["speed"] else "results": summary["scores"],
+            "first mask repeated": summary["floor"],
+        }
+        lines = [format_table(rows)]
+    if speed := summary["speed"]:
+        peak = f", peak memory {speed['peak_bytes'] / 2**20:.0f} MiB" if speed["peak_bytes"] else ""
+        lines.append(f"{speed['FPS']:.2f} frames a second over {speed['frames']} frames{peak}")
+    return "\n".join([*lines, f"written to {summary['settings']['out']}"])
+
+
+def _prepare(config: EvaluateConfig) -> Dataset:
+    """Find the videos, check what must be right before hours are spent, clear the folder of an earlier evaluation."""
+    out = config.out
+    dataset = open_dataset(config.dataset, config.data, config.split, config.resolution, config.videos)
+    if config.study and not any(video.scored for video in dataset.videos):
+        raise ValueError(f"study: the ground truth of {config.dataset} {dataset.split} is not here to compare by")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: {out} is a file; expected a folder")
+    if out.is_dir() and any(out.iterdir()) and not config.overwrite:
+        raise ValueError(f"out: {out} is not empty; choose another folder, or add --overwrite")
+    for name, path in (("data", config.data), ("results", config.results)):
+        if path is not None and (out.resolve() == path.resolve() or out.resolve() / "masks" in _lineage(path)):
+            raise ValueError(f"out: {out} would overwrite the {name}; choose another folder")
+    if config.results is None:
+        _check_settings(config)
+    else:
+        for video in dataset.videos:
+            find_results(dataset, config.results, video)
+    if config.overlay:
+        from importlib.util import find_spec
+
+        if find_spec("av") is None:
+            raise ValueError("overlay: writing videos needs PyAV, which is not installed")
+    if (out / SUMMARY).is_file():
+        shutil.rmtree(out / "masks", ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / SUMMARY, _facts(config, dataset) | {"stopped": "unfinished"})
+    return dataset
+
+
+def _check_settings(config: EvaluateConfig) -> None:
+    if config.device is not None:
+        try:
+            torch.empty(1, device=config.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device: {config.device} cannot be used here ({str(error).splitlines()[0]})") from error
+    MemoryRule.parse(config.memory, frame_count=1)
+    if config.size is not None and config.size < STRIDE:
+        raise ValueError(f"size: expected at least {STRIDE} pixels, got {config.size}")
+    if config.checkpoint is not None and not config.checkpoint.is_file():
+        raise FileNotFoundError(f"checkpoint: no such file: {config.checkpoint}")
+
+
+def _lineage(path: Path) -> set[Path]:
+    return {path.resolve(), *path.resolve().parents}
+
+
+def _facts(config: EvaluateConfig, dataset: Dataset) -> dict[str, Any]:
+    """Where a figure comes from."""
+    device = torch.device(config.device) if config.device else default_device()
+    on_gpu = device.type == "cuda"
+    return {
+        "command": " ".join(["stm", *sys.argv[1:]]),
+        "dataset": dataset.name,
+        "split": dataset.split,
+        "videos": len(dataset.videos),
+        "device": torch.cuda.get_device_name(device) if on_gpu else "CPU",
+        "threads": torch.get_num_threads(),
+        "dtype": config.dtype or str(default_dtype(device)).removeprefix("torch."),
+        "versions": {"stm-kernels": __version__, "python": platform.python_version(), "torch": torch.__version__},
+        "settings": {
+            key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(config).items()
+        },
+    }

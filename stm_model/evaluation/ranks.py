@@ -1,0 +1,87 @@
+"""One evaluation spread over the processes that torchrun starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from torch import distributed
+
+Result = TypeVar("Result")
+Item = TypeVar("Item")
+
+TIMEOUT = timedelta(days=1)
+"""Longest wait of a rank for one with longer videos; torchrun ends the others when one dies."""
+
+
+class OtherRankFailed(Exception):
+    """Raised where nothing went wrong when another rank gave up; that one says why."""
+
+
+class Ranks:
+    """This process among those of a run; alone unless torchrun started it."""
+
+    def __init__(self):
+        self.count = int(os.environ.get("WORLD_SIZE", 1))
+        self.index = int(os.environ.get("RANK", 0))
+        self.own_group = self.count > 1 and not distributed.is_initialized()
+
+    def __enter__(self) -> Ranks:
+        if self.own_group:
+            distributed.init_process_group("gloo", timeout=TIMEOUT)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.own_group:
+            distributed.destroy_process_group()
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.index == 0
+
+    def device(self, asked: str | None) -> str | None:
+        """Where this rank runs: as asked, else on the GPU of its own number on this machine, if there are any."""
+        if asked is None and self.count > 1 and torch.cuda.is_available():
+            return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+        return asked
+
+    def share(self, items: Sequence[Item], weight: Callable[[Item], float]) -> list[Item]:
+        """The items of this rank: the heaviest first, each to the rank with the least to do."""
+        loads, mine = [0.0] * self.count, []
+        for item in sorted(items, key=weight, reverse=True):
+            lightest = loads.index(min(loads))
+            loads[lightest] += weight(item)
+            if lightest == self.index:
+                mine.append(item)
+        return mine
+
+    def each(self, work: Callable[[], Result]) -> list[Result]:
+        """Run `work` in every process and return all results, in all of them.
+
+        Raises:
+            OtherRankFailed: it failed in another process. Where it failed, its own exception.
+        """
+        result, failure = None, None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        if self.count == 1:
+            if failure is not None:
+                raise failure
+            return [result]
+        gathered: list = [None] * self.count
+        distributed.all_gather_object(gathered, (result, failure is not None))
+        if failure is not None:
+            raise failure
+        if any(failed for _, failed in gathered):
+            raise OtherRankFailed("another rank failed")
+        return [result for result, _ in gathered]
+
+    def on_first(self, work: Callable[[], Result]) -> Result:
+        """Run `work` in the first process alone and return its result in all of them; raises as `each`."""
+        return self.each(lambda: work() if self.first else None)[0]

@@ -1,0 +1,221 @@
+"""Folders of masks scored against a benchmark's ground truth, frame by frame and on several processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import repeat
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from stm_model.evaluation.metrics import Statistics, contour_accuracy, region_similarity, statistics
+from stm_model.evaluation.protocol import Dataset, Video
+from stm_model.pictures import VOID, MediaError, by, read_mask
+
+CHUNK = 32
+"""Frames that a process scores at a time."""
+
+
+class ResultError(MediaError):
+    """A result mask that cannot be scored; the message names the file."""
+
+
+@dataclass(frozen=True)
+class ObjectScore:
+    """How one object of a video was followed."""
+
+    video: str
+    """Name of the video."""
+    label: int
+    """The object."""
+    group: str | None
+    """`seen` or `unseen`, where the benchmark tells."""
+    frames: tuple[int, ...]
+    """Frames scored."""
+    region: tuple[float, ...]
+    """J of each."""
+    contour: tuple[float, ...]
+    """F of each."""
+
+    @property
+    def region_statistics(self) -> Statistics:
+        """Mean, recall and decay of J."""
+        return statistics(self.region)
+
+    @property
+    def contour_statistics(self) -> Statistics:
+        """Mean, recall and decay of F."""
+        return statistics(self.contour)
+
+
+class _Task(NamedTuple):
+    """Frames of one video to score."""
+
+    video: Video
+    folder: Path | None
+    binary: bool
+    frames: tuple[int, ...]
+
+
+def score(
+    dataset: Dataset, results: Path | None, *, binary: bool = False, workers: int | None = None
+) -> list[ObjectScore]:
+    """J and F of every object of a split.
+
+    Args:
+        dataset: the split.
+        results: a submission: a folder of masks a video. None scores the floor: every given mask repeated.
+        binary: the masks are black and white: what is bright is the one object of a video.
+        workers: processes; None takes one a core.
+
+    Returns:
+        A score per object, in order of video and label; none for videos without public ground truth.
+
+    Raises:
+        FileNotFoundError: the folder, a video's or a mask is missing.
+        ResultError: a mask has another size than its ground truth, or labels of no object.
+    """
+    folders = {
+        video.name: None if results is None else find_results(dataset, results, video) for video in dataset.videos
+    }
+    tasks = [
+        _Task(video, folders[video.name], binary, frames)
+        for video in dataset.videos
+        for frames in _chunks(tuple(video.scored))
+    ]
+    scored: dict[tuple[str, int], list[tuple[int, float, float]]] = {}
+    with tqdm(total=sum(len(task.frames) for task in tasks), desc="score", unit="frame", delay=1, disable=None) as bar:
+        for task, rows in _each(tasks, workers):
+            for frame, label, region, contour in rows:
+                scored.setdefault((task.video.name, label), []).append((frame, region, contour))
+            bar.update(len(task.frames))
+    groups = {(video.name, label): group for video in dataset.videos for label, group in video.groups.items()}
+    return [
+        ObjectScore(*owner, groups.get(owner), *map(tuple, zip(*sorted(rows))))
+        for owner, rows in sorted(scored.items())
+    ]
+
+
+def find_results(dataset: Dataset, results: Path, video: Video) -> Path:
+    """The folder with the masks of a video, in which every frame that is scored has one.
+
+    Raises:
+        FileNotFoundError: there is no such folder, it is empty or a frame is missing.
+    """
+    if not results.is_dir():
+        raise FileNotFoundError(f"results: no folder {results}")
+    if not any(results.iterdir()):
+        raise FileNotFoundError(f"results: {results} is empty; expected a folder of masks for each video")
+    inner = results / dataset.submission_folder
+    folder = (inner if inner.is_dir() else results) / video.name
+    if not folder.is_dir():
+        raise FileNotFoundError(f"results: no folder {folder} for the video {video.name}")
+    for frame in video.scored:
+        path = folder / video.mask_name(frame)
+        if not path.is_file():
+            raise FileNotFoundError(f"results: {path} is missing")
+    return folder
+
+
+def read_result(path: Path, video: Video, size: tuple[int, int], binary: bool = False) -> np.ndarray:
+    """Labels of a result mask, uint8 `[H, W]`.
+
+    Args:
+        path: the mask.
+        video: whose objects it may hold.
+        size: height and width that it must have, in pixels.
+        binary: the mask is black and white: what is bright is the one object.
+
+    Raises:
+        ResultError: it has another size, labels of no object, or is black and white and `binary` was not said.
+        MediaError: it is no mask.
+    """
+    if binary and len(video.objects) > 1:
+        raise ResultError(f"{path}: a black-and-white mask can't tell the {len(video.objects)} objects of {video.name}")
+    labels = read_mask(path, binary=binary)
+    if binary:
+        labels = labels * np.uint8(video.objects[0])
+    if labels.shape != size:
+        raise ResultError(f"{path}: {by(labels.shape)} pixels; expected {by(size)} like its ground truth")
+    found = {int(label) for label in np.unique(labels)} - {0}
+    if video.single_object and found == {VOID} and _is_black_and_white(video):
+        return (labels > 0).astype(np.uint8)
+    if found == {VOID}:
+        hint = "; add --binary to take white for the object" if len(video.objects) == 1 else ""
+        raise ResultError(f"{path}: black and white (0 and 255); expected labels {_range(video)}{hint}")
+    extra = sorted(found - set(video.objects))
+    if extra:
+        raise ResultError(f"{path}: label {extra[0]} is no object of {video.name}; expected labels {_range(video)}")
+    return labels
+
+
+def _is_black_and_white(video: Video) -> bool:
+    return int(read_mask(video.annotations[0]).max()) == VOID
+
+
+def _range(video: Video) -> str:
+    return f"0, {', '.join(map(str, video.objects))}"
+
+
+def _chunks(frames: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    for start in range(0, len(frames), CHUNK):
+        yield frames[start : start + CHUNK]
+
+
+def _each(tasks: list[_Task], workers: int | None) -> Iterator[tuple[_Task, list]]:
+    count = min(workers or available_cores(), len(tasks))
+    if count <= 1:
+        yield from zip(tasks, map(_score_frames, tasks))
+        return
+    # a fresh interpreter each: a process that has started threads must not be copied
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool, _cancelled(pool):
+        yield from zip(tasks, pool.map(_score_frames, tasks))
+
+
+@contextmanager
+def _cancelled(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """What is still waiting when one task fails is not begun."""
+    try:
+        yield
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _score_frames(task: _Task) -> list[tuple[int, int, float, float]]:
+    """(frame, label, J, F) of every object scored in some frames of a video."""
+    video, rows = task.video, []
+    predictions = _repeated(task) if task.folder is None else repeat(None)
+    for frame, prediction in zip(task.frames, predictions):
+        truth = video.read_annotation(frame)
+        if prediction is None:
+            path = task.folder / video.mask_name(frame)
+            prediction = read_result(path, video, truth.shape, task.binary)
+        void = truth == VOID
+        for label in video.scored[frame]:
+            masks = (prediction == label, truth == label, void)
+            rows.append((frame, label, region_similarity(*masks), contour_accuracy(*masks)))
+    return rows
+
+
+def _repeated(task: _Task) -> Iterable[np.ndarray]:
+    """For each frame of a task, the masks given until then, later ones on top."""
+    given = task.video.given_masks()
+    for frame in task.frames:
+        labels = None
+        for entry, mask in given.items():
+            if entry <= frame:
+                shown = (mask > 0) & (mask < VOID)
+                labels = mask * shown if labels is None else np.where(shown, mask, labels)
+        yield labels

@@ -1,0 +1,129 @@
+"""Small datasets in the benchmarks' layouts, made of procedural clips, and a network that has learnt nothing."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from stm_model import STM, STMConfig, pictures
+from stm_model.checkpoint import write_tensors
+from stm_model.data.synthetic import procedural_clip
+
+SIZE = (48, 80)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    model = STM(STMConfig("resnet18", key_channels=16, value_channels=16, decoder_channels=16))
+    write_tensors(model.state_dict(), path)
+    return path
+
+
+def write_video(frames_folder, masks_folder, frames, labels, name="{:05d}", masks=None):
+    """Frames as JPEG and the labels of `masks` (frame numbers; None is all) as PNG."""
+    for folder in (frames_folder, masks_folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for index, (frame, mask) in enumerate(zip(frames, labels)):
+        pictures.write_image(frames_folder / f"{name.format(index)}.jpg", frame)
+        if masks is None or index in masks:
+            pictures.write_mask(masks_folder / f"{name.format(index)}.png", mask)
+
+
+@pytest.fixture(scope="session")
+def clips():
+    """Video → (frames, labels) of two objects, 1 and 2."""
+    return {
+        name: procedural_clip(count, SIZE, objects=2, seed=seed)
+        for name, count, seed in (("ant", 9, 1), ("bee", 6, 2), ("cat", 7, 4))
+    }
+
+
+@pytest.fixture(scope="session")
+def davis(tmp_path_factory, clips):
+    """DAVIS-2017, with DAVIS-2016's list of the same videos."""
+    root = tmp_path_factory.mktemp("davis")
+    for name, (frames, labels) in clips.items():
+        write_video(root / "JPEGImages/480p" / name, root / "Annotations/480p" / name, frames, labels)
+    for year in ("2016", "2017"):
+        (root / "ImageSets" / year).mkdir(parents=True)
+        (root / "ImageSets" / year / "val.txt").write_text("\n".join(clips) + "\n")
+    (root / "db_info.yml").write_text(
+        "attributes: [AC, FM]\nsequences:\n- attributes: [AC, FM]\n  name: ant\n  num_frames: 9\n"
+        "- name: bee\n  attributes:\n    - FM\n  num_frames: 6\n"
+    )
+    return root
+
+
+YOUTUBE_EVERY = 2
+ENTRIES = {"ant": {1: 0, 2: 4}, "bee": {1: 2}}
+CATEGORIES = {"ant": {1: "insect", 2: "rock"}, "bee": {1: "insect"}}
+
+
+@pytest.fixture(scope="session")
+def youtube_vos(tmp_path_factory, clips):
+    """YouTube-VOS: every second frame is asked for and annotated, objects enter late, `rock` is an unseen category."""
+    root = tmp_path_factory.mktemp("youtube_vos")
+    meta = {}
+    for name, entries in ENTRIES.items():
+        frames, labels = clips[name]
+        labels = labels.copy()
+        for label in (1, 2):
+            first = entries.get(label, len(labels))
+            labels[:first][labels[:first] == label] = 0
+        start = min(entries.values())
+        asked = range(start, len(frames), YOUTUBE_EVERY)
+        write_video(
+            root / "valid_all_frames/JPEGImages" / name, root / "valid/Annotations" / name, frames, labels, masks=asked
+        )
+        meta[name] = {
+            "objects": {
+                str(label): {
+                    "category": CATEGORIES[name][label],
+                    "frames": [f"{frame:05d}" for frame in asked if frame >= first],
+                }
+                for label, first in entries.items()
+            }
+        }
+    (root / "valid/meta.json").write_text(json.dumps({"videos": meta}))
+    (root / "train").mkdir()
+    seen = {"videos": {"dog": {"objects": {"1": {"category": "insect", "frames": ["00000"]}}}}}
+    (root / "train/meta.json").write_text(json.dumps(seen))
+    return root
+
+
+@pytest.fixture(scope="session")
+def lvos(tmp_path_factory, clips):
+    """A long video whose frames are annotated now and then; its second object appears at frame 30."""
+    root = tmp_path_factory.mktemp("lvos")
+    frames, labels = clips["ant"]
+    there = np.concatenate([np.arange(len(frames)), np.arange(len(frames))[::-1]] * 3)
+    frames, labels = frames[there], labels[there].copy()
+    labels[:30][labels[:30] == 2] = 0
+    write_video(
+        root / "valid/JPEGImages/long",
+        root / "valid/Annotations/long",
+        frames,
+        labels,
+        "{:08d}",
+        range(0, len(frames), 6),
+    )
+    return root
+
+
+@pytest.fixture
+def copy_truth():
+    """Write a submission that is a dataset's ground truth, each video's masks changed by `change(labels)`."""
+
+    def copy(dataset, folder, change=lambda labels: labels):
+        for video in dataset.videos:
+            target = folder / dataset.submission_folder / video.name
+            target.mkdir(parents=True)
+            for frame in video.asked:
+                if frame in video.annotations:
+                    pictures.write_mask(target / video.mask_name(frame), change(video.read_annotation(frame)))
+        return folder
+
+    return copy

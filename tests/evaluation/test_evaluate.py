@@ -1,0 +1,365 @@
+"""`stm evaluate` as its user meets it: files, tables, exit codes, several processes, studies and the report."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stm_model import STM, Tracker, media, pictures
+from stm_model.cli import main
+from stm_model.evaluation import figures, tracking
+from stm_model.evaluation.metrics import sequence_scores
+from stm_model.evaluation.protocol import open_dataset
+from stm_model.evaluation.studies import STUDIES
+
+HELD = Path(__file__).parents[3] / "shared" / "data" / "davis2016-train"
+
+
+@pytest.fixture
+def evaluate(davis, weights, tmp_path, capsys):
+    """Run `stm evaluate`; the exit code, stdout and stderr."""
+
+    def run(*extra, data=davis, dataset="davis2017", out=tmp_path / "out", checkpoint=weights):
+        arguments = ["--data", data, "--dataset", dataset, "--out", out, "--workers", 1]
+        arguments += ["--checkpoint", checkpoint, "--device", "cpu"] if checkpoint else []
+        code = main(["evaluate", *map(str, [*arguments, *extra])])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def _refused(result, *parts):
+    code, out, err = result
+    assert (code, out) == (2, "")
+    assert err.startswith("stm: error: ") and err.count("\n") == 1, err
+    for part in parts:
+        assert part in err
+    return True
+
+
+def _table(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_split_is_tracked_scored_and_reported(evaluate, davis, weights, clips, tmp_path):
+    code, out, err = evaluate("--dtype", "float32")
+    assert (code, err) == (0, "")
+    folder = tmp_path / "out"
+    tracker = Tracker(STM.load(weights, device="cpu", dtype=torch.float32))
+    expected = {}
+    for name, (_, labels) in clips.items():
+        video = next(video for video in open_dataset("davis2017", davis).videos if video.name == name)
+        frames = [pictures.read_image(path) for path in video.frame_paths]
+        masks = [result.labels for result in tracker.track(frames, {0: labels[0]})]
+        for index, mask in enumerate(masks):
+            np.testing.assert_array_equal(pictures.read_mask(folder / "masks" / name / f"{index:05d}.png"), mask)
+        expected |= {f"{name}_{label}": score for label, score in sequence_scores(masks, labels).items()}
+    rows = _table(folder / "per-sequence_results-val.csv")
+    assert {row["Sequence"]: (float(row["J-Mean"]), float(row["F-Mean"])) for row in rows} == {
+        name: pytest.approx(score, abs=1e-6) for name, score in expected.items()
+    }
+    summary = json.loads((folder / "evaluation.json").read_text())
+    assert summary["scores"]["J-Mean"] == pytest.approx(np.mean([region for region, _ in expected.values()]))
+    assert summary["speed"]["frames"] == sum(len(frames) for frames, _ in clips.values())
+    assert summary["speed"]["FPS"] == pytest.approx(summary["speed"]["frames"] / summary["speed"]["seconds"])
+    assert summary["speed"]["peak_bytes"] > summary["speed"]["loaded_bytes"] > 2**20
+    assert len(summary["objects"]) == 6 and len(summary["objects"][0]["J_by_frame"]) == 7
+    for word in ("J&F-Mean", "tracked", "first mask repeated", "frames a second over 22 frames", "peak memory"):
+        assert word in out
+
+
+def test_the_speed_leaves_files_out_and_drops_the_warm_up(evaluate, monkeypatch):
+    read, write = tracking.read_image, tracking.write_mask
+    monkeypatch.setattr(tracking, "read_image", lambda path: (time.sleep(0.05), read(path))[1])
+    monkeypatch.setattr(tracking, "write_mask", lambda *arguments: (time.sleep(0.05), write(*arguments))[1])
+    seen = []
+    track = Tracker.track
+    monkeypatch.setattr(Tracker, "track", lambda self, *a, **k: (seen.append(0), track(self, *a, **k))[1])
+    times = iter(range(10**6))
+    monkeypatch.setattr(tracking.time, "perf_counter", lambda: next(times))
+    code, out, _ = evaluate("--json", "--no-report", "--videos", "bee")
+    speed = json.loads(out)["speed"]
+    # a clock that ticks at every look: between a resume and the pause after it lies one tick, twice a frame: up to the
+    # frame that is pulled, and from there to the result; and one more to find the end
+    assert code == 0 and speed["frames"] == 6 and speed["seconds"] == 2 * 6 + 1
+    assert len(seen) == 2
+
+
+def test_results_of_others_are_scored(evaluate, davis, tmp_path, copy_truth):
+    copy_truth(open_dataset("davis2017", davis), tmp_path / "results")
+    code, out, err = evaluate("--results", tmp_path / "results", checkpoint=None)
+    assert (code, err) == (0, "") and "results" in out and "frames a second" not in out
+    (row,) = _table(tmp_path / "out" / "global_results-val.csv")
+    assert float(row["J&F-Mean"]) == 1.0
+    assert not (tmp_path / "out" / "masks").exists()
+    assert "1.000" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_broken_submission_ends_with_one_line(evaluate, davis, tmp_path, copy_truth):
+    copy_truth(open_dataset("davis2017", davis), tmp_path / "results")
+    (tmp_path / "results/bee/00002.png").unlink()
+    assert _refused(evaluate("--results", tmp_path / "results", checkpoint=None), "bee/00002.png is missing")
+    assert not (tmp_path / "out").exists()
+    pictures.write_mask(tmp_path / "results/bee/00002.png", np.full((48, 80), 7))
+    assert _refused(evaluate("--results", tmp_path / "results", checkpoint=None), "bee/00002.png: label 7 is no object")
+
+
+def test_youtube_vos_writes_the_asked_frames(evaluate, youtube_vos, tmp_path):
+    code, out, err = evaluate(data=youtube_vos, dataset="youtube_vos")
+    assert (code, err) == (0, "")
+    masks = tmp_path / "out" / "masks" / "Annotations"
+    assert sorted(path.name for path in (masks / "ant").iterdir()) == [f"{frame:05d}.png" for frame in (0, 2, 4, 6, 8)]
+    assert sorted(path.name for path in (masks / "bee").iterdir()) == ["00002.png", "00004.png"]
+    assert set(np.unique(pictures.read_mask(masks / "ant/00002.png"))) <= {0, 1}
+    truth = pictures.read_mask(youtube_vos / "valid/Annotations/ant/00004.png")
+    # the object that enters comes back as it was given
+    np.testing.assert_array_equal(pictures.read_mask(masks / "ant/00004.png") == 2, truth == 2)
+    (row,) = _table(tmp_path / "out" / "global_results-valid.csv")
+    assert list(row) == ["Overall", "J_seen", "J_unseen", "F_seen", "F_unseen"]
+    assert float(row["Overall"]) == pytest.approx(np.mean([float(row[key]) for key in list(row)[1:]]), abs=2e-6)
+    assert "quoted [1]" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_without_public_ground_truth_the_masks_are_written(evaluate, youtube_vos, tmp_path):
+    root = shutil.copytree(youtube_vos, tmp_path / "youtube_vos")
+    for name in ("ant/00006.png", "bee/00004.png"):
+        (root / "valid/Annotations" / name).unlink()
+    code, out, err = evaluate(data=root, dataset="youtube_vos")
+    assert (code, err) == (0, "") and "no ground truth here" in out
+    assert len(list((tmp_path / "out").glob("masks/Annotations/*/*.png"))) == 7
+    assert not list((tmp_path / "out").glob("*.csv")) and (tmp_path / "out" / "report.html").is_file()
+    assert _refused(evaluate("--study", "memory", data=root, dataset="youtube_vos", out=tmp_path / "b"), "ground truth")
+
+
+def test_a_long_video_streams(evaluate, lvos, tmp_path, monkeypatch):
+    """No more than one frame has been read ahead of the masks written."""
+    read, order = tracking.read_image, []
+    monkeypatch.setattr(tracking, "read_image", lambda path: (order.append("read"), read(path))[1])
+    write = tracking.write_mask
+    monkeypatch.setattr(tracking, "write_mask", lambda path, labels: (order.append("write"), write(path, labels))[1])
+    code, _, err = evaluate("--no-report", data=lvos, dataset="lvos")
+    assert (code, err) == (0, "")
+    assert order[tracking.WARM_UP :] == ["read", "write"] * 54
+    summary = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert [len(row["frames"]) for row in summary["objects"]] == [8, 3]
+
+
+def _torchrun(arguments, folder, processes=2):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    return subprocess.run(
+        [*command, "-m", "stm_model.cli", "evaluate", *map(str, arguments)],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_two_ranks_give_what_one_process_gives(evaluate, davis, weights, tmp_path):
+    arguments = ["--dtype", "float32", "--no-report"]
+    assert evaluate(*arguments)[0] == 0
+    common = ["--data", davis, "--dataset", "davis2017", "--checkpoint", weights, "--device", "cpu", "--workers", 1]
+    finished = _torchrun([*common, *arguments, "--out", tmp_path / "two"], tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("frames a second over 22 frames") == 1
+    for name in ("global_results-val.csv", "per-sequence_results-val.csv"):
+        assert (tmp_path / "two" / name).read_text() == (tmp_path / "out" / name).read_text()
+    for path in (tmp_path / "out" / "masks").glob("*/*.png"):
+        assert (tmp_path / "two" / path.relative_to(tmp_path / "out")).read_bytes() == path.read_bytes()
+
+
+def test_an_error_of_one_rank_ends_all(davis, weights, tmp_path):
+    root = shutil.copytree(davis, tmp_path / "davis")
+    (root / "JPEGImages/480p/bee/00003.jpg").write_bytes(b"no picture")
+    arguments = ["--data", root, "--dataset", "davis2017", "--checkpoint", weights, "--device", "cpu", "--no-report"]
+    finished = _torchrun([*arguments, "--out", tmp_path / "two"], tmp_path)
+    assert finished.returncode != 0
+    assert finished.stderr.count("stm: error: ") == 1 and "bee/00003.jpg" in finished.stderr
+
+
+@pytest.mark.parametrize("name", list(STUDIES))
+def test_a_study_compares_its_variants(evaluate, name, tmp_path, monkeypatch):
+    # in this process: fresh ones, which keep their memory apart, take seconds to start
+    monkeypatch.setattr("stm_model.evaluation.studies.track_videos_apart", tracking.track_videos)
+    code, out, err = evaluate("--study", name, "--videos", "bee", "--dtype", "float32")
+    assert (code, err) == (0, "")
+    variants = list(STUDIES[name].variants)
+    rows = _table(tmp_path / "out" / f"study_{name}.csv")
+    assert [row["Variant"] for row in rows] == variants
+    assert all(0 <= float(row["J-Mean"]) <= 1 and float(row["FPS"]) > 0 for row in rows)
+    assert pictures.read_image(tmp_path / "out" / f"study_{name}.png").shape[0] > 200
+    distribution = _table(tmp_path / "out" / f"study_{name}_percentiles.csv")
+    assert len(distribution) == 101 and list(distribution[0]) == ["Percentile", *variants]
+    for variant in variants:
+        values = [float(row[variant]) for row in distribution]
+        assert values == sorted(values) and variant in out
+
+
+def test_a_variants_memory_is_of_its_own_process(davis, weights, tmp_path):
+    videos = list(open_dataset("davis2017", davis, videos=["bee"]).videos)
+    settings = tracking.TrackingSettings(weights, "cpu", "float32")
+    block = torch.zeros(2**28)  # 1 GiB that the other process must not count
+    block += 1
+    speed = tracking.track_videos_apart(videos, settings, tmp_path / "apart")
+    assert speed.frames == 6 and speed.peak_bytes < 2**30
+    assert len(list((tmp_path / "apart" / "bee").iterdir())) == 6
+
+
+def test_the_studies_reach_the_tracker(evaluate, monkeypatch):
+    seen = []
+    monkeypatch.setattr("stm_model.evaluation.studies.track_videos_apart", tracking.track_videos)
+    initialize = Tracker.__init__
+    monkeypatch.setattr(
+        Tracker,
+        "__init__",
+        lambda self, model, **options: (seen.append(options), initialize(self, model, **options))[1],
+    )
+    assert evaluate("--study", "every", "--videos", "bee", "--memory", "first")[0] == 0
+    assert [options["memory"] for options in seen] == ["every:1", "every:2", "every:5", "every:10", "every:20"]
+
+
+class _Links(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.urls, self.images = [], 0
+
+    def handle_starttag(self, tag, attrs):
+        self.urls += [value for key, value in attrs if key in ("src", "href", "srcset", "data")]
+        self.images += tag == "img"
+
+
+def test_the_report_stands_alone(evaluate, tmp_path):
+    assert evaluate("--overlay", dataset="davis2016")[0] == 0
+    folder = tmp_path / "out"
+    page = (folder / "report.html").read_text()
+    links = _Links()
+    links.feed(page)
+    outside = [url for url in links.urls if not url.startswith("data:image/")]
+    assert outside == ["overlays/ant.mp4", "overlays/bee.mp4", "overlays/cat.mp4"]
+    for url in outside:
+        assert media.open_video(folder / url).frame_count >= 6
+    # bars, J over time, attributes, three views of the worst frame of each of three videos, the contact sheet
+    assert links.images == 3 + 3 * 3 + 1 and "url(" not in page and "@import" not in page and "<script" not in page
+    assert 'name="viewport"' in page
+    for words in ("STM (0.16 s a frame), quoted [1]", "0.887", "[1] Oh et al., ICCV 2019", "first mask repeated"):
+        assert words in page
+    for name in ("videos", "over_time", "attributes", "worst", "contact_sheet"):
+        assert pictures.read_image(folder / "figures" / f"{name}.png").shape[1] > 240
+    summary = json.loads((folder / "evaluation.json").read_text())
+    worst = min((value, row["video"]) for row in summary["objects"] for value in row["J_by_frame"])
+    first = re.search(r"<h2>Worst frames</h2>.*?<figcaption>(\w+), frame \d+: J ([\d.]+)<", page, re.DOTALL)
+    assert first[1] == worst[1] and float(first[2]) == pytest.approx(worst[0], abs=6e-4)
+
+
+def test_names_are_escaped_in_the_report(evaluate, davis, tmp_path):
+    root = shutil.copytree(davis, tmp_path / "davis")
+    for folder in ("JPEGImages", "Annotations"):
+        (root / folder / "480p/bee").rename(root / folder / "480p/b&<i>e")
+    (root / "ImageSets/2017/val.txt").write_text("b&<i>e\n")
+    assert evaluate(data=root)[0] == 0
+    assert "<i>" not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_error_maps_show_what_is_wrong():
+    frame = np.full((1, 5, 3), 100, dtype=np.uint8)
+    prediction = np.array([[0, 1, 1, 0, 2]], dtype=np.uint8)
+    truth = np.array([[0, 1, 0, 1, 1]], dtype=np.uint8)
+    colours = figures.error_map(frame, prediction, truth)[0].astype(int)
+    for index, colour in ((2, figures.FALSE_POSITIVE), (3, figures.FALSE_NEGATIVE), (4, figures.CONFUSED)):
+        assert abs(colours[index] - (np.array(colour) * 0.8 + 20)).max() <= 1
+    assert len(set(colours[0])) == len(set(colours[1])) == 1 and colours[1, 0] > colours[0, 0]
+    void = figures.error_map(frame, prediction, np.full_like(truth, 255))[0]
+    assert (void == void[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--memory", "sometimes"], ["memory: expected first", "'sometimes'"]),
+        (["--size", "3"], ["size: expected at least 16"]),
+        (["--workers", "0"], ["workers: expected at least 1"]),
+        (["--binary"], ["binary: says how to read --results"]),
+        (["--study", "memory", "--results", "x"], ["study", "--results"]),
+        (["--videos", "zebra"], ["zebra not in the split val"]),
+        (["--split", "test"], ["2017/test.txt"]),
+        (["--resolution", "1080p"], ["JPEGImages/1080p/ant"]),
+        (["--device", "nowhere"], ["nowhere"]),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(evaluate, tmp_path, arguments, words):
+    assert _refused(evaluate(*arguments, checkpoint=None), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_is_not_there_is_refused(evaluate, tmp_path):
+    assert _refused(evaluate(checkpoint=tmp_path / "no.safetensors"), "no such file", "no.safetensors")
+
+
+def test_a_full_folder_is_refused_and_an_earlier_evaluation_replaced(evaluate, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    assert _refused(evaluate("--no-report"), "is not empty", "--overwrite")
+    assert evaluate("--no-report", "--overwrite")[0] == 0
+    assert evaluate("--no-report", "--overwrite", "--videos", "bee")[0] == 0
+    assert (out / "notes.txt").read_text() == "mine"
+    assert [path.name for path in (out / "masks").iterdir()] == ["bee"]
+
+
+def test_results_are_never_overwritten(evaluate, davis, tmp_path, copy_truth):
+    copy_truth(open_dataset("davis2017", davis), tmp_path / "out" / "masks")
+    for results in (tmp_path / "out" / "masks", tmp_path / "out"):
+        found = evaluate("--results", results, "--overwrite", checkpoint=None)
+        assert _refused(found, "would overwrite the results") or _refused(found, "no folder")
+    assert len(list((tmp_path / "out" / "masks").glob("*/*.png"))) == 22
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda root: (root / "JPEGImages/480p/bee/00003.jpg").write_bytes(b"no"), "bee/00003.jpg: cannot be read"),
+        (
+            lambda root: pictures.write_image(
+                root / "JPEGImages/480p/bee/00003.jpg", np.zeros((40, 80, 3), dtype=np.uint8)
+            ),
+            "bee: frame 3: expected 48×80",
+        ),
+        (
+            lambda root: pictures.write_mask(root / "Annotations/480p/bee/00000.png", np.ones((40, 80))),
+            "bee/00000.png: 80x40 pixels; expected 80x48",
+        ),
+    ],
+)
+def test_a_broken_video_is_named(evaluate, davis, tmp_path, change, words):
+    root = shutil.copytree(davis, tmp_path / "davis")
+    change(root)
+    assert _refused(evaluate(data=root), words)
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["stopped"] == "unfinished"
+
+
+@pytest.mark.skipif(not HELD.is_dir(), reason="davis2016-train is not here")
+def test_the_default_weights_on_real_sequences(evaluate, tmp_path):
+    """The default weights, through the command, on a held-out sequence: far above the floor."""
+    code, out, err = evaluate(
+        "--split", "held", "--videos", "soccerball", "--no-report", data=HELD, dataset="davis2016", checkpoint=None
+    )  # fmt: skip
+    assert code == 0
+    summary = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert summary["speed"]["frames"] == 48
+    assert summary["scores"]["J-Mean"] > 0.5 > 0.2 > summary["floor"]["J-Mean"]
