@@ -63,6 +63,10 @@ class Video:
             masks[frame] = np.where(np.isin(annotation, (*labels, VOID)), annotation, 0).astype(np.uint8)
         return masks
 
+    def is_black_and_white(self) -> bool:
+        """Whether its one object is annotated by 255, as DAVIS-2016 is released."""
+        return self.single_object and set(np.unique(pictures.read_mask(self.annotations[0]))) == {0, VOID}
+
     def mask_name(self, frame: int) -> str:
         """File name of a frame's mask in a submission."""
         return f"{self.frame_paths[frame].stem}.png"

@@ -28,7 +28,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; p
 body { color: #222; background: #fff }
 h1 { font-size: 1.5rem; line-height: 1.2 } h2 { font-size: 1.2rem; margin-top: 2.2rem }
 img { max-width: 100%; height: auto; display: block; background: #fff }
-.row { display: flex; flex-wrap: wrap; gap: 4px } figure { margin: 0 0 1.4rem }
+.row { display: flex; flex-wrap: wrap; gap: 4px } .row img:not(:only-child) { flex: 1 1 15rem; min-width: 0 }
+figure { margin: 0 0 1.4rem }
 figcaption, .note { color: #666; font-size: .9rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ccc; white-space: nowrap }

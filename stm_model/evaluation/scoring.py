@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -145,7 +146,7 @@ def read_result(path: Path, video: Video, size: tuple[int, int], binary: bool = 
     if labels.shape != size:
         raise ResultError(f"{path}: {by(labels.shape)} pixels; expected {by(size)} like its ground truth")
     found = {int(label) for label in np.unique(labels)} - {0}
-    if video.single_object and found == {VOID} and _is_black_and_white(video):
+    if found == {VOID} and video.is_black_and_white():
         return (labels > 0).astype(np.uint8)
     if found == {VOID}:
         hint = "; add --binary to take white for the object" if len(video.objects) == 1 else ""
@@ -154,10 +155,6 @@ def read_result(path: Path, video: Video, size: tuple[int, int], binary: bool = 
     if extra:
         raise ResultError(f"{path}: label {extra[0]} is no object of {video.name}; expected labels {_range(video)}")
     return labels
-
-
-def _is_black_and_white(video: Video) -> bool:
-    return int(read_mask(video.annotations[0]).max()) == VOID
 
 
 def _range(video: Video) -> str:
@@ -175,7 +172,8 @@ def _each(tasks: list[_Task], workers: int | None) -> Iterator[tuple[_Task, list
         yield from zip(tasks, map(_score_frames, tasks))
         return
     # a fresh interpreter each: a process that has started threads must not be copied
-    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool, _cancelled(pool):
+    pool = ProcessPoolExecutor(count, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    with pool, _cancelled(pool):
         yield from zip(tasks, pool.map(_score_frames, tasks))
 
 

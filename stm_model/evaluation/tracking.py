@@ -18,7 +18,7 @@ from tqdm import tqdm
 from stm_model.checkpoint import DEFAULT_WEIGHTS_SIZE
 from stm_model.evaluation.protocol import Video
 from stm_model.network import STM
-from stm_model.pictures import MediaError, by, picture_size, read_image, write_mask
+from stm_model.pictures import VOID, MediaError, by, picture_size, read_image, write_mask
 from stm_model.runtime import default_device
 from stm_model.tracker import Tracker
 
@@ -117,10 +117,12 @@ def network_size(settings: TrackingSettings, frame_size: tuple[int, int]) -> int
 def _track_video(video: Video, tracker: Tracker, meter: _Meter, out: Path, progress: tqdm) -> None:
     out.mkdir(parents=True, exist_ok=True)
     asked = set(video.asked)
+    # a submission looks like the annotations
+    white = np.uint8(VOID if video.is_black_and_white() else 1)
     progress.set_postfix_str(video.name)
     for index, labels in _results(tracker, video, meter):
         if index in asked:
-            write_mask(out / video.mask_name(index), labels)
+            write_mask(out / video.mask_name(index), labels * white)
         progress.update()
 
 

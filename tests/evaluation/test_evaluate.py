@@ -107,6 +107,21 @@ def test_results_of_others_are_scored(evaluate, davis, tmp_path, copy_truth):
     assert "1.000" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_davis_2016_is_written_as_it_is_annotated(evaluate, davis, tmp_path):
+    root = shutil.copytree(davis, tmp_path / "davis")
+    for path in root.glob("Annotations/480p/*/*.png"):
+        pictures.write_mask(path, np.where(pictures.read_mask(path) > 0, 255, 0))
+    scores = []
+    for data in (davis, root):
+        code, out, err = evaluate("--json", data=data, dataset="davis2016", out=tmp_path / data.name / "out")
+        assert (code, err) == (0, "")
+        scores.append(json.loads(out)["scores"])
+    assert scores[0] == scores[1]
+    labels = [pictures.read_mask(data / "out/masks/ant/00000.png") for data in (tmp_path / davis.name, root)]
+    np.testing.assert_array_equal(labels[0] * np.uint8(255), labels[1])
+    assert set(np.unique(labels[0])) == {0, 1}
+
+
 def test_a_broken_submission_ends_with_one_line(evaluate, davis, tmp_path, copy_truth):
     copy_truth(open_dataset("davis2017", davis), tmp_path / "results")
     (tmp_path / "results/bee/00002.png").unlink()
