@@ -20,20 +20,23 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stm_kernels.affinity import SKIP_POSITIONS, SKIP_QUERIES, Affinity
 from stm_kernels.gpu.affinity import affinity_launch
 from stm_kernels.gpu.forward import forward_launch
+from stm_kernels.gpu.hopper import descriptor_launch
 from stm_kernels.gpu.launch import Launch
 from stm_kernels.gpu.merge import merge_launch
 from stm_kernels.gpu.tuning import affinity_tiles, forward_tiles, usage_tiles
 from stm_kernels.gpu.usage import usage_launch
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SHARED_MEMORY_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227}
-TENSOR_CORE_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA")
-SPILL_INSTRUCTIONS = ("STL", "LDL")
+SHARED_MEMORY_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma")
+SPILL_INSTRUCTIONS = ("STL", "LDL", "scratch_store", "scratch_load")
+OTHER_INSTRUCTIONS = ("FFMA", "MUFU.EX2", "LDGSTS", "LDSM", "UTMALDG", "BAR.SYNC")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -60,7 +63,7 @@ class Resources:
     shared_limit_kib: int
     """What the architecture lends a program at most."""
     instructions: dict[str, int]
-    """How often tensor-core, load and spill instructions stand in the machine code."""
+    """How often matrix, load and spill instructions stand in the machine code."""
 
     @property
     def spills(self) -> int:
@@ -70,7 +73,7 @@ class Resources:
     @property
     def tensor_cores(self) -> int:
         """Instructions that multiply matrices."""
-        return sum(self.instructions.get(name, 0) for name in TENSOR_CORE_INSTRUCTIONS)
+        return sum(self.instructions.get(name, 0) for name in MATRIX_INSTRUCTIONS)
 
 
 def default_launches(
@@ -88,7 +91,8 @@ def default_launches(
     full = replace(affinity, key_bias=empty(B, N, of=torch.float32), lengths=empty(B, of=torch.int32))
     kept = empty(B, M // SKIP_QUERIES + 1, N // SKIP_POSITIONS + 1, of=torch.uint8)
     partial = empty(8, B, M, V, of=torch.float32), empty(8, B, M, of=torch.float64)
-    tiles, skip_tiles = (forward_tiles(architecture, dtype, C, V, skips) for skips in (False, True))
+    tiles, skip_tiles = (forward_tiles(architecture, dtype, C, V, skips=skips) for skips in (False, True))
+    engine_tiles = forward_tiles(architecture, dtype, C, V, descriptors=True)
     written, written_skipping = (affinity_tiles(architecture, dtype, skips) for skips in (False, True))
     gradient = (value, out, delta, empty(B, M, N))
     launches = {
@@ -104,41 +108,62 @@ def default_launches(
         "the same, skipping": affinity_launch(full, lse, empty(B, M, N), written_skipping, gradient, kept),
         "usage": usage_launch(affinity, lse, delta, usage_tiles(architecture, dtype, C)),
     }
+    if engine_tiles.kind != "portable":
+        specialized = replace(engine_tiles, kind="warp-specialized", num_warps=4, num_stages=2)
+        launches |= {
+            "read, descriptors": descriptor_launch(affinity, value, out[None], lse[None], engine_tiles, N),
+            "read, descriptors, full": descriptor_launch(full, value, *partial, engine_tiles, N // 8),
+            "read, warp-specialized": descriptor_launch(affinity, value, out[None], lse[None], specialized, N),
+        }
     return launches
 
 
-def compile_launch(form: str, launch: Launch, architecture: str) -> Resources:
-    """Compile a launch for an NVIDIA architecture ("sm_90") and read the machine code's demands.
+def compile_launch(form: str, dtype: torch.dtype, launch: Launch, architecture: str) -> Resources:
+    """Compile a launch for an architecture ("sm_90", "gfx942") and read the machine code's demands.
 
     Raises:
         RuntimeError: the process runs Triton's interpreter, which compiles nothing.
     """
     if not isinstance(launch.kernel, JITFunction):
         raise RuntimeError("TRITON_INTERPRET is set: the interpreter compiles nothing, unset it")
-    signature, constants, attributes = _specialise(launch)
+    on_amd = architecture.startswith("gfx")
+    target = (
+        GPUTarget("hip", architecture, 64) if on_amd else GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    )
     compiled = triton.compile(
-        ASTSource(launch.kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32),
+        ASTSource(launch.kernel, *_specialise(launch)),
+        target=target,
         options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
     )
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(compiled.asm["cubin"])
-        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        code = _run("nvdisasm", "-c", file.name)
-    names = (*TENSOR_CORE_INSTRUCTIONS, *SPILL_INSTRUCTIONS, "FFMA", "MUFU.EX2", "LDGSTS", "LDSM", "BAR.SYNC")
-    counts = {name: len(re.findall(rf"\s{re.escape(name)}\b", code)) for name in names}
+    if on_amd:
+        code = compiled.asm["amdgcn"]
+        registers, stack = (rf"\.{name}:\s+(\d+)" for name in ("vgpr_count", "private_segment_fixed_size"))
+        usage = code
+    else:
+        registers, stack = r"REG:(\d+)", r"STACK:(\d+)"
+        usage, code = _disassemble(compiled.asm["cubin"])
+    names = (*MATRIX_INSTRUCTIONS, *SPILL_INSTRUCTIONS, *OTHER_INSTRUCTIONS)
+    # AMD's instructions carry their shape behind an underscore
+    counts = {name: len(re.findall(rf"\s{re.escape(name)}(?:\b|_)", code)) for name in names}
     return Resources(
         form=form,
         kernel=launch.kernel.__name__,
-        dtype=str(launch.arguments.get("query_key_ptr", launch.arguments.get("out_ptr")).dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
         architecture=architecture,
         warps=launch.num_warps,
-        registers=int(re.search(r"REG:(\d+)", usage)[1]),
-        stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
+        registers=int(re.search(registers, usage)[1]),
+        stack_bytes=int(re.search(stack, usage)[1]),
         shared_kib=compiled.metadata.shared / 1024,
         shared_limit_kib=SHARED_MEMORY_KIB[architecture],
         instructions={name: count for name, count in counts.items() if count},
     )
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    """Resource usage and machine code of a kernel compiled for an NVIDIA GPU."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        return _run("cuobjdump", "--dump-resource-usage", file.name), _run("nvdisasm", "-c", file.name)
 
 
 def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, object], dict[tuple[int], list]]:
@@ -148,6 +173,8 @@ def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, object], dict
         name, value = parameter.name, launch.arguments[parameter.name]
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, Tensor):
             signature[name] = "*" + _TYPES[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
@@ -171,7 +198,7 @@ def _run(tool: str, *arguments: str) -> str:
 def _compile_all(case: tuple[str, torch.dtype]) -> list[Resources]:
     architecture, dtype = case
     launches = default_launches(dtype, architecture)
-    return [compile_launch(form, launch, architecture) for form, launch in launches.items()]
+    return [compile_launch(form, dtype, launch, architecture) for form, launch in launches.items()]
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from stm_kernels.affinity import SKIP_POSITIONS, SKIP_QUERIES, Affinity
 from stm_kernels.gpu.affinity import affinity_launch, chunk_of, product, row_top_of, visible
+from stm_kernels.gpu.hopper import descriptor_launch, has_descriptors
 from stm_kernels.gpu.launch import (
     Launch,
     affinity_arguments,
@@ -16,7 +17,7 @@ from stm_kernels.gpu.launch import (
     strides,
 )
 from stm_kernels.gpu.merge import triton_merge
-from stm_kernels.gpu.tiles import any_of, biased, load_tile, memory_length, online_softmax
+from stm_kernels.gpu.tiles import LEAST_PRODUCT, any_of, biased, load_tile, memory_length, online_softmax
 from stm_kernels.gpu.tuning import (
     ForwardTiles,
     affinity_tiles,
@@ -29,9 +30,6 @@ from stm_kernels.gpu.tuning import (
 
 # a tensor core takes no fewer
 LEAST_CHANNELS = 16
-
-# a maximum below every product
-LEAST_PRODUCT = tl.constexpr(-1e30)
 
 
 @triton.jit
@@ -174,7 +172,8 @@ def triton_read(affinity: Affinity, memory_value: Tensor, skip: float) -> tuple[
     architecture = architecture_of(query_key.device)
     if not skip and staged_is_cheaper(architecture, query_key.dtype, C, V):
         return _staged_read(affinity, memory_value)
-    tiles = forward_tiles(architecture, query_key.dtype, C, V, skips=skip > 0)
+    descriptors = has_descriptors(query_key, affinity.memory_key, memory_value)
+    tiles = forward_tiles(architecture, query_key.dtype, C, V, skips=skip > 0, descriptors=descriptors)
     splits, positions_per_split = forward_splits(tiles, B, M, N, V, multiprocessors(query_key.device))
     partial = query_key.dtype if splits == 1 else torch.float32
     out = query_key.new_empty(splits, B, M, V, dtype=partial)
@@ -182,7 +181,10 @@ def triton_read(affinity: Affinity, memory_value: Tensor, skip: float) -> tuple[
     skipped = query_key.new_zeros(splits, B, M, dtype=torch.float32)
     blocks = (triton.cdiv(M, SKIP_QUERIES), triton.cdiv(N, SKIP_POSITIONS)) if skip else (0,)
     kept = query_key.new_zeros(B, *blocks, dtype=torch.uint8)
-    launch = forward_launch(affinity, memory_value, out, lse, skipped, kept, skip, tiles, positions_per_split)
+    if tiles.kind == "portable":
+        launch = forward_launch(affinity, memory_value, out, lse, skipped, kept, skip, tiles, positions_per_split)
+    else:
+        launch = descriptor_launch(affinity, memory_value, out, lse, tiles, positions_per_split)
     launch.run(query_key.device)
     if skip:
         whole = lse - torch.log1p(-skipped.double())

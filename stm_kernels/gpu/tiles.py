@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+# a maximum below every product: finite, so that a row of nothing but -inf weighs nothing
+LEAST_PRODUCT = tl.constexpr(-1e30)
+
 
 @triton.jit
 def load_tile(ptr, first_row, row_count, row_stride, first_column, COLUMN_COUNT: tl.constexpr, column_stride,
@@ -40,7 +43,7 @@ def online_softmax(products, row_max, row_sum, scale_log2):
     """Fold a tile of dot products `[M, N]` into the running maximum and sum of exponentials `[M]`.
 
     The maximum is of the unscaled products, and subtracted before they are scaled: a large logit loses no digit. It
-    starts from a finite number, so that a row of nothing but -inf weighs nothing.
+    starts from LEAST_PRODUCT.
     Returns the weights of the tile, their sums, the factor that shrinks what was summed before, and the new maximum and
     sum.
     """

@@ -23,6 +23,9 @@ class ForwardTiles:
     """Warps per program."""
     num_stages: int
     """Loop iterations whose loads are in flight."""
+    kind: str = "portable"
+    """How tiles are fetched: "portable", by pointers; "descriptor", by the copy engine of sm_90 and later;
+    "warp-specialized", by that in warps of their own, on top of `num_warps`."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class MergeTiles:
 
 # 227 KiB of shared memory; every other GPU gets tiles that fit 99 KiB
 LARGE_TILES = ("sm_90", "sm_100", "sm_103")
+# where tiles are fetched by the copy engine if they can be
+COPY_ENGINES = ("sm_90",)
 
 # logits written out at once: 2 GPU waves of tiles at M = 1620, and 128 MiB of bfloat16 scratch
 WRITTEN_LOGITS = 2**25
@@ -86,17 +91,30 @@ KEYS_PER_MERGE = 200
 KEYS_PER_MERGED_VALUE = 1e-4
 
 
-def forward_tiles(architecture: str, dtype: torch.dtype, C: int, V: int, skips: bool = False) -> ForwardTiles:
-    """Choose the forward tile; `architecture` as `architecture_of` names it, `skips` where values may be left out."""
+def forward_tiles(
+    architecture: str, dtype: torch.dtype, C: int, V: int, *, skips: bool = False, descriptors: bool = False
+) -> ForwardTiles:
+    """Choose the forward tile.
+
+    Args:
+        architecture: as `architecture_of` names it.
+        dtype: of the inputs.
+        C, V: key and value channels.
+        skips: whether values may be left out.
+        descriptors: whether the inputs lie so that the copy engine can fetch them.
+    """
     block_v = padded(V)
     if architecture == INTERPRETER:
         return ForwardTiles(32, 32, min(64, block_v), 4, 1)
     if dtype == torch.float32:
-        return ForwardTiles(32, 32, min(64, block_v), 16, 1) if skips else ForwardTiles(32, 32, min(128, block_v), 8, 1)
+        if skips:
+            return ForwardTiles(32, 32, min(64, block_v), 16 if architecture in LARGE_TILES else 8, 1)
+        return ForwardTiles(32, 32, min(128, block_v), 8, 1)
     if padded(C) > 128:
         return ForwardTiles(64, 32, min(256, block_v), 8, 2)
     if architecture in LARGE_TILES and not skips:
-        return ForwardTiles(128, 64, min(256, block_v), 8, 3)
+        kind = "descriptor" if descriptors and architecture in COPY_ENGINES else "portable"
+        return ForwardTiles(128, 64, min(256, block_v), 8, 3, kind)
     return ForwardTiles(64, 64, min(256, block_v), 8, 2)
 
 

@@ -1,0 +1,79 @@
+"""The read by tensor descriptors: in the interpreter where there is no GPU with a copy engine."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import stm_kernels.gpu.forward as forward
+import stm_kernels.gpu.hopper as hopper
+from stm_kernels.gpu.hopper import has_descriptors
+from stm_kernels.gpu.tuning import COPY_ENGINES, ForwardTiles, forward_tiles
+from stm_kernels.testing import assert_exact, make_problem, read_by
+
+KINDS = ["descriptor", "warp-specialized"]
+
+
+@pytest.fixture
+def launches(monkeypatch, device) -> list[str]:
+    """Forward tiles that ask for descriptors, small enough for ragged edges on every side; the kinds launched."""
+    if device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("a GPU without a copy engine")
+    launched = []
+
+    def tiles(architecture, dtype, C, V, *, skips=False, descriptors=False):
+        kind = KINDS[len(launched) % 2] if descriptors else "portable"
+        return ForwardTiles(64, 32, 32, 4, 2, kind)
+
+    def launch(affinity, memory_value, out, lse, tiles, positions_per_split):
+        launched.append(tiles.kind)
+        return hopper.descriptor_launch(affinity, memory_value, out, lse, tiles, positions_per_split)
+
+    monkeypatch.setattr(forward, "forward_tiles", tiles)
+    monkeypatch.setattr(forward, "descriptor_launch", launch)
+    return launched
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("sizes", [(2, 70, 90, 32, 48), (1, 33, 130, 40, 72), (2, 1, 5, 16, 16), (1, 64, 64, 64, 32)])
+def test_exact_at_ragged_sizes(launches, device, dtype, sizes):
+    for _ in KINDS:
+        assert_exact(make_problem(*sizes, dtype=dtype, device=device), read_by("triton"), gradients=False)
+    assert launches == KINDS
+
+
+def test_splits_bias_and_lengths(monkeypatch, launches, device):
+    monkeypatch.setattr(forward, "forward_splits", lambda *arguments: (3, 64))
+    problem = make_problem(3, 40, 190, 32, 48, device=device)
+    bias = torch.randn(3, 190, generator=torch.Generator().manual_seed(1)).to(device)
+    bias[0, ::3] = -torch.inf
+    problem = replace(problem, key_bias=bias, lengths=torch.tensor([190, 70, 0], device=device))
+    assert_exact(problem, read_by("triton"), gradients=False)
+    assert launches == KINDS[:1]
+
+
+def test_what_a_copy_engine_cannot_fetch_goes_by_pointers(launches, device):
+    for channels in (6, 20):
+        # rows of 12 or 40 bytes
+        problem = make_problem(1, 40, 70, channels, 32, dtype=torch.float16, device=device)
+        assert_exact(problem, read_by("triton"), gradients=False)
+    problem = make_problem(1, 40, 70, 32, 32, device=device, channel_major=True)
+    assert_exact(problem, read_by("triton"), gradients=False)
+    assert launches == []
+
+
+def test_has_descriptors():
+    tensor = torch.zeros(2, 6, 16, dtype=torch.float16)
+    assert has_descriptors(tensor, tensor[:, 2:], tensor[:, ::2], tensor[:, :, 8:])
+    odd = torch.zeros(2, 6, 20, dtype=torch.float16)
+    for wrong in (odd, tensor.mT, tensor[:, :, 1:], tensor[:1].expand(2, -1, -1), tensor[:, :, ::2]):
+        assert not has_descriptors(tensor, wrong)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942", "interpreter"])
+def test_only_some_architectures_ask_for_descriptors(architecture):
+    for dtype in (torch.bfloat16, torch.float32):
+        for skips in (False, True):
+            asked = forward_tiles(architecture, dtype, 128, 512, skips=skips, descriptors=True).kind == "descriptor"
+            assert asked == (architecture in COPY_ENGINES and dtype == torch.bfloat16 and not skips)
+            assert forward_tiles(architecture, dtype, 128, 512, skips=skips).kind == "portable"
