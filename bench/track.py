@@ -25,7 +25,7 @@ import torch
 from stm_model import STM, Tracker
 from stm_model.data.synthetic import procedural_clip
 from stm_model.memory import MemoryRule
-from stm_model.training.train import initialize
+from stm_model.training.state import initialize
 
 OBJECTS = 2
 VERSIONS = ("naive", "default")

@@ -204,13 +204,28 @@ def track(argv: Sequence[str]) -> int:
 
 
 def train(argv: Sequence[str]) -> int:
-    """`stm train`; see stm_model.training.train.TrainConfig."""
-    from stm_model.training.train import TrainConfig
+    """`stm train`; see stm_model.training.config.TrainConfig."""
+    from stm_model.training.config import PRESETS
     from stm_model.training.train import train as run_training
 
-    weights = run_training(_parse(TrainConfig, "stm train", argv))
+    preset, rest = _take_preset(list(argv), tuple(PRESETS))
+    program = f"stm train --preset {preset}"
+    weights = run_training(_parse(PRESETS[preset], program, rest))
     print(f"weights: {weights}")
     return 0
+
+
+def _take_preset(argv: list[str], presets: tuple[str, ...]) -> tuple[str, list[str]]:
+    """The value of --preset, by which the other options have their defaults, and what is left without it."""
+    for position, argument in enumerate(argv):
+        name, equals, value = argument.partition("=")
+        if name != "--preset":
+            continue
+        value, end = (value, position + 1) if equals else (" ".join(argv[position + 1 : position + 2]), position + 2)
+        if value not in presets:
+            raise CommandError(f"--preset: expected one of {', '.join(presets)}, got {value!r}")
+        return value, argv[:position] + argv[end:]
+    return presets[0], argv
 
 
 def evaluate(argv: Sequence[str]) -> int:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 VOID = 255
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
@@ -108,6 +108,25 @@ def read_mask(path: str | os.PathLike, *, binary: bool = False) -> np.ndarray:
             f"{MOST_GREY_LABELS} grey values, or --binary for one object"
         )
     return pixels.astype(np.uint8)
+
+
+def has_palette(path: str | os.PathLike) -> bool:
+    """Whether a picture stores indices of a palette, as label maps do. Raises MediaError if it is none."""
+    with _picture(path) as image:
+        return image.mode in ("P", "PA")
+
+
+def fill_polygons(size: tuple[int, int], polygons: Sequence[Sequence[float]]) -> np.ndarray:
+    """Draw filled polygons: bool `[H, W]`, true inside any of them.
+
+    Args:
+        size: height and width in pixels.
+        polygons: each the corners x₀, y₀, x₁, y₁, … in pixels.
+    """
+    canvas = Image.new("1", (size[1], size[0]))
+    for corners in polygons:
+        ImageDraw.Draw(canvas).polygon(list(corners), fill=1, outline=1)
+    return np.array(canvas)
 
 
 def davis_palette() -> bytes:

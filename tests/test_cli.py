@@ -381,6 +381,15 @@ def test_train_hands_its_settings_on(monkeypatch, tmp_path, capsys):
     assert main(["train", "--out", str(tmp_path), "--steps", "3"]) == 0
     assert (seen[0].out, seen[0].steps) == (tmp_path, 3)
     assert "weights.safetensors" in capsys.readouterr().out
+    data = ["--data", "one", "two", "--weights", "3", "1"]
+    assert main(["train", "--preset", "paper", "--out", str(tmp_path), *data]) == 0
+    assert (seen[1].crop, seen[1].data, seen[1].weights) == (384, (Path("one"), Path("two")), (3.0, 1.0))
+    assert main(["train", "--out", str(tmp_path), "--preset=smoke", "--crop", "64"]) == 0
+    assert (seen[2].distinct, seen[2].crop) == (1, 64)
+    capsys.readouterr()
+    for wrong in (["--preset", "big"], ["--preset"]):
+        result = main(["train", *wrong, "--out", str(tmp_path)])
+        assert _refused((result, *capsys.readouterr()), "--preset: expected one of small, paper, smoke")
 
 
 @pytest.mark.skipif(not CLIP.is_dir(), reason="the bear clip is not here")

@@ -1,4 +1,4 @@
-"""Augmentation of clips: geometry shared by frames and labels, colour shared over time."""
+"""Augmentation of clips: geometry shared by frames and labels, colour shared over time, objects of other clips."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stm_model.data.clips import Clip
+from stm_model.pictures import VOID
 
 
 def random_view(
-    frames: Tensor, labels: Tensor, size: tuple[int, int], random: torch.Generator, jitter: float = 0.0
+    frames: Tensor,
+    labels: Tensor,
+    size: tuple[int, int],
+    random: torch.Generator,
+    jitter: float = 0.0,
+    bend: float = 0.0,
 ) -> Clip:
-    """Look at a clip through a random crop, turn, scale and flip; the same for all frames up to `jitter`.
+    """Look at a clip through a random crop, turn, scale and flip; the same for all frames up to `jitter` and `bend`.
 
     Args:
         frames: `[T, 3, H, W]` float32 in 0…1.
@@ -23,24 +29,41 @@ def random_view(
         random: source of randomness.
         jitter: strength of an additional smooth motion between frames, 0 for none; 1 turns a still image into a clip
             that moves like a hand-held video.
+        bend: strength of a thin-plate deformation that grows from frame to frame, 0 for none.
 
     Returns:
         A clip of the given size. The crop keeps the objects of the first frame in view.
     """
-    height, width = frames.shape[-2:]
+    frames, labels = _shrink(frames, labels, size)
     center = _object_center(labels[0], random)
-    theta = _view_matrices(len(frames), (height, width), size, center, random, jitter)
-    grid = F.affine_grid(theta, [len(frames), 3, *size], align_corners=False)
+    theta = _view_matrices(len(frames), tuple(frames.shape[-2:]), size, center, random, jitter)
+    grid = F.affine_grid(torch.eye(2, 3).expand_as(theta), [len(frames), 3, *size], align_corners=False)
+    if bend:
+        grid = grid + _random_bend(len(frames), size, random, bend)
+    grid = torch.einsum("tij,thwj->thwi", theta[:, :, :2], grid) + theta[:, None, None, :, 2]
     viewed = F.grid_sample(frames, grid, padding_mode="reflection", align_corners=False)
     seen = F.grid_sample(labels[:, None].float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)
     return Clip(viewed.clamp_(0, 1), seen[:, 0].to(torch.uint8))
 
 
+def _shrink(frames: Tensor, labels: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Frames far larger than the view are averaged down first: sampled as they are, they would flicker."""
+    factor = min(frames.shape[-2] // size[0], frames.shape[-1] // size[1])
+    if factor < 2:
+        return frames, labels
+    shrunk = F.avg_pool2d(frames, factor)
+    middle = labels[:, factor // 2 :: factor, factor // 2 :: factor]
+    return shrunk, middle[:, : shrunk.shape[-2], : shrunk.shape[-1]]
+
+
 def _object_center(labels: Tensor, random: torch.Generator) -> Tensor:
-    """A point near the objects, as (x, y) in −1…1; the middle where there are none."""
-    ys, xs = torch.nonzero(labels, as_tuple=True)
-    if len(xs) == 0:
+    """A point on one of the objects, each as likely as the others, as (x, y) in −1…1; the middle without objects."""
+    objects = labels.unique()
+    objects = objects[(objects > 0) & (objects < VOID)]
+    if len(objects) == 0:
         return torch.zeros(2)
+    label = objects[int(torch.randint(len(objects), (), generator=random))]
+    ys, xs = torch.nonzero(labels == label, as_tuple=True)
     pick = int(torch.randint(len(xs), (), generator=random))
     pixel = torch.stack([xs[pick], ys[pick]]).float()
     extent = torch.tensor([labels.shape[1], labels.shape[0]])
@@ -79,34 +102,116 @@ def _view_matrices(
     return torch.cat([linear, (offset + drift - drift[0])[:, :, None]], -1)
 
 
+def _random_bend(count: int, size: tuple[int, int], random: torch.Generator, strength: float) -> Tensor:
+    """A deformation `[T, H, W, 2]` that wanders over time, in units of half the view; none in the first frame."""
+    axis = torch.tensor([-0.8, 0.0, 0.8])
+    points = torch.cartesian_prod(axis, axis)
+    steps = 0.05 * strength * torch.randn(count, len(points), 2, generator=random)
+    steps[0] = 0
+    # a smooth field needs few samples
+    coarse = (math.ceil(size[0] / 8), math.ceil(size[1] / 8))
+    identity = F.affine_grid(torch.eye(2, 3)[None], [1, 1, *coarse], align_corners=False)[0]
+    field = thin_plate_field(points, steps.cumsum(0), identity)
+    field = F.interpolate(field.permute(0, 3, 1, 2), size, mode="bilinear", align_corners=False)
+    return field.permute(0, 2, 3, 1)
+
+
+def thin_plate_field(points: Tensor, shifts: Tensor, positions: Tensor) -> Tensor:
+    """The smoothest displacement that moves control points by given shifts.
+
+    Args:
+        points: `[n, 2]` control points, not all on a line.
+        shifts: `[T, n, 2]` how far each is moved.
+        positions: `[H, W, 2]` where the displacement is asked for, in the units of the points.
+
+    Returns:
+        `[T, H, W, 2]` displacements.
+
+    Source: Bookstein 1989, thin-plate splines.
+    """
+
+    def bending(distance: Tensor) -> Tensor:
+        return distance.square() * torch.log(distance.clamp_min(1e-12))
+
+    count = len(points)
+    affine = torch.cat([torch.ones(count, 1), points], 1)
+    system = torch.zeros(count + 3, count + 3)
+    system[:count, :count] = bending(torch.cdist(points, points))
+    system[:count, count:], system[count:, :count] = affine, affine.T
+    known = torch.cat([shifts, torch.zeros(len(shifts), 3, 2)], 1)
+    weights = torch.linalg.solve(system, known)
+    flat = positions.reshape(-1, 2)
+    basis = torch.cat([bending(torch.cdist(flat, points)), torch.ones(len(flat), 1), flat], 1)
+    return (basis @ weights).view(len(shifts), *positions.shape)
+
+
 def random_color(frames: Tensor, random: torch.Generator, strength: float = 0.3) -> Tensor:
-    """Brightness, contrast, saturation and tint of a clip `[T, 3, H, W]`, the same in all frames."""
+    """Brightness, contrast, saturation, hue and tint of a clip `[T, 3, H, W]`, the same in all frames."""
 
     def factor() -> Tensor:
         return 1 + strength * (2 * torch.rand((), generator=random) - 1)
 
     grey = frames.mean(1, keepdim=True)
     saturation = 0.0 if torch.rand((), generator=random) < 0.05 else factor()
-    frames = grey + (frames - grey) * saturation
+    turn = _hue_rotation(strength * torch.randn((), generator=random))
+    frames = grey + torch.einsum("ij,tjhw->tihw", turn, frames - grey) * saturation
     mean = frames.mean()
     frames = mean + (frames - mean) * factor()
     tint = 1 + 0.3 * strength * (2 * torch.rand(3, 1, 1, generator=random) - 1)
     return (frames * factor() * tint).clamp_(0, 1)
 
 
-def paste_objects(clip: Clip, other: Clip, random: torch.Generator) -> Clip:
-    """Put the objects of `other` in front of or behind those of `clip`, as further objects."""
-    in_front = torch.rand((), generator=random) < 0.5
-    cover = (other.labels > 0) & (torch.ones_like(other.labels, dtype=torch.bool) if in_front else clip.labels == 0)
-    frames = torch.where(cover[:, None], other.frames, clip.frames)
-    labels = torch.where(cover, other.labels + int(clip.labels.max()), clip.labels)
-    return Clip(frames, labels)
+def _hue_rotation(angle: Tensor) -> Tensor:
+    """The rotation `[3, 3]` of colours about the grey axis by an angle in radians (Rodrigues' formula)."""
+    cos, sin = torch.cos(angle), torch.sin(angle) / math.sqrt(3)
+    cross = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]])
+    return cos * torch.eye(3) + sin * cross + (1 - cos) / 3
 
 
-def visible_objects(clip: Clip, least_pixels: int = 32) -> Clip:
-    """Number the objects that are visible in the first frame 1…n; smaller and later ones become background."""
+def paste_objects(clip: Clip, other: Clip, random: torch.Generator, labelled: bool = True) -> Clip:
+    """Put the objects of `other` in front of or behind those of `clip`.
+
+    Args:
+        clip: the clip below.
+        other: whose objects are pasted; of the same T, H and W.
+        random: source of randomness.
+        labelled: whether they become further objects; if not, they are in front and part of the background: things
+            that move and are not to be followed.
+    """
+    in_front = not labelled or bool(torch.rand((), generator=random) < 0.5)
+    cover = (other.labels > 0) & (other.labels < VOID)
+    if not in_front:
+        cover &= clip.labels == 0
+    # the edge of a picture is soft: a hard one would give the pasted object away
+    alpha = F.avg_pool2d(cover[:, None].float(), 3, stride=1, padding=1, count_include_pad=False)
+    alpha = torch.where(cover[:, None], alpha, 0)
+    frames = torch.lerp(clip.frames, other.frames, alpha)
+    further = other.labels + clip.objects if labelled else torch.zeros_like(other.labels)
+    labels = torch.where(cover, further, clip.labels)
+    return Clip(frames, labels, clip.unreadable + other.unreadable)
+
+
+def random_region(size: tuple[int, int], random: torch.Generator) -> Tensor:
+    """A random star-shaped region with a wobbly outline: bool `[H, W]`."""
+    y = torch.linspace(-1, 1, size[0])[:, None]
+    x = torch.linspace(-1, 1, size[1])[None] * (size[1] / size[0])
+    uniform = torch.rand(16, generator=random)
+    y, x = y - (1.2 * uniform[0] - 0.6), x - (1.2 * uniform[1] - 0.6) * (size[1] / size[0])
+    turn, stretch = math.pi * uniform[2], 0.4 + 0.6 * uniform[3]
+    along, across = x * torch.cos(turn) + y * torch.sin(turn), (y * torch.cos(turn) - x * torch.sin(turn)) / stretch
+    angle, radius = torch.atan2(across, along), torch.hypot(along, across)
+    outline = torch.full_like(radius, 0.2 + 0.45 * float(uniform[4]))
+    for harmonic in range(2, 7):
+        amplitude, phase = 0.8 * uniform[3 + harmonic] / harmonic, 2 * math.pi * uniform[8 + harmonic]
+        outline = outline * (1 + amplitude * torch.cos(harmonic * angle + phase))
+    return radius < outline
+
+
+def visible_objects(clip: Clip, least_pixels: int = 32, most: int = 254) -> Clip:
+    """Number the objects that are visible in the first frame 1…n; smaller, later and further ones become background."""
     count = torch.bincount(clip.labels[0].flatten().long(), minlength=256)
-    kept = torch.nonzero(count[1:] >= least_pixels)[:, 0] + 1
+    kept = torch.nonzero(count[1:VOID] >= least_pixels)[:most, 0] + 1
     table = torch.zeros(256, dtype=torch.uint8)
     table[kept] = torch.arange(1, len(kept) + 1, dtype=torch.uint8)
-    return Clip(clip.frames, table[clip.labels.long()])
+    table[VOID] = VOID
+    return clip._replace(labels=table[clip.labels.long()])

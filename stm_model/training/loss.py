@@ -2,63 +2,106 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from stm_kernels import space_time_memory_read
 from stm_model.data.clips import Clip
 from stm_model.network import STM, Query, other_object_masks, soft_aggregate
 from stm_model.network.encoders import FrameFeatures
+from stm_model.pictures import VOID
 
 
-def segment_clips(model: STM, clips: list[Clip], implementation: str = "auto") -> list[list[Tensor]]:
+def segment_clips(
+    model: STM, clips: list[Clip], implementation: str = "auto", recompute: bool = False
+) -> list[list[Tensor]]:
     """Segment the frames of a batch of clips one after the other, each from the memory of all before it.
 
-    The first frame is remembered with its labels, every other one with its predicted soft masks (detached).
+    The first frame is remembered with its labels, every other one with its predicted soft masks (detached). The
+    objects of all clips are one batch without padding, so clips with few objects cost and weigh nothing extra.
 
     Args:
         model: the network.
         clips: B clips of the same T, H and W, multiples of 16; any number of objects each, at least one.
         implementation: of the memory read.
+        recompute: keep no activations of encoders and decoder, but compute them again in the backward pass.
 
     Returns:
         T − 1 lists of B logit maps `[n + 1, H, W]`, float32, background first.
     """
+    run = _recomputed if recompute else _called
     objects = [clip.objects for clip in clips]
+    counts = torch.tensor(objects, device=clips[0].frames.device)
     frames = torch.stack([clip.frames for clip in clips])
-    query = model.encode_query(rearrange(frames[:, 1:], "b t c h w -> (t b) c h w"))
+    query = Query(*run(model.encode_query, rearrange(frames[:, 1:], "b t c h w -> (t b) c h w")))
     masks = [_one_hot(clip.labels[0], clip.objects) for clip in clips]
     keys, values, predictions = [], [], []
     for time in range(1, frames.shape[1]):
         others = torch.cat([other_object_masks(mask) for mask in masks])
-        key, value = model.memorize(frames[:, time - 1], torch.cat(masks), others, objects)
+        key, value = run(model.memorize, frames[:, time - 1], torch.cat(masks), others, objects)
         keys.append(key)
         values.append(value)
         frame_query = _query_at(query, time - 1, len(clips))
-        counts = torch.tensor(objects, device=key.device)
         query_key = frame_query.key.repeat_interleave(counts, 0, output_size=sum(objects))
         readout = space_time_memory_read(
             query_key, torch.stack(keys, 2), torch.stack(values, 2), implementation=implementation
         )
-        probabilities = model.segment(readout, frame_query, objects).split(objects)
+        probabilities = run(model.segment, readout, frame_query, objects).split(objects)
         logits = [soft_aggregate(part) for part in probabilities]
         predictions.append(logits)
         masks = [torch.softmax(part.detach(), 0)[1:] for part in logits]
     return predictions
 
 
-def clip_loss(model: STM, clips: list[Clip], dice_weight: float = 0.5, implementation: str = "auto") -> Tensor:
-    """Cross entropy on the aggregated logits plus a soft Dice term, mean over clips and frames."""
-    predictions = segment_clips(model, clips, implementation)
+def _called(function: Callable, *arguments):
+    return function(*arguments)
+
+
+def _recomputed(function: Callable, *arguments):
+    return checkpoint(function, *arguments, use_reentrant=False)
+
+
+class ClipLoss(nn.Module):
+    """A network together with its loss: what is called once per step, as torch's data parallelism expects."""
+
+    def __init__(self, model: STM, dice_weight: float, implementation: str = "auto", recompute: bool = False):
+        super().__init__()
+        self.model, self.dice_weight = model, dice_weight
+        self.implementation, self.recompute = implementation, recompute
+
+    def forward(self, clips: list[Clip]) -> Tensor:
+        return clip_loss(self.model, clips, self.dice_weight, self.implementation, self.recompute)
+
+
+def clip_loss(
+    model: STM,
+    clips: list[Clip],
+    dice_weight: float = 0.5,
+    implementation: str = "auto",
+    recompute: bool = False,
+) -> Tensor:
+    """Cross entropy on the aggregated logits plus a soft Dice term, mean over clips and frames; void counts nowhere.
+
+    For the arguments see `segment_clips`; `dice_weight` is the weight of the Dice term.
+    """
+    predictions = segment_clips(model, clips, implementation, recompute)
     losses = [
-        F.cross_entropy(logits[None], clip.labels[time].long()[None])
-        + dice_weight * dice_loss(logits, clip.labels[time])
+        cross_entropy(logits, clip.labels[time]) + dice_weight * dice_loss(logits, clip.labels[time])
         for time, frame_logits in enumerate(predictions, start=1)
         for logits, clip in zip(frame_logits, clips, strict=True)
     ]
     return torch.stack(losses).mean()
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the pixels that are not void; logits `[n + 1, H, W]`, labels `[H, W]`. 0 where all are void."""
+    total = F.cross_entropy(logits[None], labels.long()[None], ignore_index=VOID, reduction="sum")
+    return total / (labels != VOID).sum().clamp(min=1)
 
 
 def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -66,7 +109,8 @@ def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
     Small objects weigh as much as large ones. Source: Milletari et al. 2016 (V-Net).
     """
-    probabilities = torch.softmax(logits, 0)[1:].flatten(1)
+    known = (labels != VOID).flatten()
+    probabilities = torch.softmax(logits, 0)[1:].flatten(1) * known
     truth = _one_hot(labels, len(probabilities)).flatten(1)
     overlap = 2 * (probabilities * truth).sum(1) + 1
     return 1 - (overlap / (probabilities.sum(1) + truth.sum(1) + 1)).mean()

@@ -5,10 +5,21 @@ import pytest
 import torch
 from PIL import Image
 
-from stm_model.data.augment import paste_objects, random_color, random_view, visible_objects
-from stm_model.data.clips import Clip
-from stm_model.data.davis import DavisClips, davis_sequences
+from stm_model.data.augment import (
+    paste_objects,
+    random_color,
+    random_region,
+    random_view,
+    thin_plate_field,
+    visible_objects,
+)
+from stm_model.data.clips import Clip, FollowedClips, MixedClips
+from stm_model.data.clips import generator as generator_of
+from stm_model.data.collage import CollageClips
+from stm_model.data.davis import davis_sequences
+from stm_model.data.images import ImageClips, frames_as_images
 from stm_model.data.synthetic import ProceduralClips, procedural_clip
+from stm_model.data.video import VideoClips, pick_frames
 from stm_model.evaluation.metrics import region_similarity
 
 
@@ -52,22 +63,22 @@ def test_labels_of_training_clips_count_from_one():
     assert {1, 2, 3} <= counts
 
 
-@pytest.mark.parametrize("jitter", [0.0, 1.0])
-def test_frames_and_labels_are_seen_through_the_same_view(jitter):
+@pytest.mark.parametrize("jitter, bend", [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
+def test_frames_and_labels_are_seen_through_the_same_view(jitter, bend):
     _, labels = procedural_clip(frames=1, size=(96, 128), objects=2, seed=1)
     labels = torch.from_numpy(labels).expand(3, -1, -1)
     # frames that show their own labels: whatever the view, the two must agree
     frames = labels[:, None].expand(-1, 3, -1, -1).float() / 2
     moved = 0
     for seed in range(10):
-        clip = random_view(frames, labels, (64, 64), generator(seed), jitter)
+        clip = random_view(frames, labels, (64, 64), generator(seed), jitter, bend)
         assert clip.frames.shape == (3, 3, 64, 64) and clip.labels.shape == (3, 64, 64)
         seen = (clip.frames[:, 0] * 2).round()
         # outside the picture frames are mirrored and labels are background; between pixels frames are mixed
         disagree = (seen != clip.labels) & (clip.labels > 0)
         assert disagree.float().mean() < 0.02
         moved += bool((clip.labels[0] != clip.labels[2]).any())
-    assert moved == (0 if jitter == 0 else 10)
+    assert moved == (10 if jitter or bend else 0)
 
 
 def test_color_keeps_range_and_acts_alike_on_all_frames():
@@ -77,18 +88,67 @@ def test_color_keeps_range_and_acts_alike_on_all_frames():
     torch.testing.assert_close(changed[0], changed[2])
 
 
+def two_clips() -> tuple[Clip, Clip]:
+    """A black clip with an object in its upper half, a white one with an object in its left half."""
+    one = Clip(torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.uint8))
+    one.labels[:, :4] = 1
+    other = Clip(torch.ones(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.uint8))
+    other.labels[:, :, :4] = 1
+    return one, other
+
+
 def test_pasted_objects_become_further_objects():
-    one = Clip(torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.uint8))
-    one.labels[:, :2] = 1
-    other = Clip(torch.ones(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.uint8))
-    other.labels[:, :, :2] = 1
+    one, other = two_clips()
     seen = set()
     for seed in range(8):
         both = paste_objects(one, other, generator(seed))
         assert set(both.labels.unique().tolist()) == {0, 1, 2}
-        assert torch.equal(both.frames[:, 0] == 1, both.labels == 2), "an object's pixels come with its label"
+        # the pasted object's own pixels come with its label, mixed with what is below on its edge alone
+        assert torch.equal(both.frames[:, 0] > 0, both.labels == 2)
+        assert (both.frames[:, 0, 5:, :3] == 1).all()
         seen.add(int(both.labels[0, 0, 0]))
     assert seen == {1, 2}, "in front and behind"
+
+
+def test_a_pasted_distractor_is_background():
+    one, other = two_clips()
+    both = paste_objects(one, other, generator(), labelled=False)
+    assert (both.labels[:, :, :4] == 0).all() and (both.labels[:, :4, 4:] == 1).all()
+    assert torch.equal(both.frames[:, 0] > 0, other.labels == 1)
+
+
+def test_void_is_not_pasted_and_stays_void():
+    one, other = two_clips()
+    one.labels[:, 7, 7], other.labels[:, 0, 0] = 255, 255
+    both = paste_objects(one, other, generator(), labelled=False)
+    assert both.labels[0, 7, 7] == 255 and both.labels[0, 0, 0] == 1 and both.frames[0, 0, 0, 0] == 0
+    assert visible_objects(one, least_pixels=1).labels[0, 7, 7] == 255 and one.objects == 1
+
+
+def test_thin_plates_go_through_their_points_and_keep_affine_maps():
+    random = generator()
+    points, shifts = torch.rand(9, 2, generator=random), torch.randn(3, 9, 2, generator=random)
+    field = thin_plate_field(points, shifts, points[None])
+    torch.testing.assert_close(field[:, 0], shifts, atol=1e-4, rtol=0)
+    matrix, offset = torch.randn(2, 2, generator=random), torch.randn(2, generator=random)
+    positions = torch.rand(5, 6, 2, generator=random)
+    field = thin_plate_field(points, (points @ matrix + offset)[None], positions)
+    torch.testing.assert_close(field[0], positions @ matrix + offset, atol=1e-3, rtol=0)
+
+
+def test_regions_are_of_one_piece_and_vary():
+    shares = []
+    for seed in range(20):
+        region = random_region((60, 80), generator(seed))
+        assert region.shape == (60, 80) and region.dtype == torch.bool
+        shares.append(region.float().mean().item())
+    assert 0.01 < min(shares) and max(shares) < 0.9 and np.std(shares) > 0.05
+
+
+def test_seeds_that_differ_in_their_high_bits_alone_differ():
+    draws = {float(torch.rand((), generator=generator_of(seed << 32, 1))) for seed in range(5)}
+    assert len(draws) == 5
+    assert torch.rand((), generator=generator_of(3, 4)) == torch.rand((), generator=generator_of(3, 4))
 
 
 def test_objects_too_small_to_see_at_first_are_background():
@@ -125,10 +185,101 @@ def test_davis_layout(davis_folder):
 
 
 def test_davis_clips_are_functions_of_their_seed(davis_folder):
-    clips = DavisClips(davis_sequences(davis_folder, "train"), size=(32, 32))
+    clips = VideoClips(davis_sequences(davis_folder, "train"), size=(32, 32))
     first = clips[7]
     assert first.frames.shape == (3, 3, 32, 32) and first.labels.shape == (3, 32, 32)
     assert torch.equal(first.frames, clips[7].frames) and not torch.equal(first.frames, clips[8].frames)
+
+
+def test_frames_are_picked_in_order_within_the_skip():
+    random, directions = generator(), set()
+    for _ in range(200):
+        picked = pick_frames(list(range(0, 100, 5)), 4, 12, random)
+        steps = np.diff(picked)
+        assert set(np.abs(steps)) <= {5, 10} and len(set(np.sign(steps))) == 1
+        directions.add(int(np.sign(steps[0])))
+    assert directions == {-1, 1}
+    # masks farther apart than the skip: the next one; fewer masks than asked for: the last repeats
+    assert sorted(pick_frames([0, 50, 100], 3, 5, random)) == [0, 50, 100]
+    assert sorted(pick_frames([3, 9], 4, 25, random)) == [3, 9, 9, 9]
+    assert pick_frames([7], 3, 25, random) == [7, 7, 7]
+
+
+def test_every_frame_can_be_picked():
+    random = generator()
+    picked = {index for _ in range(500) for index in pick_frames(list(range(9)), 3, 4, random)}
+    assert picked == set(range(9))
+
+
+def test_the_skip_grows_with_the_number_of_clips(davis_folder):
+    clips = VideoClips(davis_sequences(davis_folder, "train"), max_skip=(5, 25), growth=100)
+    run = 3 << 32
+    assert [clips._max_skip(run + number) for number in (0, 50, 100, 10**6)] == [5, 15, 25, 25]
+
+
+def test_mixed_clips_keep_the_weights():
+    class Constant(torch.utils.data.Dataset):
+        def __init__(self, value):
+            self.value = value
+
+        def __getitem__(self, seed):
+            return self.value
+
+    mixed = MixedClips([Constant(0), Constant(1), Constant(2)], [3, 0, 1])
+    drawn = [mixed[seed] for seed in range(1000)]
+    assert drawn.count(1) == 0 and 200 < drawn.count(2) < 300
+    assert drawn == [mixed[seed] for seed in range(1000)]
+    with pytest.raises(ValueError, match="weights: expected one for each of 1 datasets, got 2"):
+        MixedClips([Constant(0)], [1, 2])
+    with pytest.raises(ValueError, match="weights: expected some above 0"):
+        MixedClips([Constant(0)], [0])
+
+
+def test_images_become_clips_with_motion(davis_folder):
+    images = frames_as_images(davis_sequences(davis_folder, "train"))
+    assert len(images) == 8
+    clips, moved = ImageClips(images, size=(32, 32)), 0
+    for seed in range(10):
+        clip = clips[seed]
+        assert clip.frames.shape == (3, 3, 32, 32) and clip.labels.max() <= 1
+        moved += bool((clip.labels[0] != clip.labels[2]).any())
+    assert moved >= 8
+
+
+def test_collages_of_each_kind(davis_folder):
+    sequences = davis_sequences(davis_folder, "train")
+    below, regions = (
+        VideoClips(sequences, size=(32, 32)),
+        ImageClips(frames_as_images(sequences), size=(32, 32), regions=True),
+    )
+    for shares, most in (((1, 0, 0), 2), ((0, 1, 0), 1), ((0, 0, 1), 1)):
+        collage = CollageClips(below, regions, *shares)
+        clips = [collage[seed] for seed in range(20)]
+        assert max(clip.objects for clip in clips) == most
+        changed = sum(not torch.equal(clip.frames, below[seed].frames) for seed, clip in enumerate(clips))
+        assert changed >= 15, "something is pasted on nearly every clip"
+    assert torch.equal(CollageClips(below, regions, 0, 0, 0)[3].frames, below[3].frames)
+    with pytest.raises(ValueError, match="sum of at most 1"):
+        CollageClips(below, regions, 0.5, 0.5, 0.5)
+
+
+def test_clips_without_an_object_are_drawn_anew():
+    class Sometimes(torch.utils.data.Dataset):
+        """An object in every fourth draw of the same clip."""
+
+        def __getitem__(self, seed):
+            labels = torch.full((2, 4, 4), int((seed >> 40) % 4 == 3), dtype=torch.uint8)
+            return Clip(torch.zeros(2, 3, 4, 4), labels, (f"problem {seed >> 40}",))
+
+    clip = FollowedClips(Sometimes())[5]
+    assert clip.objects == 1 and clip.unreadable == ("problem 0", "problem 1", "problem 2", "problem 3")
+
+    class Never(Sometimes):
+        def __getitem__(self, seed):
+            return Clip(torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.uint8))
+
+    with pytest.raises(ValueError, match="no object in the first frame of 64 clips"):
+        FollowedClips(Never())[5]
 
 
 def test_davis_errors_name_what_is_missing(davis_folder):

@@ -1,0 +1,174 @@
+"""Still images as a source of clips: each becomes a clip by a smooth random motion of frame and mask alike.
+
+Layouts: Pascal VOC, and any folder of images and masks (ECSSD, MSRA10K, DUTS, HKU-IS and the like). COCO's is coco.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from stm_model import pictures
+from stm_model.data import video
+from stm_model.data.augment import random_color, random_region, random_view, visible_objects
+from stm_model.data.clips import Clip, DrawnClips, clip_of
+
+_MASK_FOLDER = re.compile(r"mask|gt|ground|annotation|label|segmentation", re.IGNORECASE)
+
+
+class LabelledImage(Protocol):
+    """An image with labels, read when it is drawn."""
+
+    def load(self) -> tuple[np.ndarray, np.ndarray]:
+        """Frame uint8 `[H, W, 3]` and labels uint8 `[H, W]`. Raises MediaError if they cannot be used."""
+        ...
+
+
+class SequenceFrame(NamedTuple):
+    """A frame of a video, taken as an image."""
+
+    sequence: video.Sequence
+    index: int
+
+    def load(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.sequence.load_pair(self.index)
+
+
+class ImageFile(NamedTuple):
+    """An image with the picture of its mask."""
+
+    image_path: Path
+    mask_path: Path
+
+    def load(self) -> tuple[np.ndarray, np.ndarray]:
+        return video.same_size(pictures.read_image(self.image_path), _read_image_mask(self.mask_path), self.mask_path)
+
+
+def _read_image_mask(path: Path) -> np.ndarray:
+    """Labels of a palette or label picture; a grey one that reaches white, or has soft edges, shows one object."""
+    if pictures.has_palette(path):
+        return pictures.read_mask(path)
+    try:
+        labels = pictures.read_mask(path)
+    except pictures.MediaError:
+        # soft edges or JPEG; what cannot be read at all fails again
+        return pictures.read_mask(path, binary=True)
+    return pictures.read_mask(path, binary=True) if labels.max() == pictures.VOID else labels
+
+
+def frames_as_images(sequences: Iterable[video.Sequence]) -> list[SequenceFrame]:
+    """Every annotated frame of some videos as an image."""
+    return [SequenceFrame(sequence, index) for sequence in sequences for index in sequence.annotated]
+
+
+def voc_images(root: str | Path, split: str | None = None) -> list[ImageFile]:
+    """The images of Pascal VOC that have instance masks, SegmentationObject; 255 on outlines is void.
+
+    Args:
+        root: the folder that holds JPEGImages and SegmentationObject.
+        split: name of a list under ImageSets/Segmentation, without `.txt`; None takes every mask.
+
+    Raises:
+        FileNotFoundError: a folder, list or image is missing.
+    """
+    root = Path(root)
+    if split is None:
+        names = [path.stem for path in sorted((root / "SegmentationObject").glob("*.png"))]
+    else:
+        names = _list(root / "ImageSets" / "Segmentation" / f"{split}.txt").read_text().split()
+    images = [
+        ImageFile(root / "JPEGImages" / f"{name}.jpg", root / "SegmentationObject" / f"{name}.png") for name in names
+    ]
+    for path in (path for image in images for path in image):
+        if not path.is_file():
+            raise FileNotFoundError(f"VOC layout: no such file: {path}")
+    return images
+
+
+def folder_images(root: str | Path) -> list[ImageFile]:
+    """The images of a folder with masks of the same name.
+
+    Either images and masks lie side by side with different suffixes (`a.jpg`, `a.png`), or in two folders of which
+    one is named for masks (`mask`, `gt`, `ground_truth`, `annotation`, `label`).
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no image with a mask in it.
+        ValueError: an image has no mask, or a mask no image.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"images: no such folder: {root}")
+    folders = [root, *sorted(path for path in root.rglob("*") if path.is_dir())]
+    found = [image for folder in folders for image in _pairs(folder)]
+    if not found:
+        raise FileNotFoundError(
+            f"{root}: no images with masks; expected a.jpg beside a.png, or a folder of images and one of masks"
+        )
+    return found
+
+
+def _pairs(folder: Path) -> list[ImageFile]:
+    """Pairs that lie in a folder, or in its two subfolders."""
+    inside = sorted(path for path in folder.iterdir() if path.is_dir())
+    masks = [path for path in inside if _MASK_FOLDER.search(path.name)]
+    images = [path for path in inside if path not in masks and pictures.picture_files(path)]
+    if len(masks) == len(images) == 1:
+        return _match(pictures.picture_files(images[0]), pictures.picture_files(masks[0]), folder)
+    files = pictures.picture_files(folder)
+    photographs = [path for path in files if path.suffix.lower() in (".jpg", ".jpeg")]
+    beside = [path for path in files if path not in photographs]
+    # pictures of one kind alone are one half of a pair of folders
+    return _match(photographs, beside, folder) if photographs and beside else []
+
+
+def _match(images: list[Path], masks: list[Path], folder: Path) -> list[ImageFile]:
+    by_name = {path.stem: path for path in masks}
+    alone = {path.stem for path in images} ^ by_name.keys()
+    if alone:
+        raise ValueError(
+            f"{folder}: {len(images)} images but {len(masks)} masks; no partner for {', '.join(sorted(alone)[:5])}"
+        )
+    return [ImageFile(path, by_name[path.stem]) for path in images]
+
+
+def _list(path: Path) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(f"list of images: no such file: {path}")
+    return path
+
+
+class ImageClips(DrawnClips):
+    """Clips of still images, in which the camera moves and everything bends."""
+
+    def __init__(
+        self,
+        images: Sequence[LabelledImage],
+        frames: int = 3,
+        size: tuple[int, int] = (192, 192),
+        most_objects: int = 4,
+        regions: bool = False,
+    ):
+        """
+        Args:
+            images: what to draw from.
+            frames: T, frames per clip.
+            size: height and width of the crop in pixels.
+            most_objects: objects of a clip; further ones are left unlabelled.
+            regions: label a random region of each image instead of its objects. Pasted on another clip it is an
+                object that looks like nothing seen before.
+        """
+        super().__init__(images)
+        self.frames, self.size, self.most_objects, self.regions = frames, size, most_objects, regions
+
+    def draw(self, source: LabelledImage, seed: int, random: torch.Generator) -> Clip:
+        frame, labels = source.load()
+        clip = clip_of([frame], [labels])
+        labels = random_region(labels.shape, random)[None].to(torch.uint8) if self.regions else clip.labels
+        frames, labels = clip.frames.expand(self.frames, -1, -1, -1), labels.expand(self.frames, -1, -1)
+        clip = random_view(frames, labels, self.size, random, jitter=1.0, bend=1.0)
+        return visible_objects(Clip(random_color(clip.frames, random), clip.labels), most=self.most_objects)

@@ -1,0 +1,197 @@
+"""The settings of a training run, and the presets: settings that belong together."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from stm_model.network import STRIDE, STMConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train the network on videos, still images and procedural clips. Every setting is a preset's, or yours."""
+
+    out: Path
+    """Folder of the run: weights, checkpoint, metrics and pictures. A run found there goes on from its checkpoint."""
+    data: tuple[Path, ...] = ()
+    """Folders in the layout of DAVIS, YouTube-VOS, COCO or Pascal VOC, or of images and masks; a COCO json. None trains
+    on procedural clips alone."""
+    weights: tuple[float, ...] = ()
+    """How often each folder is drawn, relative to the others; none for all alike."""
+    split: str = "fit"
+    """List to train on, in the layouts that have lists."""
+    validation_split: str | None = "held"
+    """List to score the weights on, of the first folder in DAVIS' layout; None never scores."""
+    init: Path | None = None
+    """Weights to start from, a released .pth or our .safetensors; None for random ones."""
+    network: Literal["small", "released"] = "small"
+    """Shape of the network: ResNet-18 as in the package's weights, or the released STM's ResNet-50."""
+    steps: int = 10000
+    """Optimiser steps."""
+    batch: int = 8
+    """Clips per step, over all processes."""
+    accumulate: int = 1
+    """Parts a step's clips are computed in, one after the other: less memory, the same result."""
+    frames: int = 3
+    """Frames per clip."""
+    crop: int = 192
+    """Height and width of a training clip, in pixels."""
+    distinct: int | None = None
+    """Number of different clips, over and over; None for ever new ones."""
+    stills: float = 0.35
+    """Share of clips made of one image by random motion, where the data has videos; the rest is cut from videos."""
+    procedural: float = 0.1
+    """Share of procedural clips, where there is data."""
+    paste: float = 0.35
+    """Share of clips with the objects of another pasted in, to be followed too."""
+    distract: float = 0.15
+    """Share of clips with the objects of another pasted in as part of the background."""
+    replace: float = 0.15
+    """Share of clips whose own objects become background, under the objects of another."""
+    regions: float = 0.4
+    """Share of the pasted objects that are random regions of an image."""
+    max_skip: tuple[int, int] = (5, 25)
+    """Greatest number of video frames from one frame of a clip to the next, at first and when it has grown."""
+    skip_growth: float = 0.3
+    """Share of the steps over which it grows."""
+    learning_rate: float = 2e-4
+    """Adam's learning rate after the warm-up."""
+    warmup: int = 300
+    """Steps over which the learning rate rises from zero."""
+    schedule: Literal["constant", "linear", "cosine", "poly"] = "linear"
+    """How the learning rate falls: not at all, or to zero in this shape (poly: to the power of 0.9)."""
+    decay: float = 0.5
+    """Last share of the steps, over which the learning rate falls."""
+    freeze_batch_norm: float = 0.2
+    """Share of the steps after which batch norm keeps its statistics; 0 for pretrained trunks."""
+    dice: float = 0.5
+    """Weight of the soft Dice term beside the cross entropy."""
+    clip_gradient: float = 1.0
+    """Greatest norm of the gradient."""
+    ema: float = 0.999
+    """Decay per step of the averaged weights, which are the ones written."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Number format under autocast; None takes bfloat16 where the device computes it natively, else float32."""
+    recompute: bool = False
+    """Compute activations anew in the backward pass instead of keeping them: less memory, a third more time. Needs
+    batch norm frozen from the start."""
+    implementation: Literal["auto", "triton", "chunked", "reference"] = "auto"
+    """Of the memory read, see `stm_kernels.memory_read`."""
+    workers: int = 1
+    """Processes that make clips, for each process that trains."""
+    validate_every: int = 1000
+    """Steps between scores on the validation split."""
+    save_every: int = 250
+    """Steps between checkpoints."""
+    log_every: int = 50
+    """Steps between lines of metrics.jsonl, each with the mean loss since the last."""
+    picture_every: int = 1000
+    """Steps between pictures of predictions beside the truth; 0 draws none."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too; needs the extra `train`."""
+    seed: int = 0
+    """Seed of weights and clips."""
+    device: str | None = None
+    """Where to train; None for the GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        least = {"steps": 1, "batch": 1, "accumulate": 1, "frames": 2, "crop": STRIDE, "workers": 0}
+        least |= dict.fromkeys(("validate_every", "save_every", "log_every"), 1) | {"picture_every": 0, "warmup": 0}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name}: expected at least {value}, got {getattr(self, name)}")
+        if self.crop % STRIDE:
+            raise ValueError(f"crop: expected a multiple of {STRIDE} pixels, got {self.crop}")
+        shares = ("stills", "procedural", "paste", "distract", "replace", "regions", "skip_growth", "decay")
+        for name in (*shares, "freeze_batch_norm", "ema"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a share from 0 to 1, got {getattr(self, name)}")
+        if self.paste + self.distract + self.replace > 1:
+            raise ValueError("paste, distract, replace: expected shares with a sum of at most 1")
+        if not 1 <= self.max_skip[0] <= self.max_skip[1]:
+            raise ValueError(f"max_skip: expected two numbers of frames, ascending from 1, got {self.max_skip}")
+        if self.distinct is not None and self.distinct < 1:
+            raise ValueError(f"distinct: expected at least 1, got {self.distinct}")
+        if self.weights and len(self.weights) != len(self.data):
+            raise ValueError(
+                f"weights: expected one for each of {len(self.data)} data folders, got {len(self.weights)}"
+            )
+        if self.recompute and self.freeze_batch_norm:
+            raise ValueError("recompute: expected freeze_batch_norm 0, or statistics would be counted twice")
+        for name in ("learning_rate", "clip_gradient"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+
+    @property
+    def network_shape(self) -> STMConfig:
+        """The shape of the network to train."""
+        return STMConfig.small() if self.network == "small" else STMConfig()
+
+    @property
+    def settings(self) -> dict:
+        """All settings as JSON holds them."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+
+@dataclass(frozen=True)
+class SmallConfig(TrainConfig):
+    """Train the network as the package's weights are: a small one, on a CPU, from little data made the most of.
+
+    These are the defaults; `--preset paper` and `--preset smoke` have others.
+    """
+
+
+@dataclass(frozen=True)
+class PaperConfig(TrainConfig):
+    """The paper's recipe, second stage; with `--stills 1` on image folders its first.
+
+    Source: Oh et al., ICCV 2019, section 3.4, and the author's answers about the released code.
+    """
+
+    split: str = "train"
+    validation_split: str | None = "val"
+    network: Literal["small", "released"] = "released"
+    steps: int = 150000
+    batch: int = 4
+    crop: int = 384
+    stills: float = 0.0
+    procedural: float = 0.0
+    paste: float = 0.0
+    distract: float = 0.0
+    replace: float = 0.0
+    regions: float = 0.0
+    max_skip: tuple[int, int] = (1, 25)
+    skip_growth: float = 0.5
+    learning_rate: float = 1e-5
+    warmup: int = 0
+    schedule: Literal["constant", "linear", "cosine", "poly"] = "constant"
+    decay: float = 0.0
+    freeze_batch_norm: float = 0.0
+    dice: float = 0.0
+    ema: float = 0.0
+    workers: int = 4
+
+
+@dataclass(frozen=True)
+class SmokeConfig(TrainConfig):
+    """A minute on a CPU: one procedural clip learned by heart, to see that training works."""
+
+    steps: int = 100
+    batch: int = 1
+    crop: int = 96
+    distinct: int | None = 1
+    learning_rate: float = 2e-3
+    warmup: int = 20
+    ema: float = 0.9
+    freeze_batch_norm: float = 0.6
+    save_every: int = 50
+    log_every: int = 10
+    picture_every: int = 50
+
+
+PRESETS: dict[str, type[TrainConfig]] = {"small": SmallConfig, "paper": PaperConfig, "smoke": SmokeConfig}
+"""Settings by name; `small` are the defaults."""

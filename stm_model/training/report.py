@@ -1,0 +1,103 @@
+"""What a training run tells of itself: metrics.jsonl, TensorBoard, pictures, scores on held-out videos."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from tqdm import tqdm
+
+from stm_model.data.clips import Clip
+from stm_model.data.video import Sequence
+from stm_model.evaluation.metrics import sequence_scores
+from stm_model.network import STM
+from stm_model.pictures import contact_sheet, overlay, write_image
+from stm_model.tracker import Tracker
+from stm_model.training.config import TrainConfig
+
+
+class Report:
+    """Writes down how a run goes, in `config.out`; the first of several processes alone does."""
+
+    def __init__(self, config: TrainConfig, first_process: bool = True):
+        """
+        Raises:
+            ValueError: TensorBoard is asked for but not installed.
+        """
+        self.folder, self.active = config.out, first_process
+        self.unreadable: set[str] = set()
+        self.board = _tensorboard(config.out) if config.tensorboard and first_process else None
+
+    def metrics(self, step: int, **values: float) -> None:
+        """Append a line to metrics.jsonl."""
+        if not self.active:
+            return
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            if self.board is not None:
+                self.board.add_scalar(name, value, step)
+
+    def passed_over(self, clips: list[Clip]) -> None:
+        """Name each file that could not be read, once, and count it."""
+        for problem in (problem for clip in clips for problem in clip.unreadable):
+            if problem not in self.unreadable:
+                self.unreadable.add(problem)
+                warn(f"skipped: {problem}")
+
+    def picture(self, step: int, clip: Clip, predictions: list[Tensor]) -> None:
+        """Draw a clip: the truth above, the first frame's and the predicted labels of the others below.
+
+        Args:
+            step: number in the picture's name.
+            clip: of T frames.
+            predictions: T − 1 logit maps `[n + 1, H, W]`.
+        """
+        if not self.active:
+            return
+        frames = (clip.frames * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        truths = clip.labels.cpu().numpy()
+        predicted = [truths[0], *(logits.argmax(0).to(torch.uint8).cpu().numpy() for logits in predictions)]
+        rows = [overlay(frame, labels) for shown in (truths, predicted) for frame, labels in zip(frames, shown)]
+        (self.folder / "pictures").mkdir(exist_ok=True)
+        write_image(self.folder / "pictures" / f"{step:06d}.png", contact_sheet(rows, columns=len(frames)))
+
+
+def _tensorboard(folder: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("tensorboard: is not installed; pip install 'stm-kernels[train]'") from error
+    return SummaryWriter(folder / "tensorboard")
+
+
+def validate(model: STM, sequences: list[Sequence], rank: int = 0, processes: int = 1) -> dict[str, float]:
+    """Mean J and F of the tracker over the objects of videos, first and last frame left out.
+
+    The processes share the videos out; all get the same result.
+    """
+    totals = torch.zeros(3, dtype=torch.float64)
+    for sequence in tqdm(sequences[rank::processes], desc="validate", leave=False, disable=rank > 0):
+        frames, truths = sequence.load()
+        results = Tracker(model).track(frames, {0: truths[0]})
+        for region, contour in sequence_scores([result.labels for result in results], truths).values():
+            totals += torch.tensor([region, contour, 1], dtype=torch.float64)
+    if processes > 1:
+        totals = totals.to(next(model.parameters()).device)
+        dist.all_reduce(totals)
+    region, contour, count = totals.tolist()
+    return {"J": region / count, "F": contour / count}
+
+
+def warn(message: str) -> None:
+    """One line above the progress bar."""
+    tqdm.write(f"stm: warning: {message}", file=sys.stderr)
+
+
+def mean(values: list[float]) -> float:
+    return float(np.mean(values))

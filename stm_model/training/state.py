@@ -1,0 +1,144 @@
+"""The state of a training run: what a checkpoint holds, and the average of the weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from stm_model.checkpoint import check_tensors, read_tensors, write_tensors
+from stm_model.network import STM, STMConfig
+from stm_model.network.decoder import ResBlock
+from stm_model.runtime import default_dtype
+from stm_model.training.config import TrainConfig
+
+# what may differ from the run that is continued: where it is, and how often it tells of itself
+_FREE = frozenset(
+    ("out", "data", "init", "device", "workers", "recompute", "accumulate", "implementation", "tensorboard")
+    + ("validate_every", "save_every", "log_every", "picture_every")
+)
+
+
+class TrainState:
+    """Network, average, optimiser and gradient scaler of a run, and how many steps they have seen.
+
+    The learning rate and the clips of a step are functions of the step, so the step is all that is kept of schedule
+    and sampler.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device):
+        """A run's state before its first step, or that of its checkpoint if there is one in `config.out`.
+
+        Raises:
+            FileNotFoundError, CheckpointError: `config.init` is not the weights of such a network.
+            ValueError: the run in `config.out` was started with other settings, or its checkpoint cannot be read.
+        """
+        self.config, self.path = config, config.out / "checkpoint.pt"
+        torch.manual_seed(config.seed)
+        self.model = STM(config.network_shape)
+        if config.init is None:
+            initialize(self.model)
+        else:
+            tensors = read_tensors(config.init)
+            check_tensors(self.model.state_dict(), tensors, config.init)
+            self.model.load_state_dict(tensors)
+        self.model.to(device, memory_format=torch.channels_last)
+        self.average = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+        self.step = 0
+        if self.path.is_file():
+            self._resume()
+
+    def _resume(self) -> None:
+        try:
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            settings = saved["settings"]
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{self.path}: cannot be read as a checkpoint of a run: {type(error).__name__}") from error
+        for name, value in self.config.settings.items():
+            if name not in _FREE and settings.get(name) != value:
+                raise ValueError(
+                    f"{name}: the run in {self.config.out} has {settings.get(name)!r}, asked for {value!r}"
+                )
+        self.model.load_state_dict(saved["model"])
+        self.average.update((name, value.to(self.average[name].device)) for name, value in saved["average"].items())
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        torch.set_rng_state(saved["random"])
+        self.step = saved["step"]
+
+    def save(self) -> None:
+        """Write the averaged weights in float16, and all that going on needs; each whole or not at all."""
+        write_tensors(self.average, self.weights_path, torch.float16)
+        state = {
+            "step": self.step,
+            "settings": self.config.settings,
+            "model": self.model.state_dict(),
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+        temporary = self.path.with_name("checkpoint.pt.part")
+        torch.save(state, temporary)
+        os.replace(temporary, self.path)
+
+    @property
+    def weights_path(self) -> Path:
+        return self.config.out / "weights.safetensors"
+
+    def set_mode(self, step: int) -> None:
+        """Training mode, with batch norm frozen from the step on that the settings say."""
+        self.model.train()
+        if step > self.config.freeze_batch_norm * self.config.steps:
+            for module in self.model.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+
+    def update_average(self, step: int) -> None:
+        """Move the average by one step; in the first steps it forgets where it started."""
+        update_average(self.average, self.model, min(self.config.ema, (1 + step) / (10 + step)))
+
+    def averaged(self) -> STM:
+        """A network in eval mode with the averaged weights, in the dtype that tracking uses."""
+        device = next(self.model.parameters()).device
+        model = STM(self.model.config).requires_grad_(False)
+        model.load_state_dict(self.average)
+        return model.eval().to(device, default_dtype(device), memory_format=torch.channels_last)
+
+
+def initialize(model: STM) -> None:
+    """Random weights that start well: He initialisation, every residual branch closed, every pixel undecided."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if isinstance(module, nn.BatchNorm2d) and name.endswith(_last_norm(model.config)):
+            nn.init.zeros_(module.weight)
+        if isinstance(module, ResBlock):
+            nn.init.zeros_(module.conv2.weight)
+    for layer in (model.KV_M_r4.Key, model.KV_Q_r4.Key, model.Decoder.pred2):
+        nn.init.normal_(layer.weight, std=0.01)
+
+
+def _last_norm(config: STMConfig) -> str:
+    """The name of the batch norm that closes a residual branch of the trunk."""
+    return "bn3" if config.backbone == "resnet50" else "bn2"
+
+
+def update_average(average: dict[str, Tensor], model: STM, decay: float) -> None:
+    """Move the exponential moving average of weights and batch-norm statistics by one step.
+
+    Weights averaged without their statistics would be normalised by those of other weights.
+    """
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            average[name].lerp_(value, 1 - decay)
+        else:
+            average[name].copy_(value)
