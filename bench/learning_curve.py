@@ -1,4 +1,4 @@
-"""Draw loss and held-out score over the steps of runs: python bench/learning_curve.py RUN… --out docs/learning_curve.png
+"""Draw loss and held-out score over the steps of runs: python bench/learning_curve.py RUN… --out FILE.png
 
 RUN is a run's metrics.jsonl, or NAME=FILE to name it in the legend. Runs that went on from one another are shown one
 after the other with --joined.
