@@ -18,9 +18,11 @@ import torch
 
 from stm_model import STM, Tracker, media, pictures
 from stm_model.cli import main
-from stm_model.evaluation import figures, tracking
+from stm_model.evaluation import figures, studies, tracking
 from stm_model.evaluation.metrics import sequence_scores
 from stm_model.evaluation.protocol import open_dataset
+from stm_model.evaluation.ranks import Ranks
+from stm_model.evaluation.scoring import ObjectScore
 from stm_model.evaluation.studies import STUDIES
 
 HELD = Path(__file__).parents[3] / "shared" / "data" / "davis2016-train"
@@ -206,6 +208,8 @@ def test_an_error_of_one_rank_ends_all(davis, weights, tmp_path):
     finished = _torchrun([*arguments, "--out", tmp_path / "two"], tmp_path)
     assert finished.returncode != 0
     assert finished.stderr.count("stm: error: ") == 1 and "bee/00003.jpg" in finished.stderr
+    # the other rank gives up by itself, or is ended by torchrun
+    assert set(re.findall(r"exitcode\s*: (-?\d+)", finished.stderr)) <= {"2", "-15"}
 
 
 @pytest.mark.parametrize("name", list(STUDIES))
@@ -224,6 +228,22 @@ def test_a_study_compares_its_variants(evaluate, name, tmp_path, monkeypatch):
     for variant in variants:
         values = [float(row[variant]) for row in distribution]
         assert values == sorted(values) and variant in out
+
+
+def test_a_study_shows_how_j_is_distributed(davis, tmp_path, monkeypatch):
+    """Over the frames of all objects, as the paper's figure 7."""
+    scores = [
+        ObjectScore("ant", 1, None, (1, 2, 3), (0.9, 0.0, 0.5), (1.0, 1.0, 1.0)),
+        ObjectScore("bee", 1, None, (1, 2), (0.25, 1.0), (1.0, 1.0)),
+    ]
+    monkeypatch.setattr(studies, "track_videos_apart", lambda *_: tracking.Speed(5, 2.0, 3 * 2**20, 2**20))
+    monkeypatch.setattr(studies, "score", lambda *_, **__: scores)
+    dataset = open_dataset("davis2016", davis)
+    rows = studies.run_study(STUDIES["memory"], dataset, tracking.TrackingSettings(), tmp_path, Ranks(), 1)
+    row = rows["first"]
+    assert [row["percentiles"][place] for place in (0, 25, 50, 75, 100)] == [0.0, 0.25, 0.5, 0.9, 1.0]
+    assert (row["FPS"], row["Peak-MiB"], row["Added-MiB"]) == (2.5, 3.0, 2.0)
+    assert row["J-Mean"] == pytest.approx((1.4 / 3 + 0.625) / 2)
 
 
 def test_a_variants_memory_is_of_its_own_process(davis, weights, tmp_path):

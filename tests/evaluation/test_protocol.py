@@ -82,6 +82,15 @@ def test_lvos_finds_where_objects_appear(lvos):
     assert video.asked == tuple(range(54)) and video.mask_name(48) == "00000048.png"
 
 
+def test_lvos_with_the_given_masks_alone_is_not_scored(lvos, tmp_path):
+    root = shutil.copytree(lvos, tmp_path / "lvos")
+    for path in (root / "valid/Annotations/long").iterdir():
+        if int(path.stem) not in (0, 30):
+            path.unlink()
+    video = open_dataset("lvos", root).videos[0]
+    assert video.entries == {0: (1,), 30: (2,)} and video.scored == {}
+
+
 def _remove(path):
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
