@@ -1,4 +1,7 @@
-"""Score the tracker, or a folder of masks someone else made, on a benchmark: `stm evaluate --data DAVIS`."""
+"""Score the tracker, or a folder of masks someone else made, on a benchmark: `stm evaluate --data DAVIS`.
+
+From Python, where the command line's libraries are missing: evaluate(EvaluateConfig(Path("DAVIS"))).
+"""
 
 from __future__ import annotations
 
@@ -114,8 +117,8 @@ def _evaluation(config: EvaluateConfig, dataset: Dataset, ranks: Ranks) -> dict[
     if masks is None:
         masks = config.out / "masks"
         mine = ranks.share(dataset.videos, lambda video: len(video.frame_paths))
-        settings = tracking_settings(config)
-        speeds = ranks.each(lambda: track_videos(mine, settings, masks / dataset.submission_folder))
+        task = (mine, tracking_settings(config), masks / dataset.submission_folder, not ranks.first)
+        speeds = ranks.each(lambda: track_videos(*task))
         speed = sum(speeds[1:], start=speeds[0])
     return ranks.on_first(lambda: _finish(config, dataset, masks, speed))
 
@@ -196,8 +199,8 @@ def _prepare(config: EvaluateConfig) -> Dataset:
     """Find the videos, check what must be right before hours are spent, clear the folder of an earlier evaluation."""
     out = config.out
     dataset = open_dataset(config.dataset, config.data, config.split, config.resolution, config.videos)
-    if config.study and not any(video.scored for video in dataset.videos):
-        raise ValueError(f"study: the ground truth of {config.dataset} {dataset.split} is not here to compare by")
+    if (config.study or config.results) and not any(video.scored for video in dataset.videos):
+        raise ValueError(f"{config.dataset}: the ground truth of the split {dataset.split} is not here to score by")
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: {out} is a file; expected a folder")
     if out.is_dir() and any(out.iterdir()) and not config.overwrite:

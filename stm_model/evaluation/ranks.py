@@ -14,11 +14,11 @@ Result = TypeVar("Result")
 Item = TypeVar("Item")
 
 TIMEOUT = timedelta(days=1)
-"""Longest wait of a rank for one with longer videos; torchrun ends the others when one dies."""
+"""Longest wait of a rank for one with longer videos."""
 
 
 class OtherRankFailed(Exception):
-    """Raised where nothing went wrong when another rank gave up; that one says why."""
+    """Raised in a rank that waits for one that ended; that one says why."""
 
 
 class Ranks:
@@ -62,25 +62,20 @@ class Ranks:
     def each(self, work: Callable[[], Result]) -> list[Result]:
         """Run `work` in every process and return all results, in all of them.
 
+        Where it fails its exception is raised at once: torchrun ends the other processes when one ends with an error.
+
         Raises:
-            OtherRankFailed: it failed in another process. Where it failed, its own exception.
+            OtherRankFailed: another process ended.
         """
-        result, failure = None, None
-        try:
-            result = work()
-        except Exception as error:
-            failure = error
+        result = work()
         if self.count == 1:
-            if failure is not None:
-                raise failure
             return [result]
         gathered: list = [None] * self.count
-        distributed.all_gather_object(gathered, (result, failure is not None))
-        if failure is not None:
-            raise failure
-        if any(failed for _, failed in gathered):
-            raise OtherRankFailed("another rank failed")
-        return [result for result, _ in gathered]
+        try:
+            distributed.all_gather_object(gathered, result)
+        except RuntimeError as error:
+            raise OtherRankFailed(f"another rank ended: {error}") from error
+        return gathered
 
     def on_first(self, work: Callable[[], Result]) -> Result:
         """Run `work` in the first process alone and return its result in all of them; raises as `each`."""

@@ -85,9 +85,8 @@ def _head(evaluation: Evaluation) -> str:
     objects = sum(len(video.objects) for video in dataset.videos)
     parts = [f"{len(dataset.videos)} videos, {frames} frames, {objects} objects"]
     if speed:
-        parts.append(
-            f"{speed.fps:.2f} frames a second on {evaluation.summary['device']}, {evaluation.summary['dtype']}"
-        )
+        where = "{device}, {threads} CPU threads, {dtype}".format_map(evaluation.summary)
+        parts.append(f"{speed.fps:.2f} frames a second ({where})")
         if speed.peak_bytes:
             parts.append(f"peak memory {speed.peak_bytes / 2**20:.0f} MiB")
     heading = f"<h1>{html.escape(dataset.name)}, split {html.escape(dataset.split)}</h1>"

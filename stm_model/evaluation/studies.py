@@ -86,7 +86,8 @@ def run_study(
     for name, options in study.variants.items():
         variant = dataclasses.replace(settings, options={**settings.options, **options})
         masks = out / "masks" / re.sub(r"\W+", "_", name)
-        speeds = ranks.each(lambda: track_videos_apart(mine, variant, masks / dataset.submission_folder))  # noqa: B023
+        task = (mine, variant, masks / dataset.submission_folder, not ranks.first)
+        speeds = ranks.each(lambda: track_videos_apart(*task))  # noqa: B023
         speed = sum(speeds[1:], start=speeds[0])
         scores = ranks.on_first(lambda: score(dataset, masks, workers=workers))  # noqa: B023
         rows[name] = _row(dataset, scores, speed)

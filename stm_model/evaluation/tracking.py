@@ -67,13 +67,14 @@ class Speed:
         return Speed(self.frames + other.frames, self.seconds + other.seconds, greater.peak_bytes, greater.loaded_bytes)
 
 
-def track_videos(videos: list[Video], settings: TrackingSettings, out: Path) -> Speed:
+def track_videos(videos: list[Video], settings: TrackingSettings, out: Path, quiet: bool = False) -> Speed:
     """Track videos one after the other and write the masks that their benchmark asks for.
 
     Args:
         videos: what to track.
         settings: with what.
         out: folder that gets a folder of masks for each video.
+        quiet: show no progress.
 
     Returns:
         The speed over all frames of all videos, but for `WARM_UP` frames tracked beforehand.
@@ -88,7 +89,7 @@ def track_videos(videos: list[Video], settings: TrackingSettings, out: Path) -> 
     meter = _Meter(device)
     trackers: dict[int | None, Tracker] = {}
     total = sum(len(video.frame_paths) for video in videos)
-    with tqdm(total=total, desc="track", unit="frame", delay=1, disable=None) as progress:
+    with tqdm(total=total, desc="track", unit="frame", delay=1, disable=quiet or None) as progress:
         for video in videos:
             size = network_size(settings, picture_size(video.frame_paths[0]))
             if size not in trackers:
@@ -101,10 +102,10 @@ def track_videos(videos: list[Video], settings: TrackingSettings, out: Path) -> 
     return meter.speed()
 
 
-def track_videos_apart(videos: list[Video], settings: TrackingSettings, out: Path) -> Speed:
+def track_videos_apart(videos: list[Video], settings: TrackingSettings, out: Path, quiet: bool = False) -> Speed:
     """`track_videos` in a fresh process, so that its memory is its own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(track_videos, videos, settings, out).result()
+        return pool.submit(track_videos, videos, settings, out, quiet).result()
 
 
 def network_size(settings: TrackingSettings, frame_size: tuple[int, int]) -> int | None:

@@ -157,7 +157,9 @@ def test_without_public_ground_truth_the_masks_are_written(evaluate, youtube_vos
     assert (code, err) == (0, "") and "no ground truth here" in out
     assert len(list((tmp_path / "out").glob("masks/Annotations/*/*.png"))) == 7
     assert not list((tmp_path / "out").glob("*.csv")) and (tmp_path / "out" / "report.html").is_file()
-    assert _refused(evaluate("--study", "memory", data=root, dataset="youtube_vos", out=tmp_path / "b"), "ground truth")
+    for arguments in (["--study", "memory"], ["--results", tmp_path / "out" / "masks"]):
+        found = evaluate(*arguments, data=root, dataset="youtube_vos", out=tmp_path / "b", checkpoint=None)
+        assert _refused(found, "youtube_vos: the ground truth of the split valid is not here to score by")
 
 
 def test_a_long_video_streams(evaluate, lvos, tmp_path, monkeypatch):
@@ -236,7 +238,7 @@ def test_a_study_shows_how_j_is_distributed(davis, tmp_path, monkeypatch):
         ObjectScore("ant", 1, None, (1, 2, 3), (0.9, 0.0, 0.5), (1.0, 1.0, 1.0)),
         ObjectScore("bee", 1, None, (1, 2), (0.25, 1.0), (1.0, 1.0)),
     ]
-    monkeypatch.setattr(studies, "track_videos_apart", lambda *_: tracking.Speed(5, 2.0, 3 * 2**20, 2**20))
+    monkeypatch.setattr(studies, "track_videos_apart", lambda *_, **__: tracking.Speed(5, 2.0, 3 * 2**20, 2**20))
     monkeypatch.setattr(studies, "score", lambda *_, **__: scores)
     dataset = open_dataset("davis2016", davis)
     rows = studies.run_study(STUDIES["memory"], dataset, tracking.TrackingSettings(), tmp_path, Ranks(), 1)
@@ -267,6 +269,15 @@ def test_the_studies_reach_the_tracker(evaluate, monkeypatch):
     )
     assert evaluate("--study", "every", "--videos", "bee", "--memory", "first")[0] == 0
     assert [options["memory"] for options in seen] == ["every:1", "every:2", "every:5", "every:10", "every:20"]
+
+
+def test_neither_pyav_nor_tyro_is_needed():
+    """A machine to evaluate on may have neither."""
+    modules = "evaluate, figures, report, tensor_metrics"
+    code = (
+        f"from stm_model.evaluation import {modules}; import sys; sys.exit(bool({{'av', 'tyro'}} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
 
 
 class _Links(HTMLParser):
