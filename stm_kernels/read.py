@@ -113,7 +113,10 @@ def read_with_float64_lse(
     out, lse, skipped, _ = read_operator(
         query_key, memory_key, memory_value, key_bias, lengths, scale, top_k, skip, implementation
     )
-    return out, lse if shift is None else lse - shift, skipped
+    if shift is not None:
+        # a query that sees nothing has no gradient by its shift either
+        lse = lse - shift.masked_fill(lse.isneginf(), 0.0)
+    return out, lse, skipped
 
 
 def memory_usage(

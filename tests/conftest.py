@@ -4,10 +4,18 @@ import os
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     # read by triton when a kernel is defined, so it must stand before the first import of one
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+# "thorough" draws new examples every time: make test ARGS="--hypothesis-profile=thorough -k random"
+_drawn = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
+settings.register_profile("quick", derandomize=True, max_examples=30, **_drawn)
+settings.register_profile("thorough", max_examples=1000, **_drawn)
+settings.load_profile("quick")
 
 
 def pytest_configure(config: pytest.Config) -> None:

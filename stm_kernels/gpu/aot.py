@@ -33,6 +33,10 @@ from stm_kernels.gpu.usage import usage_launch
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# C and V: the standard model's, in every dtype; STCN's, the small model's and SAM 2's in one
+STANDARD = (128, 512)
+OTHERS = ((64, 512), (64, 128), (256, 256))
+FORMS_OF_OTHERS = ("read", "read, skipping", "read, descriptors", "affinity and gradient", "usage")
 SHARED_MEMORY_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
 MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma")
 SPILL_INSTRUCTIONS = ("STL", "LDL", "scratch_store", "scratch_load")
@@ -50,6 +54,10 @@ class Resources:
     """Name of the kernel."""
     dtype: str
     """Of the inputs."""
+    key_channels: int
+    """C"""
+    value_channels: int
+    """V"""
     architecture: str
     """What it was compiled for."""
     warps: int
@@ -93,7 +101,7 @@ def default_launches(
     partial = empty(8, B, M, V, of=torch.float32), empty(8, B, M, of=torch.float64)
     tiles, skip_tiles = (forward_tiles(architecture, dtype, C, V, skips=skips) for skips in (False, True))
     engine_tiles = forward_tiles(architecture, dtype, C, V, descriptors=True)
-    written, written_skipping = (affinity_tiles(architecture, dtype, skips) for skips in (False, True))
+    written, written_skipping = (affinity_tiles(architecture, dtype, C, skips=skips) for skips in (False, True))
     gradient = (value, out, delta, empty(B, M, N))
     launches = {
         "read": forward_launch(affinity, value, out[None], lse[None], delta[None], nothing, 0.0, tiles, N),
@@ -118,7 +126,9 @@ def default_launches(
     return launches
 
 
-def compile_launch(form: str, dtype: torch.dtype, launch: Launch, architecture: str) -> Resources:
+def compile_launch(
+    form: str, dtype: torch.dtype, channels: tuple[int, int], launch: Launch, architecture: str
+) -> Resources:
     """Compile a launch for an architecture ("sm_90", "gfx942") and read the machine code's demands.
 
     Raises:
@@ -149,6 +159,8 @@ def compile_launch(form: str, dtype: torch.dtype, launch: Launch, architecture: 
         form=form,
         kernel=launch.kernel.__name__,
         dtype=str(dtype).removeprefix("torch."),
+        key_channels=channels[0],
+        value_channels=channels[1],
         architecture=architecture,
         warps=launch.num_warps,
         registers=int(re.search(registers, usage)[1]),
@@ -195,10 +207,13 @@ def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _compile_all(case: tuple[str, torch.dtype]) -> list[Resources]:
-    architecture, dtype = case
-    launches = default_launches(dtype, architecture)
-    return [compile_launch(form, dtype, launch, architecture) for form, launch in launches.items()]
+def _compile_all(case: tuple[str, torch.dtype, tuple[int, int]]) -> list[Resources]:
+    architecture, dtype, (C, V) = case
+    return [
+        compile_launch(form, dtype, (C, V), launch, architecture)
+        for form, launch in default_launches(dtype, architecture, C=C, V=V).items()
+        if (C, V) == STANDARD or form in FORMS_OF_OTHERS
+    ]
 
 
 def main() -> None:
@@ -206,15 +221,18 @@ def main() -> None:
     parser.add_argument("--architecture", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--json", type=Path, help="also write the table here")
     arguments = parser.parse_args()
-    cases = [(architecture, dtype) for architecture in arguments.architecture for dtype in DTYPES]
+    cases = []
+    for architecture in arguments.architecture:
+        cases += [(architecture, dtype, STANDARD) for dtype in DTYPES]
+        cases += [(architecture, torch.bfloat16, channels) for channels in OTHERS]
     with ProcessPoolExecutor(2) as pool:
         table = [resources for batch in pool.map(_compile_all, cases) for resources in batch]
-    print(f"{'form':24}{'dtype':10}{'for':8}{'registers':>10}{'stack B':>9}{'spills':>8}{'shared KiB':>12}  MMA")
+    columns = "{:24}{:>4}{:>5}  {:10}{:8}{:>10}{:>9}{:>8}{:>12}  {}"
+    print(columns.format("form", "C", "V", "dtype", "for", "registers", "stack B", "spills", "shared KiB", "MMA"))
     for row in table:
-        print(
-            f"{row.form:24}{row.dtype:10}{row.architecture:8}{row.registers:10}{row.stack_bytes:9}{row.spills:8}"
-            f"{row.shared_kib:8.0f}/{row.shared_limit_kib}  {row.tensor_cores}"
-        )
+        sizes = (row.form, row.key_channels, row.value_channels, row.dtype, row.architecture)
+        shared = f"{row.shared_kib:.0f}/{row.shared_limit_kib}"
+        print(columns.format(*sizes, row.registers, row.stack_bytes, row.spills, shared, row.tensor_cores))
     if arguments.json:
         rows = [asdict(row) | {"spills": row.spills, "tensor_cores": row.tensor_cores} for row in table]
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -32,7 +32,7 @@ def triton_read_backward(
     row_top = row_top_of(lse + share.log(), affinity.scale)
     delta = (grad_out.float() * out).sum(2) - (grad_lse * share).float()
     total = torch.zeros_like(query_key, dtype=torch.float32)
-    tiles = affinity_tiles(architecture_of(query_key.device), query_key.dtype, skips=kept.ndim == 3)
+    tiles = affinity_tiles(architecture_of(query_key.device), query_key.dtype, query_key.shape[2], skips=kept.ndim == 3)
     size = min(N, keys_per_chunk(B * M))
     scratch = query_key.new_empty(2, B * M * size)
     for start in range(0, N, size):

@@ -206,7 +206,7 @@ def _staged_read(affinity: Affinity, memory_value: Tensor) -> tuple[Tensor, Tens
     (B, M, N), V = affinity.sizes, memory_value.shape[2]
     lse = log_sum_exp(affinity)
     row_top = row_top_of(lse, affinity.scale)
-    tiles = affinity_tiles(architecture_of(query_key.device), query_key.dtype)
+    tiles = affinity_tiles(architecture_of(query_key.device), query_key.dtype, query_key.shape[2])
     size = min(N, keys_per_chunk(B * M))
     scratch = query_key.new_empty(B * M * size)
     out = query_key.new_zeros(B, M, V, dtype=torch.float32)

@@ -118,15 +118,17 @@ def forward_tiles(
     return ForwardTiles(64, 64, min(256, block_v), 8, 2)
 
 
-def affinity_tiles(architecture: str, dtype: torch.dtype, skips: bool = False) -> AffinityTiles:
-    """Choose the tile of a written affinity; `architecture` as `architecture_of` names it, `skips` where blocks of it
-    may be left out.
+def affinity_tiles(architecture: str, dtype: torch.dtype, C: int, *, skips: bool = False) -> AffinityTiles:
+    """Choose the tile of a written affinity; `architecture` as `architecture_of` names it, C key channels, `skips`
+    where blocks of it may be left out.
     """
     if architecture == INTERPRETER:
         return AffinityTiles(32, 32, 32, 4, 1)
     if dtype == torch.float32:
         return AffinityTiles(64, 64, 16, 8, 1)
-    return AffinityTiles(128, 128 if architecture in LARGE_TILES and not skips else 64, 64, 8, 3)
+    # two steps through the key channels or more: a loop of one is unrolled into the next one, and spills
+    block_k = 64 if C > 64 else 32
+    return AffinityTiles(128, 128 if architecture in LARGE_TILES and not skips else 64, block_k, 8, 3)
 
 
 def usage_tiles(architecture: str, dtype: torch.dtype, C: int) -> UsageTiles:

@@ -22,18 +22,22 @@ def table(tmp_path_factory):
 
 
 def test_every_kernel_is_there(table):
-    cases = {(row["form"], row["kernel"], row["dtype"], row["architecture"]) for row in table}
-    forms, kernels, dtypes, architectures = (set(column) for column in zip(*cases))
-    assert kernels == {"read_kernel", "descriptor_read_kernel", "affinity_kernel", "merge_kernel", "usage_kernel"}
-    assert dtypes == {"bfloat16", "float16", "float32"}
-    assert architectures == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    everywhere = {form for form in forms if "descriptor" not in form and "warp" not in form}
-    for dtype in dtypes:
-        for architecture in architectures:
-            found = {form for form, _, *case in cases if case == [dtype, architecture]}
-            has_copy_engine = architecture == "sm_90" and dtype != "float32"
-            assert found == (forms if has_copy_engine else everywhere)
+    names = ("form", "architecture", "dtype", "key_channels", "value_channels")
+    cases = {tuple(row[name] for name in names) for row in table}
     assert len(cases) == len(table)
+    assert {row["kernel"] for row in table} == {
+        "read_kernel", "descriptor_read_kernel", "affinity_kernel", "merge_kernel", "usage_kernel"
+    }  # fmt: skip
+    forms, architectures, *_ = (set(column) for column in zip(*cases))
+    assert architectures == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    fetched = {form for form in forms if "descriptor" in form or "warp" in form}
+    assert len(fetched) == 3
+    for architecture in architectures:
+        for dtype in ("bfloat16", "float16", "float32"):
+            found = {form for form, *case in cases if case == [architecture, dtype, 128, 512]}
+            assert found == (forms if architecture == "sm_90" and dtype != "float32" else forms - fetched)
+    for channels in ((64, 512), (64, 128), (256, 256)):
+        assert sum(tuple(case[3:]) == channels for case in cases) >= 4 * len(architectures)
 
 
 def test_no_default_tile_spills(table):
@@ -53,7 +57,7 @@ def test_half_precision_runs_on_tensor_cores(table):
 
 def test_the_table_in_the_repository_is_this_one(table):
     """It shows what a change costs; renew it by `python -m stm_kernels.gpu.aot --json bench/results/aot.json`."""
-    names = ("form", "kernel", "dtype", "architecture")
+    names = ("form", "kernel", "dtype", "key_channels", "value_channels", "architecture")
     recorded = json.loads((Path(__file__).parents[2] / "bench/results/aot.json").read_text())
     assert [[row[name] for name in names] for row in recorded] == [[row[name] for name in names] for row in table]
 

@@ -53,7 +53,7 @@ def test_every_architecture_has_tiles(architecture, dtype):
     for C, V in ((16, 16), (128, 512), (256, 1024)):
         tiles = forward_tiles(architecture, dtype, C, V)
         assert 16 <= tiles.block_v <= padded(V)
-        assert min(tiles.block_m, tiles.block_n, affinity_tiles(architecture, dtype).block_k) >= 16
+        assert min(tiles.block_m, tiles.block_n, affinity_tiles(architecture, dtype, C).block_k) >= 16
 
 
 @without_gpu
