@@ -83,11 +83,11 @@ class Peak:
 
 
 def measure(case: Case, device: str) -> dict[str, float]:
-    """Peak MiB beyond what is there before, and seconds, of one forward and backward; in this process."""
-    run, inherent = (read_once if case.what == "read" else step_once)(case, device)
-    # libraries load their code at the first call, and buffers that are made once are made
-    small = dataclasses.replace(case, frames=1 if case.what == "read" else 2)
-    (read_once if case.what == "read" else step_once)(small, device)[0]()
+    """Peak MiB beyond weights and input, and seconds, of one forward and backward; in this process."""
+    prepare = read_once if case.what == "read" else step_once
+    # libraries load their code at the first call; a small one, for a process keeps what it has freed
+    prepare(dataclasses.replace(case, frames=1 if case.what == "read" else 2, crop=32), device)[0]()
+    run, inherent = prepare(case, device)
     peak = Peak(device)
     before = peak.reset()
     clock = time.perf_counter if peak.on_gpu else time.process_time
@@ -138,20 +138,13 @@ def step_once(case: Case, device: str) -> tuple[Callable[[], object], int]:
 
 def in_fresh_process(case: Case, arguments: argparse.Namespace) -> dict[str, float]:
     """`measure` in a child; a GPU that has no room is no failure but infinitely many MiB."""
-    command = [
-        sys.executable,
-        "-m",
-        "bench.train_memory",
-        "--device",
-        arguments.device,
-        "--threads",
-        str(arguments.threads),
-    ]
+    command = [sys.executable, __file__, "--device", arguments.device, "--threads", str(arguments.threads)]
     command += ["--case", json.dumps(dataclasses.asdict(case))]
     finished = subprocess.run(command, capture_output=True, text=True)
     if "OutOfMemoryError" in finished.stderr:
         return {"mib": float("inf"), "seconds": float("nan")}
-    finished.check_returncode()
+    if finished.returncode:
+        raise SystemExit(f"{case} failed: {finished.stderr}")
     result = json.loads(finished.stdout)
     print(f"  {case}: {result['mib']:.0f} MiB, {result['seconds']:.2f} s", file=sys.stderr, flush=True)
     return result
