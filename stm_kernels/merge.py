@@ -1,6 +1,7 @@
 """Partial reads to one, by log-sum-exp: the same for splits, pages and ranks."""
 
 import math
+from importlib.util import find_spec
 
 import torch
 from einops import rearrange
@@ -26,6 +27,11 @@ def merge_reads(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"lses: expected [S, B, M] of outs [S, B, M, V], got {list(lses.shape)} and outs {list(outs.shape)}"
         )
+    if _has_kernel(outs, lses):
+        from stm_kernels.gpu.merge import triton_merge
+
+        out, lse = triton_merge(outs.contiguous(), lses.double().contiguous(), outs.dtype)
+        return out, lse.to(lses.dtype)
     # a row that no part can see has weight 0 everywhere, not 0/0, and so have its gradients
     empty = lses.isneginf().all(0)
     seen = lses.masked_fill(empty, 0.0)
@@ -35,3 +41,10 @@ def merge_reads(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     # a product and a sum: as a contraction this would run as B·M tiny matrix products
     out = (rearrange(weight.to(math_dtype), "s b m -> s b m 1") * outs).sum(0)
     return out.to(outs.dtype), seen.logsumexp(0).masked_fill(empty, -math.inf)
+
+
+def _has_kernel(outs: Tensor, lses: Tensor) -> bool:
+    """Whether the kernel that merges splits can merge these: on a GPU, where nothing is differentiated or traced."""
+    differentiated = torch.is_grad_enabled() and (outs.requires_grad or lses.requires_grad)
+    plain = type(outs) is type(lses) is Tensor and not torch.compiler.is_compiling()
+    return outs.is_cuda and outs.dtype != torch.float64 and plain and not differentiated and bool(find_spec("triton"))
