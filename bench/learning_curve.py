@@ -12,13 +12,9 @@ from pathlib import Path
 
 
 def read_metrics(path: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-    """(step, loss) and (step, J) pairs; a step logged twice, by a run that was resumed, counts as logged last."""
-    losses, scores = {}, {}
-    for line in map(json.loads, path.read_text().splitlines()):
-        for found, name in ((losses, "loss"), (scores, "J")):
-            if name in line:
-                found[line["step"]] = line[name]
-    return sorted(losses.items()), sorted(scores.items())
+    """(step, loss) and (step, J) pairs of a run."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return tuple([(line["step"], line[name]) for line in lines if name in line] for name in ("loss", "J"))
 
 
 def main() -> None:

@@ -38,20 +38,19 @@ def segment_clips(
     objects = [clip.objects for clip in clips]
     counts = torch.tensor(objects, device=clips[0].frames.device)
     frames = torch.stack([clip.frames for clip in clips])
-    query = Query(*run(model.encode_query, rearrange(frames[:, 1:], "b t c h w -> (t b) c h w")))
+    queries = _encode_queries(model, frames[:, 1:], recompute)
     masks = [_one_hot(clip.labels[0], clip.objects) for clip in clips]
     keys, values, predictions = [], [], []
-    for time in range(1, frames.shape[1]):
+    for time, query in enumerate(queries, start=1):
         others = torch.cat([other_object_masks(mask) for mask in masks])
         key, value = run(model.memorize, frames[:, time - 1], torch.cat(masks), others, objects)
         keys.append(key)
         values.append(value)
-        frame_query = _query_at(query, time - 1, len(clips))
-        query_key = frame_query.key.repeat_interleave(counts, 0, output_size=sum(objects))
+        query_key = query.key.repeat_interleave(counts, 0, output_size=sum(objects))
         readout = space_time_memory_read(
             query_key, torch.stack(keys, 2), torch.stack(values, 2), implementation=implementation
         )
-        probabilities = run(model.segment, readout, frame_query, objects).split(objects)
+        probabilities = run(model.segment, readout, query, objects).split(objects)
         logits = [soft_aggregate(part) for part in probabilities]
         predictions.append(logits)
         masks = [torch.softmax(part.detach(), 0)[1:] for part in logits]
@@ -121,7 +120,15 @@ def _one_hot(labels: Tensor, objects: int) -> Tensor:
     return (labels == torch.arange(1, objects + 1, device=labels.device).view(-1, 1, 1)).float()
 
 
-def _query_at(query: Query, index: int, clips: int) -> Query:
-    """The features of one point in time from those of all, which are stacked time-major."""
-    part = slice(index * clips, (index + 1) * clips)
-    return Query(query.key[part], query.value[part], FrameFeatures(*(maps[part] for maps in query.features)))
+def _encode_queries(model: STM, frames: Tensor, recompute: bool) -> list[Query]:
+    """The queries of frames `[B, T, 3, H, W]`, for each point in time those of all clips."""
+    if recompute:
+        # one after the other: what is computed again together is held together
+        return [Query(*_recomputed(model.encode_query, frame)) for frame in frames.unbind(1)]
+    query = model.encode_query(rearrange(frames, "b t c h w -> (t b) c h w"))
+    size = len(frames)
+    features = zip(*(maps.split(size) for maps in query.features), strict=True)
+    return [
+        Query(key, value, FrameFeatures(*maps))
+        for key, value, maps in zip(query.key.split(size), query.value.split(size), features, strict=True)
+    ]

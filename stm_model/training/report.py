@@ -24,12 +24,21 @@ from stm_model.training.config import TrainConfig
 class Report:
     """Writes down how a run goes, in `config.out`; the first of several processes alone does."""
 
-    def __init__(self, config: TrainConfig, first_process: bool = True):
+    def __init__(self, config: TrainConfig, step: int = 0, first_process: bool = True):
         """
+        Args:
+            config: the run's settings.
+            step: where the run goes on. What was written of later steps, after the checkpoint, is forgotten.
+            first_process: whether anything is written.
+
         Raises:
             ValueError: TensorBoard is asked for but not installed.
         """
         self.folder, self.active = config.out, first_process
+        metrics = self.folder / "metrics.jsonl"
+        if first_process and metrics.is_file():
+            lines = metrics.read_text().splitlines(keepends=True)
+            metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
         self.unreadable: set[str] = set()
         self.board = _tensorboard(config.out) if config.tensorboard and first_process else None
 

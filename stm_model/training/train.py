@@ -9,11 +9,12 @@ import contextlib
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -45,7 +46,9 @@ def train(config: TrainConfig) -> Path:
         _check_shares(config, processes)
         dataset, held_out = training_clips(config), validation_sequences(config)
         config.out.mkdir(parents=True, exist_ok=True)
-        _Training(config, TrainState(config, device), Report(config, rank == 0), rank, processes).run(dataset, held_out)
+        state = TrainState(config, device)
+        report = Report(config, state.step, first_process=rank == 0)
+        _Training(config, state, report, rank, processes).run(dataset, held_out)
     return config.out / "weights.safetensors"
 
 
@@ -72,23 +75,23 @@ class _Training:
             numbers, initial=state.step, total=config.steps, desc="train", unit="step", disable=self.rank > 0
         )
         losses: list[float] = []
-        waited, started = 0.0, time.perf_counter()
+        spent = waited = 0.0
         for step in progress:
             state.set_mode(step)
+            started = time.perf_counter()
             loss, waiting = self._step(step, parts)
+            spent, waited = spent + time.perf_counter() - started, waited + waiting
             losses.append(loss)
-            waited += waiting
             progress.set_postfix(loss=f"{mean(losses[-50:]):.3f}")
             if step % config.log_every == 0:
-                seconds = (time.perf_counter() - started) / len(losses)
-                self._log(step, mean(losses[-config.log_every :]), seconds, waited / len(losses))
+                self._log(step, mean(losses[-config.log_every :]), spent / len(losses), waited / len(losses))
             last = step == config.steps
             if self.rank == 0 and (step % config.save_every == 0 or last):
                 state.save()
             if held_out and (step % config.validate_every == 0 or last):
                 self.report.metrics(step, **validate(state.averaged(), held_out, self.rank, self.processes))
 
-    def _step(self, step: int, parts) -> tuple[float, float]:
+    def _step(self, step: int, parts: Iterator[list[Clip]]) -> tuple[float, float]:
         """One optimiser step; returns its loss over all processes and the seconds spent waiting for clips."""
         config, state = self.config, self.state
         for group in state.optimizer.param_groups:
@@ -100,30 +103,32 @@ class _Training:
             clips = next(parts)
             waited += time.perf_counter() - asked
             self.report.passed_over(clips)
-            clips = [
-                clip._replace(frames=clip.frames.to(self.device), labels=clip.labels.to(self.device)) for clip in clips
-            ]
-            # gradients of all processes are averaged once, with the last part
-            alone = self.processes > 1 and part < config.accumulate - 1
-            with self.loss.no_sync() if alone else contextlib.nullcontext():
-                with self.autocast:
-                    loss = self.loss(clips) / config.accumulate
-                state.scaler.scale(loss).backward()
-            total += loss.detach()
+            clips = [_on(self.device, clip) for clip in clips]
+            total += self._gradients(clips, last=part == config.accumulate - 1)
+        if self.processes > 1:
+            dist.all_reduce(total)
+        loss = total.item() / self.processes
+        if not math.isfinite(loss):
+            raise ValueError(f"step {step}: the loss is {loss}; a lower learning rate may help, or --dtype float32")
         state.scaler.unscale_(state.optimizer)
         nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_gradient)
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.update_average(step)
         state.step = step
-        if self.processes > 1:
-            dist.all_reduce(total)
-        value = total.item() / self.processes
-        if not math.isfinite(value):
-            raise ValueError(f"step {step}: the loss is {value}; a lower learning rate may help, or --dtype float32")
         if config.picture_every and step % config.picture_every == 0:
-            self._draw(step, clips)
-        return value, waited
+            self._draw(step, clips[0])
+        return loss, waited
+
+    def _gradients(self, clips: list[Clip], last: bool) -> Tensor:
+        """Add the gradients of a part of a step; returns its share of the loss."""
+        # the processes average their gradients once, with the last part
+        alone = self.processes > 1 and not last
+        with self.loss.no_sync() if alone else contextlib.nullcontext():
+            with self.autocast:
+                loss = self.loss(clips) / self.config.accumulate
+            self.state.scaler.scale(loss).backward()
+        return loss.detach()
 
     def _log(self, step: int, loss: float, seconds: float, waiting: float) -> None:
         self.report.metrics(
@@ -137,12 +142,12 @@ class _Training:
         if self.rank == 0 and step == self.config.log_every and waiting > _STARVED * seconds:
             warn(f"{waiting:.2f} s of each {seconds:.2f} s step are spent waiting for clips; more --workers help")
 
-    def _draw(self, step: int, clips: list[Clip]) -> None:
+    def _draw(self, step: int, clip: Clip) -> None:
         if self.rank:
             return
         with torch.no_grad(), self.autocast:
-            predictions = segment_clips(self.state.model, clips[:1], self.config.implementation)
-        self.report.picture(step, clips[0], [logits[0] for logits in predictions])
+            predictions = segment_clips(self.state.model, [clip], self.config.implementation)
+        self.report.picture(step, clip, [logits[0] for logits in predictions])
 
 
 def _on(device: torch.device, clip: Clip) -> Clip:
@@ -153,7 +158,7 @@ def _on(device: torch.device, clip: Clip) -> Clip:
 def _processes(config: TrainConfig):
     """This process's rank, the number of processes and the device, as torchrun says."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(config.device) if config.device else default_device()
+    device = _usable(config.device)
     if processes == 1:
         yield 0, 1, device
         return
@@ -165,6 +170,15 @@ def _processes(config: TrainConfig):
         yield dist.get_rank(), processes, device
     finally:
         dist.destroy_process_group()
+
+
+def _usable(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name) if name else default_device()
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {name} cannot be used here ({str(error).splitlines()[0]})") from error
+    return device
 
 
 def _check_shares(config: TrainConfig, processes: int) -> None:

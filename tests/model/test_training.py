@@ -124,8 +124,8 @@ def test_recomputed_activations_give_the_same_gradients(clips):
         model = tiny_model().eval()
         clip_loss(model, clips, recompute=recompute).backward()
         gradients.append(torch.cat([value.grad.flatten() for value in model.parameters()]))
-    assert gradients[0].norm() > 0
-    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
+    # the frames are encoded one by one, so sums are taken in another order
+    assert (gradients[1] - gradients[0]).norm() <= 1e-5 * gradients[0].norm() > 0
 
 
 def test_the_schedule_rises_holds_and_falls(tmp_path):
@@ -163,18 +163,20 @@ def test_a_killed_run_resumed_equals_an_unbroken_one(config, tmp_path, monkeypat
 
     original, calls = module.ClipLoss.forward, []
 
-    def die_at_the_third(self, clips):
+    def die_at_the_fourth(self, clips):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 4:
             raise Killed
         return original(self, clips)
 
-    monkeypatch.setattr(module.ClipLoss, "forward", die_at_the_third)
+    monkeypatch.setattr(module.ClipLoss, "forward", die_at_the_fourth)
     with pytest.raises(Killed):
         train(broken)
     monkeypatch.setattr(module.ClipLoss, "forward", original)
     resumed = train(broken)
     assert losses_of(whole.parent) == losses_of(resumed.parent)
+    steps = [json.loads(line)["step"] for line in (resumed.parent / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4], "each step is told once"
     one, other = read_tensors(whole), read_tensors(resumed)
     assert one.keys() == other.keys()
     for name in one:
@@ -277,6 +279,11 @@ def test_a_loss_that_is_no_number_ends_the_run(config, monkeypatch):
     monkeypatch.setattr(ClipLoss, "forward", lambda self, clips: self.model.Decoder.pred2.weight.sum() * math.nan)
     with pytest.raises(ValueError, match="step 1: the loss is nan; a lower learning rate may help"):
         train(config)
+
+
+def test_a_device_that_is_not_there_is_named(config):
+    with pytest.raises(ValueError, match="device: abacus cannot be used here"):
+        train(dataclasses.replace(config, device="abacus"))
 
 
 def test_tensorboard_where_it_is_missing(config, monkeypatch):
