@@ -91,7 +91,7 @@ def _behind(memory: Tensor, lengths: Tensor) -> Tensor:
 def _softmax(logits_BMN: Tensor, top_k: int | None) -> tuple[Tensor, Tensor]:
     """The affinity and its log-sum-exp; both 0 or -inf, and without a gradient, where a query sees nothing."""
     if top_k is not None:
-        best = logits_BMN.sort(-1, descending=True, stable=True).indices[..., :top_k]
+        best = logits_BMN.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
         left_out = torch.ones_like(logits_BMN, dtype=torch.bool).scatter_(-1, best, False)
         logits_BMN = logits_BMN.masked_fill(left_out, -math.inf)
     blind = logits_BMN.isneginf().all(-1, keepdim=True)

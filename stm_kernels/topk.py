@@ -1,21 +1,240 @@
-"""The read of the k best memory positions of each query."""
+"""The read of the k best memory positions of each query, which holds k logits a query.
 
-from collections.abc import Callable
+An implementation only selects (`chunked_select` here, `triton_select` on a GPU); what follows is the same for all. The
+values are summed by bags (`embedding_bag`), which hold none of them; the gradients of the memory by the bags transposed,
+one for each position, in the order of a stable sort, so that they are equal from run to run.
+"""
 
+import math
+from collections.abc import Callable, Iterator
+
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from stm_kernels.affinity import Affinity
+from stm_kernels.affinity import Affinity, wide_dtype
+from stm_kernels.products import Scratch, even_slices, key_products, product_dtype
 
 Select = Callable[[Affinity, int], tuple[Tensor, Tensor]]
+"""The chosen positions `[B, M, min(k, N)]`, int32, and their logits in `wide_dtype`, of a memory of at least one
+position: the k greatest, of equal ones those of lower index, in any order. What lies behind a memory's end is chosen
+where nothing else is left: its logit is -inf, its index 0, and it comes last.
+"""
+
+# [query block × key chunk] buffers of about 2 MiB stay in the second- and third-level caches
+QUERIES_PER_BLOCK = 288
+KEYS_PER_CHUNK = 2048
+# values or keys gathered at once, in elements, and elements copied of a table whose rows are not contiguous
+GATHERED = 2**20
+COPIED = 2**22
+LEAST_CHANNELS = 16
 
 
 def top_k_read(affinity: Affinity, memory_value: Tensor, k: int, select: Select) -> tuple[Tensor, Tensor, Tensor]:
-    raise NotImplementedError
+    """Read the k best of a memory of at least one position.
+
+    Args:
+        affinity: what weighs the positions.
+        memory_value: `[B, N, V]`, in the dtype of the keys.
+        k: how many positions each query weighs.
+        select: finds them.
+
+    Returns:
+        The read `[B, M, V]`, the log-sum-exp of the chosen `[B, M]` in float64, and the chosen as `Select` has them.
+    """
+    indices, logits = select(affinity, k)
+    return *weighted_read(memory_value, indices, logits), indices
 
 
-def top_k_read_backward(grad_out, grad_lse, affinity, memory_value, out, lse, indices):
-    raise NotImplementedError
+def weighted_read(memory_value: Tensor, indices: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The read `[B, M, V]` of given positions `[B, M, K]` and its log-sum-exp `[B, M]`, float64."""
+    lse = logits.double().logsumexp(2)
+    blind = lse.isneginf()
+    weights = _softmax(logits).to(memory_value.dtype)
+    out = memory_value.new_empty(*indices.shape[:2], memory_value.shape[2])
+    for item in range(len(out)):
+        for channels, table in _contiguous_parts(memory_value[item]):
+            out[item, :, channels] = F.embedding_bag(
+                indices[item], table, mode="sum", per_sample_weights=weights[item]
+            )
+    # an empty memory's position 0 was weighed by 0, which hides no NaN
+    return out.masked_fill_(blind[:, :, None], 0.0), lse
+
+
+def top_k_read_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    affinity: Affinity,
+    memory_value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    indices: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of `top_k_read`, whose choice counts as given.
+
+    Args:
+        grad_out: `[B, M, V]`, gradient by the read.
+        grad_lse: `[B, M]` float64, gradient by the log-sum-exp.
+        affinity, memory_value: what was read.
+        out, lse, indices: what `top_k_read` returned.
+
+    Returns:
+        As `chunked_read_backward`.
+    """
+    query_key, memory_key, key_bias = affinity.query_key, affinity.memory_key, affinity.key_bias
+    grad_query_key, grad_memory_key, grad_memory_value = map(torch.empty_like, (query_key, memory_key, memory_value))
+    grad_key_bias = None if key_bias is None else torch.empty_like(key_bias)
+    wide = wide_dtype(query_key.dtype)
+    blind = lse.isneginf()
+    for item in range(len(query_key)):
+        chosen = indices[item]
+        weights = _softmax(_logits_of(affinity, item, chosen))
+        grad_weights = _sampled_products(grad_out[item], memory_value[item], chosen)
+        # not out · grad_out: of a single position these cancel to nothing
+        grad_weights -= (weights * grad_weights).sum(1, keepdim=True)
+        grad_logits = weights * (grad_weights + grad_lse[item, :, None].to(wide))
+        grad_logits.masked_fill_(blind[item, :, None], 0.0)
+        for channels, table in _contiguous_parts(memory_key[item], wide):
+            grads = F.embedding_bag(chosen, table, mode="sum", per_sample_weights=grad_logits * affinity.scale)
+            grad_query_key[item, :, channels] = grads.masked_fill_(blind[item, :, None], 0.0)
+        bags = _Transposed(chosen, memory_key.shape[1])
+        bags.sum_into(grad_memory_value[item], grad_out[item], weights)
+        bags.sum_into(grad_memory_key[item], query_key[item], grad_logits * affinity.scale)
+        if grad_key_bias is not None:
+            grad_key_bias[item] = bags.sum(grad_logits)
+    return grad_query_key, grad_memory_key, grad_memory_value, grad_key_bias
+
+
+def top_k_usage(affinity: Affinity, k: int, select: Select) -> Tensor:
+    """What all queries together weigh each position `[B, N]`, in `wide_dtype`, by a read of the k best."""
+    indices, logits = select(affinity, k)
+    N = affinity.memory_key.shape[1]
+    return torch.stack([_Transposed(*each, N).sum(weights) for *each, weights in zip(indices, _softmax(logits))])
+
+
+class _Transposed:
+    """For each of N positions the places in `[M, K]` where it was chosen, in their order."""
+
+    def __init__(self, chosen: Tensor, N: int) -> None:
+        positions, self.places = chosen.flatten().sort(stable=True)
+        self.queries = self.places // chosen.shape[1]
+        every = torch.arange(N, device=chosen.device, dtype=chosen.dtype)
+        self.starts = torch.searchsorted(positions, every)
+
+    def sum(self, weights: Tensor) -> Tensor:
+        """The sums `[N]` of weights `[M, K]` by position."""
+        ones = weights.new_ones(len(weights), 1)
+        return self._bags(ones, weights.flatten()[self.places])[:, 0]
+
+    def sum_into(self, target: Tensor, table: Tensor, weights: Tensor) -> None:
+        """Fill `target` `[N, X]` by the sums of rows of `table` `[M, X]`, weighted by `weights` `[M, K]`."""
+        weights = weights.flatten()[self.places]
+        for channels in even_slices(table.shape[1], max(LEAST_CHANNELS, COPIED // len(target))):
+            target[:, channels] = self._bags(table[:, channels].to(weights.dtype).contiguous(), weights)
+
+    def _bags(self, table: Tensor, weights: Tensor) -> Tensor:
+        return F.embedding_bag(self.queries, table, self.starts, mode="sum", per_sample_weights=weights)
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """The weights of chosen positions; all 0 where none is visible."""
+    top = logits.amax(-1, keepdim=True)
+    return logits.softmax(-1).masked_fill_(top.isneginf(), 0.0)
+
+
+def _logits_of(affinity: Affinity, item: int, chosen: Tensor) -> Tensor:
+    """The logits `[M, K]` of chosen positions of one batch item, in `wide_dtype`; -inf behind the memory's end."""
+    logits = _sampled_products(affinity.query_key[item], affinity.memory_key[item], chosen) * affinity.scale
+    if affinity.key_bias is not None:
+        logits += affinity.key_bias[item][chosen]
+    if affinity.lengths is not None:
+        columns = torch.arange(chosen.shape[1], device=chosen.device)
+        logits.masked_fill_(columns >= affinity.lengths[item], -math.inf)
+    return logits
+
+
+def _sampled_products(left: Tensor, table: Tensor, chosen: Tensor) -> Tensor:
+    """`left · tableᵀ` of `[M, X]` and `[N, X]` at chosen places alone: `[M, K]`, in `wide_dtype`."""
+    M, K = chosen.shape
+    wide = wide_dtype(left.dtype)
+    products = left.new_zeros(M, K, dtype=wide)
+    for channels, part in _contiguous_parts(table):
+        for block in even_slices(M, max(1, GATHERED // (K * part.shape[1]))):
+            rows = part.index_select(0, chosen[block].flatten()).to(wide).view(-1, K, part.shape[1])
+            products[block] += (rows * left[block, None, channels]).sum(2)
+    return products
+
+
+def _contiguous_parts(table: Tensor, dtype: torch.dtype | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """A table `[N, X]` as it is where it is contiguous and of the dtype, else slice by slice of its columns."""
+    dtype = dtype or table.dtype
+    if table.is_contiguous() and table.dtype == dtype:
+        yield slice(None), table
+        return
+    for channels in even_slices(table.shape[1], max(LEAST_CHANNELS, COPIED // len(table))):
+        yield channels, table[:, channels].to(dtype).contiguous()
 
 
 def chunked_select(affinity: Affinity, k: int) -> tuple[Tensor, Tensor]:
-    raise NotImplementedError
+    """Select in plain PyTorch, as `Select` has it: what exceeds the k best so far is merged into them."""
+    query_key, memory_key, key_bias = affinity.query_key, affinity.memory_key, affinity.key_bias
+    B, M, N = affinity.sizes
+    wide, narrow = wide_dtype(query_key.dtype), product_dtype(query_key)
+    indices = query_key.new_zeros(B, M, min(k, N), dtype=torch.int32)
+    logits = query_key.new_full(indices.shape, -math.inf, dtype=wide)
+    scratch = Scratch(query_key.device)
+    for item in range(B):
+        chunks = even_slices(affinity.positions(item), KEYS_PER_CHUNK)
+        bias = None if key_bias is None else key_bias[item] / affinity.scale
+        for block in even_slices(M, QUERIES_PER_BLOCK):
+            queries = scratch.cast("query_key", query_key[item, block], narrow)
+            best = queries.new_empty(len(queries), 0, dtype=wide)
+            positions = indices.new_empty(best.shape)
+            for chunk in chunks:
+                products = key_products(queries, memory_key[item, chunk], wide, scratch)
+                if bias is not None:
+                    products.add_(bias[chunk])
+                best, positions = _merge_best(best, positions, products, chunk.start, k)
+            indices[item, block, : best.shape[1]] = positions
+            logits[item, block, : best.shape[1]] = best.mul_(affinity.scale)
+    return indices, logits
+
+
+def _merge_best(best: Tensor, positions: Tensor, products: Tensor, start: int, k: int) -> tuple[Tensor, Tensor]:
+    """The k best `[M, ≤ k]` of those so far, best first, and of a chunk `[M, P]` of positions from `start` on.
+
+    A product that is no number counts as the greatest, as in a sort: it must show in the read.
+    """
+    if best.shape[1] == k:
+        # of equal ones the earlier stays
+        below = products <= best[:, -1:]
+    else:
+        below = products < _lower_bound(products, k - best.shape[1])
+    rows, columns = below.logical_not_().nonzero(as_tuple=True)
+    if not len(rows):
+        return best, positions
+    places = torch.arange(len(rows), device=rows.device)
+    places -= torch.searchsorted(rows, torch.arange(len(best), device=rows.device))[rows]
+    shape = (len(best), best.shape[1] + int(places.max()) + 1)
+    places += best.shape[1]
+    candidates = products.new_full(shape, -math.inf)
+    candidates[:, : best.shape[1]] = best
+    candidates[rows, places] = products[rows, columns]
+    candidate_positions = positions.new_zeros(shape)
+    candidate_positions[:, : best.shape[1]] = positions
+    candidate_positions[rows, places] = columns.add_(start).to(positions.dtype)
+    candidates, order = candidates.sort(dim=1, descending=True, stable=True)
+    return candidates[:, :k], candidate_positions.gather(1, order[:, :k])
+
+
+def _lower_bound(products: Tensor, k: int) -> Tensor:
+    """A bound `[M, 1]` that at least k products of a row `[M, P]` reach, or -inf.
+
+    It is the k-th greatest of the maxima of groups: a full selection among all P would take far longer.
+    """
+    groups = max(4 * k, 128)
+    size = products.shape[1] // groups
+    if size < 2:
+        return products.new_full((len(products), 1), -math.inf)
+    maxima = products[:, : groups * size].view(len(products), size, groups).amax(1)
+    return maxima.topk(k, 1).values[:, -1:]
