@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stm_kernels.affinity import SKIP_POSITIONS, SKIP_QUERIES, Affinity, wide_dtype
 from stm_kernels.chunked import chunked_read, chunked_read_backward, chunked_usage
-from stm_kernels.topk import chunked_select, top_k_read, top_k_read_backward
+from stm_kernels.topk import Select, chunked_select, top_k_read, top_k_read_backward, top_k_usage
 
 TRITON_KEY_CHANNELS = 256
 
@@ -48,11 +48,7 @@ def read_operator(
         return out.zero_(), lse.fill_(float("-inf")), skipped.zero_(), choice.zero_()
     on_gpu = _resolve(implementation, query_key) == "triton"
     if top_k:
-        if on_gpu:
-            from stm_kernels.gpu.topk import triton_select as select
-        else:
-            select = chunked_select
-        out, lse, choice = top_k_read(affinity, memory_value, top_k, select)
+        out, lse, choice = top_k_read(affinity, memory_value, top_k, _select_of(on_gpu))
         return out, lse, torch.zeros_like(lse, dtype=torch.float32), choice
     if on_gpu:
         from stm_kernels.gpu.forward import triton_read
@@ -162,14 +158,21 @@ def usage_operator(
     lengths: Optional[Tensor],  # noqa: UP045
     lse: Optional[Tensor],  # noqa: UP045
     scale: float,
+    top_k: int,
     implementation: str,
 ) -> Tensor:
-    """Column sums `[B, N]` of the affinity, in `wide_dtype`; `lse` `[B, M]`, float64, spares a pass."""
+    """Column sums `[B, N]` of the affinity, in `wide_dtype`; `lse` `[B, M]`, float64, spares a pass.
+
+    With `top_k` they are those of a read of so many positions, and `lse` is not looked at.
+    """
     affinity = Affinity(query_key, memory_key, scale, key_bias, lengths)
     _check_lengths(affinity)
     if min(*query_key.shape, *memory_key.shape) == 0:
         return query_key.new_zeros(memory_key.shape[:2], dtype=wide_dtype(query_key.dtype))
-    if _resolve(implementation, query_key) == "triton":
+    on_gpu = _resolve(implementation, query_key) == "triton"
+    if top_k:
+        return top_k_usage(affinity, top_k, _select_of(on_gpu))
+    if on_gpu:
         from stm_kernels.gpu.usage import triton_usage
 
         return triton_usage(affinity, lse)
@@ -177,7 +180,7 @@ def usage_operator(
 
 
 @usage_operator.register_fake
-def _(query_key, memory_key, key_bias, lengths, lse, scale, implementation):
+def _(query_key, memory_key, key_bias, lengths, lse, scale, top_k, implementation):
     return query_key.new_empty(memory_key.shape[:2], dtype=wide_dtype(query_key.dtype))
 
 
@@ -207,6 +210,14 @@ def _fold(operator, size: int, in_dims: tuple, inputs: tuple):
         folded.append(value)
     outputs = operator(*folded)
     return tuple(output.unflatten(0, (size, len(output) // size)) for output in outputs), (0,) * len(outputs)
+
+
+def _select_of(on_gpu: bool) -> Select:
+    if not on_gpu:
+        return chunked_select
+    from stm_kernels.gpu.topk import triton_select
+
+    return triton_select
 
 
 def _check_lengths(affinity: Affinity) -> None:

@@ -128,6 +128,7 @@ def memory_usage(
     similarity: str = "dot",
     key_bias: Tensor | None = None,
     lengths: Tensor | None = None,
+    top_k: int | None = None,
     implementation: str = "auto",
 ) -> Tensor:
     """Sum what all queries of a read weigh each memory position: the column sums of the affinity, never held.
@@ -136,8 +137,8 @@ def memory_usage(
         query_key: `[B, M, C]`, as in `memory_read`.
         memory_key: `[B, N, C]`, as in `memory_read`.
         lse: `[B, M]`, the log-sum-exp that the read of the same arguments returned; None computes it. One of a larger
-            memory, of which these positions are a part, gives their share in it.
-        scale, similarity, key_bias, lengths, implementation: as in `memory_read`.
+            memory, of which these positions are a part, gives their share in it. With `top_k` it must be None.
+        scale, similarity, key_bias, lengths, top_k, implementation: as in `memory_read`.
 
     Returns:
         `[B, N]` in float32 (float64 for float64 inputs), not differentiable, bit-equal from run to run. The sum over N
@@ -152,16 +153,19 @@ def memory_usage(
     query_key, memory_key = (tensor.detach() for tensor in autocast_inputs(query_key, memory_key))
     check_agreement(query_key, memory_key=memory_key)
     scale = checked_affinity(query_key, memory_key, scale, similarity, key_bias, lengths, implementation)
+    top_k, _ = checked_choice(top_k, 0.0)
+    if top_k and lse is not None:
+        raise ValueError("lse: expected None beside top_k, whose choice must be made anew, got a tensor")
     key_bias, lse = (None if tensor is None else tensor.detach() for tensor in (key_bias, lse))
     if lse is not None and (lse.shape != query_key.shape[:2] or lse.device != query_key.device):
         expected = f"[B, M] = {list(query_key.shape[:2])} on {query_key.device}"
         raise ValueError(f"lse: expected {expected}, got {list(lse.shape)} on {lse.device}")
     if implementation == "reference":
-        return reference_usage(query_key, memory_key, scale, similarity, key_bias, lengths)
+        return reference_usage(query_key, memory_key, scale, similarity, key_bias, lengths, top_k or None)
     scale, key_bias, lengths, shift = _as_dot_product(query_key, memory_key, scale, similarity, key_bias, lengths)
     if lse is not None:
         lse = lse.double() if shift is None else lse.double() + shift
-    return usage_operator(query_key, memory_key, key_bias, lengths, lse, scale, implementation)
+    return usage_operator(query_key, memory_key, key_bias, lengths, lse, scale, top_k, implementation)
 
 
 def _as_dot_product(

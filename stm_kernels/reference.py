@@ -71,6 +71,9 @@ def reference_logits(
     lengths: Tensor | None = None,
 ) -> Tensor:
     """The logits `[B, M, N]`, in the dtype of the keys; the arguments are those of `reference_read`."""
+    if lengths is not None:
+        # not only the logits: a gradient of 0 times NaN is NaN
+        memory_key = memory_key.masked_fill(_behind(memory_key, lengths)[:, :, None], 0.0)
     logits_BMN = query_key @ memory_key.mT
     if similarity == "l2":
         query_square = query_key.square().sum(2)[:, :, None]

@@ -1,8 +1,8 @@
 """The read of the k best memory positions of each query, which holds k logits a query.
 
 An implementation only selects (`chunked_select` here, `triton_select` on a GPU); what follows is the same for all. The
-values are summed by bags (`embedding_bag`), which hold none of them; the gradients of the memory by the bags transposed,
-one for each position, in the order of a stable sort, so that they are equal from run to run.
+values are summed by bags (`embedding_bag`), which hold none of them; the gradients of the memory by the bags
+transposed, one for each position, in the order of a stable sort, so that they are equal from run to run.
 """
 
 import math
@@ -54,9 +54,7 @@ def weighted_read(memory_value: Tensor, indices: Tensor, logits: Tensor) -> tupl
     out = memory_value.new_empty(*indices.shape[:2], memory_value.shape[2])
     for item in range(len(out)):
         for channels, table in _contiguous_parts(memory_value[item]):
-            out[item, :, channels] = F.embedding_bag(
-                indices[item], table, mode="sum", per_sample_weights=weights[item]
-            )
+            out[item, :, channels] = F.embedding_bag(indices[item], table, mode="sum", per_sample_weights=weights[item])
     # an empty memory's position 0 was weighed by 0, which hides no NaN
     return out.masked_fill_(blind[:, :, None], 0.0), lse
 

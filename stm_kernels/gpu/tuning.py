@@ -70,6 +70,38 @@ class MergeTiles:
     """Warps per program."""
 
 
+@dataclass(frozen=True)
+class GroupTiles:
+    """The tiles of the two programs that multiply keys to choose among them."""
+
+    block_m: int
+    """Queries of a program that finds the maxima of groups."""
+    block_n: int
+    """Its memory positions per loop iteration."""
+    positions: int
+    """Its memory positions in all."""
+    num_warps: int
+    """Its warps."""
+    num_stages: int
+    """Its loop iterations whose loads are in flight."""
+    gathered: int
+    """Memory positions per loop iteration of a program that multiplies one query with chosen groups."""
+    gather_warps: int
+    """Its warps."""
+
+
+@dataclass(frozen=True)
+class SelectTiles:
+    """The tile of one program that selects the greatest of its rows."""
+
+    block_rows: int
+    """Rows."""
+    block: int
+    """Columns held at once; longer rows are read again for each step of the search."""
+    num_warps: int
+    """Warps per program."""
+
+
 # 227 KiB of shared memory; every other GPU gets tiles that fit 99 KiB
 LARGE_TILES = ("sm_90", "sm_100", "sm_103")
 # where tiles are fetched by the copy engine if they can be
@@ -78,6 +110,11 @@ COPY_ENGINES = ("sm_90",)
 # logits written out at once: 2 GPU waves of tiles at M = 1620, and 128 MiB of bfloat16 scratch
 WRITTEN_LOGITS = 2**25
 LEAST_KEYS_PER_CHUNK = 1024
+
+# maxima of groups kept at once: 128 MiB in float32; a row of them is selected from at once
+KEPT_MAXIMA = 2**25
+MOST_GROUPS = 8192
+LEAST_GROUPS = 64
 
 # value slices from which on the affinity is written out: three objects of 512 channels that share their keys
 STAGED_SLICES = 6
@@ -143,6 +180,28 @@ def usage_tiles(architecture: str, dtype: torch.dtype, C: int) -> UsageTiles:
 def merge_tiles(architecture: str, V: int) -> MergeTiles:
     """Choose the tile of a merge, which only moves memory: small ones, so that there are many."""
     return MergeTiles(32 if architecture == INTERPRETER else 4, min(256, padded(V)), 4)
+
+
+def group_tiles(architecture: str, dtype: torch.dtype, C: int) -> GroupTiles:
+    """Choose the tiles of the maxima of groups; `architecture` as `architecture_of` names it."""
+    if architecture == INTERPRETER:
+        return GroupTiles(32, 32, 64, 4, 1, 64, 4)
+    if dtype == torch.float32 or padded(C) > 128:
+        return GroupTiles(32, 32, 1024, 4, 1, 32, 4)
+    return GroupTiles(128, 128 if architecture in LARGE_TILES else 64, 1024, 8, 3, 32, 4)
+
+
+def select_tiles(architecture: str, width: int) -> SelectTiles:
+    """Choose the tile of a selection among `width` columns: as many rows as fill the program's registers."""
+    block = min(MOST_GROUPS, padded(width))
+    if architecture == INTERPRETER:
+        return SelectTiles(32, block, 4)
+    return SelectTiles(max(1, 2048 // block), block, max(4, block // 512))
+
+
+def groups_per_chunk(queries: int) -> int:
+    """Groups of memory positions whose maxima with all `queries` (B · M) are kept at once."""
+    return min(MOST_GROUPS, max(LEAST_GROUPS, KEPT_MAXIMA // queries))
 
 
 def keys_per_chunk(queries: int) -> int:
