@@ -9,6 +9,9 @@ from torch import Tensor
 SKIP_QUERIES = 32
 SKIP_POSITIONS = 32
 
+# pages of so many positions, or a multiple, hold whole tiles only
+PAGE_MULTIPLE = 128
+
 
 @dataclass(frozen=True)
 class Affinity:

@@ -46,7 +46,7 @@ def read_operator(
     if min(*query_key.shape, *memory_value.shape) == 0:
         out, lse, skipped, choice = _outputs(affinity, memory_value, top_k, skip)
         return out.zero_(), lse.fill_(float("-inf")), skipped.zero_(), choice.zero_()
-    on_gpu = _resolve(implementation, query_key) == "triton"
+    on_gpu = resolve_implementation(implementation, query_key) == "triton"
     if top_k:
         out, lse, choice = top_k_read(affinity, memory_value, top_k, _select_of(on_gpu))
         return out, lse, torch.zeros_like(lse, dtype=torch.float32), choice
@@ -103,7 +103,7 @@ def backward_operator(
     if min(*query_key.shape, *memory_value.shape) == 0:
         grads = tuple(torch.zeros_like(tensor) for tensor in (query_key, memory_key, memory_value))
         return *grads, _empty_grad_key_bias(query_key, key_bias).zero_()
-    on_gpu = _resolve(implementation, query_key) == "triton"
+    on_gpu = resolve_implementation(implementation, query_key) == "triton"
     if top_k:
         grads = top_k_read_backward(grad_out, grad_lse, affinity, memory_value, out, lse, choice)
     elif on_gpu:
@@ -169,7 +169,7 @@ def usage_operator(
     _check_lengths(affinity)
     if min(*query_key.shape, *memory_key.shape) == 0:
         return query_key.new_zeros(memory_key.shape[:2], dtype=wide_dtype(query_key.dtype))
-    on_gpu = _resolve(implementation, query_key) == "triton"
+    on_gpu = resolve_implementation(implementation, query_key) == "triton"
     if top_k:
         return top_k_usage(affinity, top_k, _select_of(on_gpu))
     if on_gpu:
@@ -229,7 +229,7 @@ def _check_lengths(affinity: Affinity) -> None:
             raise ValueError(f"lengths: expected 0 to N = {N} positions, got {least if least < 0 else most}")
 
 
-def _resolve(implementation: str, query_key: Tensor) -> str:
+def resolve_implementation(implementation: str, query_key: Tensor) -> str:
     """The implementation to run: "auto" takes what can read this query, one asked for by name must be able to."""
     on_gpu = default_implementation(query_key.device) == "triton"
     fits = query_key.dtype != torch.float64 and query_key.shape[2] <= TRITON_KEY_CHANNELS

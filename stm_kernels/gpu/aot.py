@@ -24,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stm_kernels.affinity import SKIP_POSITIONS, SKIP_QUERIES, Affinity
 from stm_kernels.gpu.affinity import affinity_launch
-from stm_kernels.gpu.forward import forward_launch
+from stm_kernels.gpu.forward import PageTable, forward_launch
 from stm_kernels.gpu.hopper import descriptor_launch
 from stm_kernels.gpu.launch import Launch
 from stm_kernels.gpu.merge import merge_launch
@@ -103,6 +103,8 @@ def default_launches(
     engine_tiles = forward_tiles(architecture, dtype, C, V, descriptors=True)
     written, written_skipping = (affinity_tiles(architecture, dtype, C, skips=skips) for skips in (False, True))
     gradient = (value, out, delta, empty(B, M, N))
+    table = empty(N // 1280, of=torch.int64)
+    pages = PageTable(table, table, 1280, N)
     launches = {
         "read": forward_launch(affinity, value, out[None], lse[None], delta[None], nothing, 0.0, tiles, N),
         "read, split": forward_launch(affinity, value, *partial, empty(8, B, M), nothing, 0.0, tiles, N // 8),
@@ -110,6 +112,9 @@ def default_launches(
             full, value, out[None], lse[None], delta[None], nothing, 0.0, tiles, N
         ),
         "read, skipping": forward_launch(affinity, value, out[None], lse[None], delta[None], kept, 1e-3, skip_tiles, N),
+        "read, paged": forward_launch(
+            affinity, value, out[None], lse[None], delta[None], nothing, 0.0, tiles, N, pages
+        ),
         "merge": merge_launch(*partial, out, lse, architecture),
         "affinity": affinity_launch(affinity, lse, empty(B, M, N), written),
         "affinity and gradient": affinity_launch(affinity, lse, empty(B, M, N), written, gradient),

@@ -1,5 +1,7 @@
 """The read: one program keeps a block of queries and a slice of value channels, and walks over a part of the memory."""
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +19,7 @@ from stm_kernels.gpu.launch import (
     strides,
 )
 from stm_kernels.gpu.merge import triton_merge
-from stm_kernels.gpu.tiles import LEAST_PRODUCT, any_of, biased, load_tile, memory_length, online_softmax
+from stm_kernels.gpu.tiles import LEAST_PRODUCT, any_of, biased, load_tile, memory_length, online_softmax, page_of
 from stm_kernels.gpu.tuning import (
     ForwardTiles,
     affinity_tiles,
@@ -32,14 +34,40 @@ from stm_kernels.gpu.tuning import (
 LEAST_CHANNELS = 16
 
 
+@dataclass(frozen=True)
+class PageTable:
+    """Where the pages of a memory lie."""
+
+    keys: Tensor
+    """`[pages]` int64, address of each page's keys `[B, page_size, C]`, a multiple of 16."""
+    values: Tensor
+    """`[pages]` int64, address of each page's values `[B, page_size, V]`, a multiple of 16."""
+    page_size: int
+    """Positions of a page, a multiple of `PAGE_MULTIPLE`: a tile lies in one page."""
+    length: int
+    """Positions of all pages; only the last page may be less than full."""
+
+
+@triton.jit
+def note_block(kept_ptr, reads, b, first_m, M, first_n, N, SKIP_QUERIES: tl.constexpr, SKIP_POSITIONS: tl.constexpr,
+               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """Write down whether the values of a block `[BLOCK_M, BLOCK_N]` are read."""
+    rows, columns = tl.cdiv(M, SKIP_QUERIES), tl.cdiv(N, SKIP_POSITIONS)
+    row = first_m // SKIP_QUERIES + tl.arange(0, BLOCK_M // SKIP_QUERIES)
+    column = first_n // SKIP_POSITIONS + tl.arange(0, BLOCK_N // SKIP_POSITIONS)
+    places = (b * rows + row[:, None]) * columns + column[None, :]
+    inside = (row[:, None] < rows) & (column[None, :] < columns)
+    tl.store(kept_ptr + places, tl.full(places.shape, 1, tl.uint8) * reads.to(tl.uint8), mask=inside)
+
+
 @triton.jit
 def read_kernel(
-    query_key_ptr, memory_key_ptr, memory_value_ptr, key_bias_ptr, lengths_ptr,
+    query_key_ptr, memory_key_ptr, memory_value_ptr, key_bias_ptr, lengths_ptr, key_pages_ptr, value_pages_ptr,
     out_ptr, lse_ptr, skipped_ptr, kept_ptr,
     query_key_stride_b, query_key_stride_m, query_key_stride_c,
     memory_key_stride_b, memory_key_stride_n, memory_key_stride_c, key_bias_stride_b,
     memory_value_stride_b, memory_value_stride_n, memory_value_stride_v,
-    B, M, N, positions_per_split, scale: tl.float64, scale_log2, skip: tl.float32,
+    B, M, N, page_size, positions_per_split, scale: tl.float64, scale_log2, skip: tl.float32,
     SKIPS: tl.constexpr,
     SKIP_QUERIES: tl.constexpr, SKIP_POSITIONS: tl.constexpr, C: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -52,11 +80,8 @@ def read_kernel(
     first_m = program // slices_v % blocks_m * BLOCK_M
     b = (program // slices_v // blocks_m).to(tl.int64)
     query_key_ptr += b * query_key_stride_b
-    memory_key_ptr += b * memory_key_stride_b
-    memory_value_ptr += b * memory_value_stride_b
     start = tl.program_id(1) * positions_per_split
     stop = tl.minimum(start + positions_per_split, memory_length(lengths_ptr, b, N))
-    blocks_n = tl.cdiv(tl.maximum(stop - start, 0), BLOCK_N)
     m = first_m + tl.arange(0, BLOCK_M)
 
     # [M, C]
@@ -66,48 +91,54 @@ def read_kernel(
     row_max = tl.full([BLOCK_M], LEAST_PRODUCT, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     skipped = tl.zeros([BLOCK_M], tl.float32)
-    for block in range(blocks_n):
-        if SKIPS:
-            # the newest positions weigh most: seen first, they let more of the others be skipped
-            first_n = start + (blocks_n - 1 - block) * BLOCK_N
-        else:
-            first_n = start + block * BLOCK_N
-        # [N, C]
-        keys = load_tile(
-            memory_key_ptr, first_n, stop, memory_key_stride_n, 0, C, memory_key_stride_c, BLOCK_N, BLOCK_C
-        )
-        # [M, N]
-        products = tl.dot(query_key, tl.trans(keys), input_precision="ieee")
-        products = biased(products, key_bias_ptr, b * key_bias_stride_b, first_n + tl.arange(0, BLOCK_N), stop)
-        weights, sums, shrink, row_max, row_sum = online_softmax(products, row_max, row_sum, scale_log2)
-        total *= shrink[:, None]
-        if SKIPS:
-            skipped *= shrink
-            # the sum only grows from here on, so what is little of it now is no more of it in the end
-            reads = any_of((skipped + sums > skip * row_sum) & (m < M))
+    first_page, pages = 0, 1
+    if key_pages_ptr is not None:
+        first_page = start // page_size
+        pages = tl.cdiv(tl.maximum(stop, start), page_size) - first_page
+    for turn in range(pages):
+        # the newest positions weigh most: seen first, they let more of the others be skipped
+        page = first_page + (pages - 1 - turn if SKIPS else turn)
+        page_start, page_stop, keys_ptr, values_ptr = 0, N, memory_key_ptr, memory_value_ptr
+        if key_pages_ptr is not None:
+            page_start, page_stop = page * page_size, (page + 1) * page_size
+            keys_ptr = page_of(memory_key_ptr, key_pages_ptr, page)
+            values_ptr = page_of(memory_value_ptr, value_pages_ptr, page)
+        keys_ptr += b * memory_key_stride_b
+        values_ptr += b * memory_value_stride_b
+        # of the page: where this part of the memory begins and ends
+        first_place, last_place = tl.maximum(start - page_start, 0), tl.minimum(stop, page_stop) - page_start
+        blocks_n = tl.cdiv(tl.maximum(last_place - first_place, 0), BLOCK_N)
+        for block in range(blocks_n):
+            place = first_place + (blocks_n - 1 - block if SKIPS else block) * BLOCK_N
+            first_n = page_start + place
+            # [N, C]
+            keys = load_tile(
+                keys_ptr, place, last_place, memory_key_stride_n, 0, C, memory_key_stride_c, BLOCK_N, BLOCK_C
+            )
+            # [M, N]
+            products = tl.dot(query_key, tl.trans(keys), input_precision="ieee")
+            n = first_n + tl.arange(0, BLOCK_N)
+            products = biased(products, key_bias_ptr, b * key_bias_stride_b, n, page_start + last_place)
+            weights, sums, shrink, row_max, row_sum = online_softmax(products, row_max, row_sum, scale_log2)
+            total *= shrink[:, None]
+            reads = True
+            if SKIPS:
+                skipped *= shrink
+                # the sum only grows from here on, so what is little of it now is no more of it in the end
+                reads = any_of((skipped + sums > skip * row_sum) & (m < M))
+                if not reads:
+                    skipped += sums
+                if first_v == 0:
+                    note_block(
+                        kept_ptr, reads, b, first_m, M, first_n, N, SKIP_QUERIES, SKIP_POSITIONS, BLOCK_M, BLOCK_N
+                    )
             if reads:
+                # [N, V]
                 values = load_tile(
-                    memory_value_ptr, first_n, stop, memory_value_stride_n, first_v, V, memory_value_stride_v,
+                    values_ptr, place, last_place, memory_value_stride_n, first_v, V, memory_value_stride_v,
                     BLOCK_N, BLOCK_V,
                 )  # fmt: skip
                 total = tl.dot(weights.to(values.dtype), values, total, input_precision="ieee")
-            else:
-                skipped += sums
-            if first_v == 0:
-                rows_kept = tl.cdiv(M, SKIP_QUERIES)
-                columns_kept = tl.cdiv(N, SKIP_POSITIONS)
-                row_kept = first_m // SKIP_QUERIES + tl.arange(0, BLOCK_M // SKIP_QUERIES)
-                column_kept = first_n // SKIP_POSITIONS + tl.arange(0, BLOCK_N // SKIP_POSITIONS)
-                places = (b * rows_kept + row_kept[:, None]) * columns_kept + column_kept[None, :]
-                inside = (row_kept[:, None] < rows_kept) & (column_kept[None, :] < columns_kept)
-                tl.store(kept_ptr + places, tl.full(places.shape, 1, tl.uint8) * reads.to(tl.uint8), mask=inside)
-        else:
-            # [N, V]
-            values = load_tile(
-                memory_value_ptr, first_n, stop, memory_value_stride_n, first_v, V, memory_value_stride_v,
-                BLOCK_N, BLOCK_V,
-            )  # fmt: skip
-            total = tl.dot(weights.to(values.dtype), values, total, input_precision="ieee")
 
     v = first_v + tl.arange(0, BLOCK_V)
     rows = (split * B + b) * M + m
@@ -133,13 +164,16 @@ def forward_launch(
     skip: float,
     tiles: ForwardTiles,
     positions_per_split: int,
+    pages: PageTable | None = None,
 ) -> Launch:
     """The launch that reads S parts of the memory, each of `positions_per_split`, with given tiles.
+
+    With `pages` the keys of `affinity` and `memory_value` are those of any page, which all lie in memory alike.
 
     `out` `[S, B, M, V]`, `lse` `[S, B, M]` (float64) and `skipped` (float32) are contiguous; the log-sum-exp is that
     of the positions whose values were read. `kept` is as `read_operator` returns it, contiguous, and zeros.
     """
-    (B, M, _), C, V = affinity.sizes, affinity.query_key.shape[2], memory_value.shape[2]
+    (B, M, N), C, V = affinity.sizes, affinity.query_key.shape[2], memory_value.shape[2]
     arguments = affinity_arguments(affinity) | {
         "memory_value_ptr": memory_value,
         "out_ptr": out,
@@ -147,7 +181,11 @@ def forward_launch(
         "skipped_ptr": skipped,
         "kept_ptr": kept,
         **strides("memory_value", memory_value, "bnv"),
+        "key_pages_ptr": None if pages is None else pages.keys,
+        "value_pages_ptr": None if pages is None else pages.values,
         "B": B,
+        "N": N if pages is None else pages.length,
+        "page_size": 1 if pages is None else pages.page_size,
         "positions_per_split": positions_per_split,
         "scale": affinity.scale,
         "skip": skip,
@@ -164,15 +202,18 @@ def forward_launch(
     return Launch(read_kernel, grid, arguments, tiles.num_warps, tiles.num_stages)
 
 
-def triton_read(affinity: Affinity, memory_value: Tensor, skip: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Read a memory of at least one position; arguments and results as in `chunked_read`."""
+def triton_read(
+    affinity: Affinity, memory_value: Tensor, skip: float, pages: PageTable | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Read a memory of at least one position; arguments and results as in `chunked_read`, `pages` as above."""
     query_key = affinity.query_key
     refuse_interpreted_bfloat16(query_key)
     (B, M, N), C, V = affinity.sizes, query_key.shape[2], memory_value.shape[2]
+    N = N if pages is None else pages.length
     architecture = architecture_of(query_key.device)
-    if not skip and staged_is_cheaper(architecture, query_key.dtype, C, V):
+    if not skip and pages is None and staged_is_cheaper(architecture, query_key.dtype, C, V):
         return _staged_read(affinity, memory_value)
-    descriptors = has_descriptors(query_key, affinity.memory_key, memory_value)
+    descriptors = pages is None and has_descriptors(query_key, affinity.memory_key, memory_value)
     tiles = forward_tiles(architecture, query_key.dtype, C, V, skips=skip > 0, descriptors=descriptors)
     splits, positions_per_split = forward_splits(tiles, B, M, N, V, multiprocessors(query_key.device))
     partial = query_key.dtype if splits == 1 else torch.float32
@@ -182,7 +223,9 @@ def triton_read(affinity: Affinity, memory_value: Tensor, skip: float) -> tuple[
     blocks = (triton.cdiv(M, SKIP_QUERIES), triton.cdiv(N, SKIP_POSITIONS)) if skip else (0,)
     kept = query_key.new_zeros(B, *blocks, dtype=torch.uint8)
     if tiles.kind == "portable":
-        launch = forward_launch(affinity, memory_value, out, lse, skipped, kept, skip, tiles, positions_per_split)
+        launch = forward_launch(
+            affinity, memory_value, out, lse, skipped, kept, skip, tiles, positions_per_split, pages
+        )
     else:
         launch = descriptor_launch(affinity, memory_value, out, lse, tiles, positions_per_split)
     launch.run(query_key.device)
@@ -193,7 +236,7 @@ def triton_read(affinity: Affinity, memory_value: Tensor, skip: float) -> tuple[
         return out, lse, skipped[0], kept
     whole = whole.logsumexp(0)
     blind = lse.isneginf()
-    skipped = torch.where(blind, 0.0, -torch.expm1(lse - whole)).float()
+    skipped = torch.where(blind, 0.0, torch.expm1(lse - whole).abs()).float()
     return out, whole, skipped, kept
 
 

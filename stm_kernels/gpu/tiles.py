@@ -21,6 +21,13 @@ def load_tile(ptr, first_row, row_count, row_stride, first_column, COLUMN_COUNT:
 
 
 @triton.jit
+def page_of(ptr, pages_ptr, page):
+    """The start of a page, by a table of addresses, as a pointer like `ptr`."""
+    # pages begin at multiples of 16 bytes, which a loaded address doesn't tell
+    return tl.multiple_of(tl.load(pages_ptr + page).to(ptr.dtype), 16)
+
+
+@triton.jit
 def memory_length(lengths_ptr, b, N):
     """How many positions the memory of batch item `b` has."""
     if lengths_ptr is not None:

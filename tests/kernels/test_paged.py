@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import stm_kernels.gpu.forward as forward
 from stm_kernels import PagedMemory, memory_read
 from stm_kernels.testing import extra_memory, make_problem
 
@@ -183,3 +184,47 @@ def test_only_what_is_held_can_be_dropped(count):
     memory.append(torch.zeros(B, 4, C), torch.zeros(B, 4, V))
     with pytest.raises(ValueError, match=f"count: expected 0 to 4 positions, got {count}"):
         memory.drop_last(count)
+
+
+@pytest.mark.parametrize("skip", [0.0, 0.02])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_one_launch_walks_over_the_pages(monkeypatch, device, skip, parts):
+    launches = []
+    launch = forward.forward_launch
+
+    def counted(*arguments):
+        launches.append(arguments[-1])
+        return launch(*arguments)
+
+    monkeypatch.setattr(forward, "forward_launch", counted)
+    monkeypatch.setattr(forward, "forward_splits", lambda *arguments: (parts, {1: 320, 3: 192}[parts]))
+    problem = make_problem(2, 40, 300, 32, 48, peak=12.0, device=device)
+    memory = PagedMemory(2, 32, 48, page_size=128, device=device)
+    for start in range(0, 300, 75):
+        memory.append(problem.memory_key[:, start : start + 75], problem.memory_value[:, start : start + 75])
+    out, lse, skipped = memory.read(
+        problem.query_key, skip=skip, return_lse=True, return_skipped=True, implementation="triton"
+    )
+    assert [pages.length for pages in launches] == [300]
+    expected, expected_lse = memory_read(
+        problem.query_key, problem.memory_key, problem.memory_value, return_lse=True, implementation="reference"
+    )
+    torch.testing.assert_close(lse, expected_lse)
+    assert skipped.amax() <= skip
+    assert (skipped > 0).any() == (skip > 0)
+    slack = 2 * skipped.amax() * problem.memory_value.abs().amax() + 1e-5
+    assert (out - expected).abs().amax() <= slack
+
+
+def test_gradients_by_the_query_are_read_page_by_page(device):
+    problem = make_problem(1, 20, 300, 32, 48, device=device)
+    memory = PagedMemory(1, 32, 48, page_size=128, device=device)
+    memory.append(problem.memory_key, problem.memory_value)
+    grads = []
+    for read in (
+        lambda q: memory.read(q, implementation="triton"),
+        lambda q: memory.read(q, implementation="reference"),
+    ):
+        query_key = problem.query_key.clone().requires_grad_()
+        grads += torch.autograd.grad((read(query_key) * problem.grad_out).sum(), query_key)
+    torch.testing.assert_close(*grads)
