@@ -162,7 +162,14 @@ def _panels(rows: Mapping[str, Mapping[str, Any]], bars: bool) -> Figure:
                 if value >= 100
                 else f"{value:.1f}"
             )
-            panel.annotate(text, (place, value), (0, 4), textcoords="offset points", ha="center", fontsize=8)
+            panel.annotate(
+                text,
+                (place, value),
+                (0 if bars else 4, 4),
+                textcoords="offset points",
+                ha="center" if bars else "left",
+                fontsize=8,
+            )
         panel.set(title=wanted[column])
         panel.margins(x=0.12)
         panel.set_ylim(0, max(values) * 1.15)
