@@ -172,7 +172,7 @@ def _panels(rows: Mapping[str, Mapping[str, Any]], bars: bool) -> Figure:
             )
         panel.set(title=wanted[column])
         panel.margins(x=0.12)
-        panel.set_ylim(0, max(values) * 1.15)
+        panel.set_ylim(0, max(values) * 1.15 or 1)
         panel.title.set_fontsize(10)
     return figure
 

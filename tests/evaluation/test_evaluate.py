@@ -248,6 +248,14 @@ def test_a_study_shows_how_j_is_distributed(davis, tmp_path, monkeypatch):
     assert row["J-Mean"] == pytest.approx((1.4 / 3 + 0.625) / 2)
 
 
+@pytest.mark.parametrize("name", list(STUDIES))
+@pytest.mark.filterwarnings("error")
+def test_the_figure_of_a_study_that_scores_nothing(name, tmp_path):
+    row = {"J-Mean": 0.0, "FPS": 0.0, "Added-MiB": 0.0, "percentiles": [0.0] * 101}
+    figures.draw_study(STUDIES[name], dict.fromkeys(STUDIES[name].variants, row), tmp_path / "study.png")
+    assert pictures.read_image(tmp_path / "study.png").shape[0] > 200
+
+
 def test_a_variants_memory_is_of_its_own_process(davis, weights, tmp_path):
     videos = list(open_dataset("davis2017", davis, videos=["bee"]).videos)
     settings = tracking.TrackingSettings(weights, "cpu", "float32")
