@@ -58,22 +58,26 @@ def checked_affinity(
     if similarity not in SIMILARITIES:
         raise ValueError(f"similarity: expected one of {', '.join(SIMILARITIES)}, got {similarity!r}")
     B, N = memory_key.shape[:2]
-    for name, tensor, shape, letters, floating in (
-        ("key_bias", key_bias, (B, N), "[B, N]", True),
-        ("lengths", lengths, (B,), "[B]", False),
-    ):
-        if tensor is None:
-            continue
-        kind = "a floating-point tensor" if floating else "a tensor of integers"
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected {kind}, got {type(tensor).__name__}")
-        if tensor.is_floating_point() != floating or tensor.is_complex() or tensor.dtype == torch.bool:
-            raise TypeError(f"{name}: expected {kind}, got {tensor.dtype}")
-        if tensor.shape != shape:
-            raise ValueError(f"{name}: expected {letters} = {list(shape)}, got {list(tensor.shape)}")
-        if tensor.device != query_key.device:
-            raise ValueError(f"{name}: expected device {query_key.device} as in query_key, got {tensor.device}")
+    if key_bias is not None:
+        check_rows("key_bias", key_bias, query_key, (B, N), "[B, N]")
+    if lengths is not None:
+        check_rows("lengths", lengths, query_key, (B,), "[B]", floating=False)
     return query_key.shape[2] ** -0.5 if scale is None else checked_scale(scale)
+
+
+def check_rows(
+    name: str, tensor: Tensor, query_key: Tensor, shape: tuple[int, ...], letters: str, floating: bool = True
+) -> None:
+    """Refuse what stands beside keys or queries: a bias, lengths, a log-sum-exp."""
+    kind = "a floating-point tensor" if floating else "a tensor of integers"
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected {kind}, got {type(tensor).__name__}")
+    if tensor.is_floating_point() != floating or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{name}: expected {kind}, got {tensor.dtype}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected {letters} = {list(shape)}, got {list(tensor.shape)}")
+    if tensor.device != query_key.device:
+        raise ValueError(f"{name}: expected device {query_key.device} as in query_key, got {tensor.device}")
 
 
 def checked_choice(top_k: int | None, skip: float) -> tuple[int, float]:

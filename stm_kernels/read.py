@@ -5,7 +5,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from stm_kernels.affinity import wide_dtype
-from stm_kernels.checks import check_agreement, check_tensors, checked_affinity, checked_choice
+from stm_kernels.checks import check_agreement, check_rows, check_tensors, checked_affinity, checked_choice
 from stm_kernels.operator import autocast_inputs, read_operator, usage_operator
 from stm_kernels.reference import reference_read, reference_usage
 
@@ -156,10 +156,9 @@ def memory_usage(
     top_k, _ = checked_choice(top_k, 0.0)
     if top_k and lse is not None:
         raise ValueError("lse: expected None beside top_k, whose choice must be made anew, got a tensor")
+    if lse is not None:
+        check_rows("lse", lse, query_key, query_key.shape[:2], "[B, M]")
     key_bias, lse = (None if tensor is None else tensor.detach() for tensor in (key_bias, lse))
-    if lse is not None and (lse.shape != query_key.shape[:2] or lse.device != query_key.device):
-        expected = f"[B, M] = {list(query_key.shape[:2])} on {query_key.device}"
-        raise ValueError(f"lse: expected {expected}, got {list(lse.shape)} on {lse.device}")
     if implementation == "reference":
         return reference_usage(query_key, memory_key, scale, similarity, key_bias, lengths, top_k or None)
     scale, key_bias, lengths, shift = _as_dot_product(query_key, memory_key, scale, similarity, key_bias, lengths)
@@ -185,13 +184,18 @@ def _as_dot_product(
     shift = None
     if key_bias is not None:
         key_bias = key_bias.to(wide).contiguous()
+    if lengths is not None:
+        lengths = lengths.to(torch.int32).contiguous()
     if similarity == "l2":
-        square = memory_key.to(wide).square().sum(2) * -scale
+        visible = memory_key.to(wide)
+        if lengths is not None:
+            # a gradient of 0 times NaN is NaN
+            behind = torch.arange(memory_key.shape[1], device=lengths.device) >= lengths[:, None]
+            visible = visible.masked_fill(behind[:, :, None], 0.0)
+        square = visible.square().sum(2) * -scale
         key_bias = square if key_bias is None else square + key_bias
         shift = query_key.double().square().sum(2) * scale
         scale = 2 * scale
-    if lengths is not None:
-        lengths = lengths.to(torch.int32).contiguous()
     return scale, key_bias, lengths, shift
 
 

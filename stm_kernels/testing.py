@@ -79,6 +79,9 @@ def make_problem(
     device: torch.device | str = "cpu",
     peak: float = 1.0,
     channel_major: bool = False,
+    similarity: str = "dot",
+    biased: bool = False,
+    ragged: bool = False,
     seed: int = 0,
 ) -> Problem:
     """Draw a problem of normally distributed keys and values.
@@ -89,6 +92,9 @@ def make_problem(
         device: where it lives.
         peak: standard deviation of a logit; the larger, the fewer memory positions a query reads.
         channel_major: lay keys, values and their gradients out as convolutions do, `[B, C, N]` in memory.
+        similarity: as in `memory_read`.
+        biased: with a normally distributed `key_bias` that hides every third position.
+        ragged: with `lengths` from N for the first item of the batch to 0 for the last, and NaN behind the ends.
         seed: of the draw, the same on every device.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -99,8 +105,17 @@ def make_problem(
         return tensor.to(device=device)
 
     problem = Problem(
-        draw(M, C) * peak, draw(N, C), draw(N, V), C**-0.5, draw(M, V), draw(M, 1)[..., 0].contiguous()
+        draw(M, C) * peak, draw(N, C), draw(N, V), C**-0.5, draw(M, V), draw(M, 1)[..., 0].contiguous(), similarity
     )  # fmt: skip
+    if biased:
+        key_bias = draw(N, 1)[..., 0].contiguous()
+        key_bias[:, ::3] = -torch.inf
+        problem = replace(problem, key_bias=key_bias)
+    if ragged:
+        lengths = [N - b * N // max(B - 1, 1) for b in range(B)]
+        for b, length in enumerate(lengths):
+            problem.memory_key[b, length:] = problem.memory_value[b, length:] = torch.nan
+        problem = replace(problem, lengths=torch.tensor(lengths, device=device))
     return problem.to(dtype)
 
 

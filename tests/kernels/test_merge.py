@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from stm_kernels import memory_read, merge_reads
+from stm_kernels.gpu.merge import triton_merge
 from stm_kernels.reference import reference_read
 from stm_kernels.testing import assert_exact, make_problem
 
@@ -69,3 +70,22 @@ def test_result_has_the_dtype_of_the_parts():
 def test_shapes_that_disagree(outs, lses):
     with pytest.raises(ValueError, match=r"lses: expected \[S, B, M\] of outs \[S, B, M, V\], got"):
         merge_reads(torch.zeros(outs), torch.zeros(lses))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("level", [0.0, 1e4])
+def test_the_kernel_merges_alike(device, dtype, level):
+    generator = torch.Generator().manual_seed(0)
+    outs = torch.randn(5, 2, 37, 70, generator=generator).to(device)
+    lses = (torch.randn(5, 2, 37, generator=generator, dtype=torch.float64) * 3 + level).to(device)
+    # a part and, in all parts, rows that see nothing
+    lses[1] = lses[:, 1, 7:9] = -torch.inf
+    outs[lses.isneginf()] = 0.0
+    out, lse = triton_merge(outs, lses, dtype)
+    expected_out, expected_lse = merge_reads(outs.double(), lses)
+    assert out.dtype == dtype and lse.dtype == torch.float64
+    assert not out[1, 7:9].any()
+    # float32 weights of float64 differences, and one rounding of the result
+    rounding = max(torch.finfo(dtype).eps, 8 * torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(out.double(), expected_out, rtol=0, atol=rounding * outs.abs().max().item())
+    torch.testing.assert_close(lse, expected_lse, rtol=0, atol=8 * torch.finfo(torch.float32).eps)

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import stm_kernels.gpu.backward as backward
+import stm_kernels.gpu.forward as forward
 from stm_kernels import memory_read
 from stm_kernels.gpu.launch import architecture_of
+from stm_kernels.gpu.merge import triton_merge
 from stm_kernels.gpu.tuning import affinity_tiles, forward_tiles, keys_per_chunk, padded
 from stm_kernels.testing import assert_exact, make_problem, read_by, results
 
@@ -20,6 +22,41 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the
 def test_backward_in_chunks(monkeypatch, device, dtype):
     monkeypatch.setattr(backward, "keys_per_chunk", lambda queries: 40)
     assert_exact(make_problem(2, 50, 90, 32, 48, dtype=dtype, device=device), read_by("triton"))
+
+
+ADDITIONS = {"plain": {}, "biased and ragged": {"biased": True, "ragged": True}}
+each_addition = pytest.mark.parametrize("additions", ADDITIONS.values(), ids=ADDITIONS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@each_addition
+def test_parts_of_a_memory_are_merged(monkeypatch, device, dtype, additions):
+    merged = []
+
+    def merge(outs, *arguments):
+        merged.append(len(outs))
+        return triton_merge(outs, *arguments)
+
+    monkeypatch.setattr(forward, "multiprocessors", lambda device: 64)
+    monkeypatch.setattr(forward, "triton_merge", merge)
+    assert_exact(make_problem(2, 50, 700, 32, 48, dtype=dtype, device=device, **additions), read_by("triton"))
+    assert merged == [5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@each_addition
+def test_the_affinity_is_written_out_for_many_values(monkeypatch, device, dtype, additions):
+    calls = []
+
+    def staged(*arguments):
+        calls.append(arguments)
+        return staged_read(*arguments)
+
+    staged_read = forward._staged_read
+    monkeypatch.setattr(forward, "_staged_read", staged)
+    monkeypatch.setattr(forward, "keys_per_chunk", lambda queries: 40)
+    assert_exact(make_problem(2, 40, 100, 20, 400, dtype=dtype, device=device, **additions), read_by("triton"))
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("channel_major", [False, True], ids=["token_major", "channel_major"])
