@@ -7,6 +7,8 @@ from torch import Tensor
 
 IMPLEMENTATIONS = ("auto", "triton", "chunked", "reference")
 SIMILARITIES = ("dot", "l2")
+# nearer to 1, a float32 sum could not tell nearly all from all
+MOST_SKIPPED = 1 - 2**-16
 
 
 def check_tensors(ndim: int = 3, **tensors: Tensor) -> None:
@@ -92,7 +94,7 @@ def checked_choice(top_k: int | None, skip: float) -> tuple[int, float]:
         raise ValueError(f"skip: expected a weight from 0 to below 1, got {skip}")
     if top_k is not None and skip:
         raise ValueError(f"skip: expected 0 beside top_k, which leaves all others out already, got {skip}")
-    return top_k or 0, float(skip)
+    return top_k or 0, min(float(skip), MOST_SKIPPED)
 
 
 def checked_scale(scale: float) -> float:

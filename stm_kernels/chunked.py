@@ -7,12 +7,14 @@ few for a logit, so the products of the keys are taken twice: once rounded, once
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from stm_kernels.affinity import Affinity, wide_dtype
+from stm_kernels.affinity import SKIP_POSITIONS, SKIP_QUERIES, Affinity, wide_dtype
 from stm_kernels.products import Scratch, even_slices, key_products, product_dtype
+from stm_kernels.skipping import Choice, add_to_rows, aligned_slices, cells, gathered, readers, seen
 
 LOG2_E = math.log2(math.e)
 
@@ -22,6 +24,9 @@ KEYS_PER_CHUNK = 1024
 # the backward pass takes all queries at once, so its chunk shrinks as they grow
 BACKWARD_LOGITS = 2**20
 BACKWARD_KEYS_PER_CHUNK = (64, 2048)
+# queries of one block leave out the same positions: the fewer, the more; a multiple of SKIP_QUERIES
+SKIPPING_QUERIES_PER_BLOCK = 4 * SKIP_QUERIES
+SKIPPING_BACKWARD_KEYS_PER_CHUNK = 8 * SKIP_POSITIONS
 # stands in for the maximum of a row that has seen only hidden positions: -inf - (-inf) is no number
 LEAST_MAXIMUM = -1e30
 
@@ -41,33 +46,47 @@ def chunked_read(affinity: Affinity, memory_value: Tensor, skip: float) -> tuple
     Source: Milakov & Gimelshein 2018, online softmax.
     """
     query_key, memory_key, key_bias = affinity.query_key, affinity.memory_key, affinity.key_bias
-    (B, M, _), V = affinity.sizes, memory_value.shape[2]
+    (B, M, N), V = affinity.sizes, memory_value.shape[2]
     out = query_key.new_empty(B, M, V)
     lse = query_key.new_empty(B, M, dtype=torch.float64)
+    skipped = query_key.new_zeros(B, M, dtype=torch.float32)
+    blocks = (-(-M // SKIP_QUERIES), -(-N // SKIP_POSITIONS)) if skip else (0,)
+    kept = query_key.new_zeros(B, *blocks, dtype=torch.uint8)
     scratch = Scratch(query_key.device)
     for item in range(B):
-        chunks = even_slices(affinity.positions(item), KEYS_PER_CHUNK)
+        count = affinity.positions(item)
+        if skip:
+            # the newest positions weigh most: seen first, they let more of the others be left out
+            chunks = aligned_slices(count, KEYS_PER_CHUNK, SKIP_POSITIONS)[::-1]
+            blocks = aligned_slices(M, SKIPPING_QUERIES_PER_BLOCK, SKIP_QUERIES)
+        else:
+            chunks, blocks = even_slices(count, KEYS_PER_CHUNK), even_slices(M, QUERIES_PER_BLOCK)
         bias = None if key_bias is None else key_bias[item] / affinity.scale
-        for block in even_slices(M, QUERIES_PER_BLOCK):
+        memory = (memory_key[item], memory_value[item], bias)
+        for block in blocks:
+            nothing = query_key.new_zeros(block.stop - block.start, 1, dtype=wide_dtype(query_key.dtype))
+            choice = Choice(skip, kept[item, cells(block, SKIP_QUERIES)], nothing) if skip else None
             out[item, block], lse[item, block] = _read_block(
-                query_key[item, block], memory_key[item], memory_value[item], bias, affinity.scale, chunks, scratch
+                query_key[item, block], memory, affinity.scale, chunks, scratch, choice
             )
-    return out, lse, torch.zeros_like(lse, dtype=torch.float32), query_key.new_empty(B, 0, dtype=torch.uint8)
+            if choice:
+                skipped[item, block] = choice.share
+    return out, lse, skipped, kept
 
 
 def _read_block(
     query_key: Tensor,
-    memory_key: Tensor,
-    memory_value: Tensor,
-    bias: Tensor | None,
+    memory: tuple[Tensor, Tensor, Tensor | None],
     scale: float,
     chunks: list[slice],
     scratch: Scratch,
+    choice: Choice | None,
 ) -> tuple[Tensor, Tensor]:
     """Read `[M, V]` and log-sum-exp `[M]` for a block of queries of one batch item; the read is lent by `scratch`.
 
-    `bias` `[N]` is added to the unscaled products.
+    `memory` is its keys `[N, C]`, values `[N, V]` and bias `[N]`, which is added to the unscaled products.
     """
+    memory_key, memory_value, bias = memory
     wide, narrow = wide_dtype(query_key.dtype), product_dtype(query_key)
     M, V = len(query_key), memory_value.shape[1]
     query_key = scratch.cast("query_key", query_key, narrow)
@@ -84,11 +103,16 @@ def _read_block(
         # the maximum is subtracted before the products are scaled: a large logit loses no digit
         weights = products.sub_(row_max).mul_(scale * LOG2_E).exp2_()
         row_sum.mul_(shrink).add_(weights.sum(1, keepdim=True))
-        weights = scratch.cast("rounded", weights, narrow)
-        values = scratch.cast("values", memory_value[chunk], narrow)
-        _add_product(total.mul_(shrink), weights, values, scratch)
-    # a row that saw nothing has a sum of 0
-    total.div_(row_sum.clamp(min=torch.finfo(wide).tiny))
+        total.mul_(shrink)
+        values, runs = memory_value[chunk], None
+        if choice:
+            runs = choice.read_of(weights, chunk, row_sum, shrink)
+            if not runs:
+                continue
+        weights = gathered("rounded", weights, 1, runs, narrow, scratch)
+        values = gathered("values", values, 0, runs, narrow, scratch)
+        _add_product(total, weights, values, scratch)
+    total.div_(seen(choice.read if choice else row_sum))
     return total, (row_max.double() * scale + row_sum.double().log_())[:, 0]
 
 
@@ -123,14 +147,20 @@ def chunked_read_backward(
     least, most = BACKWARD_KEYS_PER_CHUNK
     scratch = Scratch(query_key.device)
     wide = wide_dtype(query_key.dtype)
+    # what was read is weighed up to 1: a softmax of its own
+    share = 1 - skipped.double()
     for item in range(query_key.shape[0]):
         count = affinity.positions(item)
-        chunks = even_slices(count, max(least, min(most, BACKWARD_LOGITS // M)))
-        delta = (grad_out[item].to(wide) * out[item]).sum(1) - grad_lse[item]
+        if kept.ndim == 3:
+            chunks = aligned_slices(count, SKIPPING_BACKWARD_KEYS_PER_CHUNK, SKIP_POSITIONS)
+        else:
+            chunks = even_slices(count, max(least, min(most, BACKWARD_LOGITS // M)))
+        delta = (grad_out[item].to(wide) * out[item]).sum(1) - grad_lse[item] * share[item]
         bias = None if key_bias is None else key_bias[item] / affinity.scale
         inputs = (grad_out[item], query_key[item], memory_key[item], memory_value[item], bias)
         outputs = tuple(gradient if gradient is None else gradient[item] for gradient in gradients)
-        _backward_item(inputs, delta.to(wide), lse[item], affinity.scale, chunks, scratch, outputs)
+        rows = (delta.to(wide), lse[item] + share[item].log())
+        _backward_item(inputs, rows, kept[item], affinity.scale, chunks, scratch, outputs)
         for gradient in outputs[1:3]:
             gradient[count:] = 0
     return tuple(gradients)
@@ -138,39 +168,54 @@ def chunked_read_backward(
 
 def _backward_item(
     inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
-    delta: Tensor,
-    lse: Tensor,
+    rows: tuple[Tensor, Tensor],
+    kept: Tensor,
     scale: float,
     chunks: list[slice],
     scratch: Scratch,
     gradients: tuple[Tensor, Tensor, Tensor, Tensor | None],
 ) -> None:
-    """Write the gradients of one batch item; every tensor comes without its batch axis."""
+    """Write the gradients of one batch item; every tensor comes without its batch axis.
+
+    `rows` `[M]` are what the softmax subtracts from the gradients of a row's weights, and the row's log-sum-exp.
+    """
     grad_out, query_key, memory_key, memory_value, bias = inputs
     grad_query_key, grad_memory_key, grad_memory_value, grad_bias = gradients
+    delta, lse = rows
     wide, narrow = delta.dtype, product_dtype(query_key)
     M, C = query_key.shape
     query_key = scratch.cast("query_key", query_key, narrow)
     grad_out = scratch.cast("grad_out", grad_out, narrow)
     shifted_grad_out = _beside(grad_out, -delta, scratch.take("shifted_grad_out", M, grad_out.shape[1] + 2, narrow))
-    row_top = _row_top(lse, scale, wide)
+    top, rest = _row_top(lse, scale, wide)
     total = scratch.take("total", M, C, wide).zero_()
+    named = {"queries": query_key, "grads": grad_out, "shifted": shifted_grad_out, "top": top, "rest": rest}
     for chunk in chunks:
+        runs, left_out = readers(kept, chunk, M) if kept.ndim == 2 else (None, None)
+        if runs == []:
+            for gradient in gradients[1:3]:
+                gradient[chunk] = 0
+            continue
+        queries, grads, shifted, *row_top = (
+            gathered(name, matrix, 0, runs, matrix.dtype, scratch) for name, matrix in named.items()
+        )
         keys = scratch.cast("keys", memory_key[chunk], narrow)
         values = memory_value[chunk]
         values = _beside(values, None, scratch.take("values", len(values), values.shape[1] + 2, narrow))
-        products = key_products(query_key, keys, wide, scratch)
+        products = key_products(queries, keys, wide, scratch)
         if bias is not None:
             products.add_(bias[chunk])
         weights = _weights(products, row_top, scale)
+        if left_out is not None:
+            weights.masked_fill_(left_out, 0.0)
         weights = scratch.cast("rounded", weights, narrow)
-        _store_product(grad_memory_value[chunk], weights.mT, grad_out, scratch)
-        grad_logits = scratch.take("grad_logits", M, len(keys), narrow)
-        torch.addmm(grad_logits, shifted_grad_out, values.mT, beta=0, alpha=scale, out=grad_logits).mul_(weights)
+        _store_product(grad_memory_value[chunk], weights.mT, grads, scratch)
+        grad_logits = scratch.take("grad_logits", len(queries), len(keys), narrow)
+        torch.addmm(grad_logits, shifted, values.mT, beta=0, alpha=scale, out=grad_logits).mul_(weights)
         if grad_bias is not None:
             torch.sum(grad_logits, 0, dtype=wide, out=grad_bias[chunk]).div_(scale)
-        _store_product(grad_memory_key[chunk], grad_logits.mT, query_key, scratch)
-        _add_product(total, grad_logits, keys, scratch)
+        _store_product(grad_memory_key[chunk], grad_logits.mT, queries, scratch)
+        _add_product(total, grad_logits, keys, scratch, runs)
     grad_query_key.copy_(total)
 
 
@@ -185,7 +230,7 @@ def _row_top(lse: Tensor, scale: float, wide: torch.dtype) -> tuple[Tensor, Tens
     return rounded, ((rounded - row_top) * (scale * LOG2_E)).to(wide)
 
 
-def _weights(products: Tensor, row_top: tuple[Tensor, Tensor], scale: float) -> Tensor:
+def _weights(products: Tensor, row_top: Sequence[Tensor], scale: float) -> Tensor:
     """The unscaled products `[M, N]` turned into weights, in place."""
     rounded, rest = row_top
     return torch.add(rest, products.sub_(rounded), alpha=scale * LOG2_E, out=products).exp2_()
@@ -206,13 +251,17 @@ def _beside(matrix: Tensor, column: Tensor | None, joined: Tensor) -> Tensor:
     return joined
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, scratch: Scratch) -> None:
-    """`total += left · right`; a narrow product is rounded once, its sum never."""
-    if left.dtype == total.dtype:
+def _add_product(total: Tensor, left: Tensor, right: Tensor, scratch: Scratch, runs: list[slice] | None = None) -> None:
+    """`total += left · right`, in its rows `runs`, None is all; a narrow product is rounded once, its sum never."""
+    if left.dtype == total.dtype and len(left) == len(total):
         total.addmm_(left, right)
+        return
+    product = torch.mm(left, right, out=scratch.take("product", len(left), total.shape[1], left.dtype))
+    product = scratch.cast("widened", product, total.dtype)
+    if len(left) == len(total):
+        total.add_(product)
     else:
-        product = torch.mm(left, right, out=scratch.take("product", *total.shape, left.dtype))
-        total.add_(scratch.cast("widened", product, total.dtype))
+        add_to_rows(total, product, runs)
 
 
 def _store_product(target: Tensor, left: Tensor, right: Tensor, scratch: Scratch) -> None:

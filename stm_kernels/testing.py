@@ -164,20 +164,23 @@ def results(problem: Problem, read: Read | None = None, gradients: bool = True) 
     return found
 
 
-def error_ratios(problem: Problem, read: Read, gradients: bool = True) -> dict[str, float]:
+def error_ratios(
+    problem: Problem, read: Read, gradients: bool = True, plain_read: Read | None = None
+) -> dict[str, float]:
     """How much of its allowed error a read takes, by result: 1 is all of it, more is wrong.
 
     Args:
         problem: in the dtype to judge; the truth is float64 on the same inputs.
         read: the read to judge.
         gradients: judge the backward pass too.
+        plain_read: what plain PyTorch computes, in any dtype; None is the reference.
 
     Returns:
         error ÷ (2 · error of plain PyTorch in the same dtype + one rounding of the largest true result), for each of
         `results`; infinite where the read is not finite.
     """
-    truth = results(problem.to(torch.float64), gradients=gradients)
-    plain = results(problem, gradients=gradients)
+    truth = results(problem.to(torch.float64), plain_read, gradients)
+    plain = results(problem, plain_read, gradients)
     found = results(problem, read, gradients)
     ratios = {}
     for name, true in truth.items():
@@ -194,9 +197,9 @@ def error_ratios(problem: Problem, read: Read, gradients: bool = True) -> dict[s
     return ratios
 
 
-def assert_exact(problem: Problem, read: Read, gradients: bool = True) -> None:
-    """Raise AssertionError where a read errs more than the yardstick allows."""
-    ratios = error_ratios(problem, read, gradients)
+def assert_exact(problem: Problem, read: Read, gradients: bool = True, plain_read: Read | None = None) -> None:
+    """Raise AssertionError where a read errs more than the yardstick allows; arguments as in `error_ratios`."""
+    ratios = error_ratios(problem, read, gradients, plain_read)
     wrong = {name: round(ratio, 2) for name, ratio in ratios.items() if not ratio <= 1}
     assert not wrong, f"error over allowed error: {wrong}"
 

@@ -1,0 +1,244 @@
+"""Reads that leave values out: how far off they may be, and that all they return follows from what they left out."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import stm_kernels.chunked as chunked
+import stm_kernels.gpu.forward as forward
+from stm_kernels import memory_read
+from stm_kernels.affinity import SKIP_POSITIONS, SKIP_QUERIES
+from stm_kernels.operator import backward_operator, read_operator
+from stm_kernels.reference import reference_logits
+from stm_kernels.testing import Problem, Read, assert_exact, make_problem, make_tie_problem, read_by, results
+
+ON_GPU = torch.cuda.is_available()
+CHUNKED = [("chunked", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+# Triton's interpreter multiplies bfloat16 wrongly: there it is tested on a GPU only
+TRITON = [("triton", dtype) for dtype in (torch.float32, torch.float16, *[torch.bfloat16] * ON_GPU)]
+each_case = pytest.mark.parametrize(
+    "implementation, dtype", CHUNKED + TRITON, ids=lambda value: str(value).removeprefix("torch.")
+)
+each_implementation = pytest.mark.parametrize("implementation", ["chunked", "triton"])
+
+B, M, N, C, V = 2, 40, 150, 32, 24
+
+
+@pytest.fixture(autouse=True)
+def several_blocks_and_chunks(monkeypatch):
+    monkeypatch.setattr(chunked, "SKIPPING_QUERIES_PER_BLOCK", SKIP_QUERIES)
+    monkeypatch.setattr(chunked, "KEYS_PER_CHUNK", 3 * SKIP_POSITIONS)
+    monkeypatch.setattr(chunked, "SKIPPING_BACKWARD_KEYS_PER_CHUNK", 2 * SKIP_POSITIONS)
+
+
+def even() -> Problem:
+    """Every position weighs the same."""
+    problem = make_problem(B, M, N, C, V, dtype=torch.float64)
+    return replace(problem, query_key=torch.zeros_like(problem.query_key))
+
+
+def late() -> Problem:
+    """Nearly all weight lies in one block of positions, which a walk from the newest on sees last."""
+    problem = make_problem(B, M, N, C, V, dtype=torch.float64)
+    problem.query_key[:, :, 0] = C**0.5
+    problem.memory_key[:, :27, 0] += 12
+    return problem
+
+
+def recent() -> Problem:
+    """Nearly all weight lies in the newest positions."""
+    problem = late()
+    return replace(problem, memory_key=problem.memory_key.flip(1))
+
+
+def local() -> Problem:
+    """Neighbouring queries weigh the same few blocks of positions."""
+    problem = make_problem(B, M, N, C, V, dtype=torch.float64)
+    places = make_problem(B, 3, 3, C, V, dtype=torch.float64, seed=1).query_key * 2
+    query_key = places[:, torch.arange(M) // SKIP_QUERIES] + problem.query_key * 0.3
+    memory_key = places[:, torch.arange(N) // SKIP_POSITIONS % 3] + problem.memory_key * 0.3
+    return replace(problem, query_key=query_key, memory_key=memory_key)
+
+
+def huge() -> Problem:
+    """What weighs little has values of a thousand."""
+    problem = local()
+    weights = (problem.query_key @ problem.memory_key.mT * problem.scale).softmax(-1)
+    problem.memory_value[weights.amax(1) < 1e-3] *= 1000
+    return problem
+
+
+def peaked() -> Problem:
+    return make_problem(B, M, N, C, V, dtype=torch.float64, peak=10.0)
+
+
+def ties() -> Problem:
+    """Logits of ±10⁴ in nearly equal pairs."""
+    return make_tie_problem(B, M, N, C, V, dtype=torch.float64)
+
+
+def ragged() -> Problem:
+    """Of three memories one is whole, one ends within a block, one is empty; every third position is hidden."""
+    return make_problem(3, M, N, C, V, dtype=torch.float64, peak=10.0, biased=True, ragged=True)
+
+
+def blind() -> Problem:
+    """One batch item has hidden all its positions."""
+    problem = make_problem(B, M, N, C, V, dtype=torch.float64, peak=10.0, biased=True)
+    problem.key_bias[1] = -torch.inf
+    return problem
+
+
+PROBLEMS = (even, late, recent, local, huge, peaked, ties, ragged, blind)
+each_problem = pytest.mark.parametrize("make", PROBLEMS, ids=lambda make: make.__name__)
+
+
+def on_device(problem: Problem, implementation: str, dtype: torch.dtype) -> Problem:
+    device = "cuda" if implementation == "triton" and ON_GPU else "cpu"
+    tensors = {name: value.to(device) for name, value in vars(problem).items() if isinstance(value, torch.Tensor)}
+    return replace(problem, **tensors).to(dtype)
+
+
+def operator_arguments(problem: Problem, skip: float, implementation: str) -> tuple:
+    lengths = None if problem.lengths is None else problem.lengths.int()
+    inputs = (problem.query_key, problem.memory_key, problem.memory_value, problem.key_bias, lengths)
+    return *inputs, problem.scale, 0, skip, implementation
+
+
+def was_read(problem: Problem, kept: torch.Tensor) -> torch.Tensor:
+    """`[B, M, N]`, true where the map says so."""
+    M, N = problem.query_key.shape[1], problem.memory_key.shape[1]
+    return kept.bool().repeat_interleave(SKIP_QUERIES, 1).repeat_interleave(SKIP_POSITIONS, 2)[:, :M, :N]
+
+
+def read_of(was_read: torch.Tensor) -> Read:
+    """Plain PyTorch's softmax over the positions that were read, beside the log-sum-exp of all."""
+
+    def read(query_key, memory_key, memory_value, scale, key_bias=None, lengths=None):
+        logits = reference_logits(query_key, memory_key, scale, key_bias=key_bias, lengths=lengths)
+        blind = logits.isneginf().all(-1, keepdim=True)
+        logits = logits.masked_fill(blind, 0.0)
+        weights = logits.masked_fill(~was_read & ~blind, -torch.inf).softmax(-1).masked_fill(blind, 0.0)
+        wide = logits if logits.itemsize == 8 else logits.float()
+        # what was not read has no gradient
+        lse = torch.where(was_read, wide, wide.detach()).logsumexp(-1).masked_fill(blind[..., 0], -torch.inf)
+        return weights @ memory_value.nan_to_num(), lse
+
+    return read
+
+
+@each_case
+@each_problem
+def test_all_follows_from_what_was_left_out(implementation, dtype, make):
+    skip = 0.05
+    problem = on_device(make(), implementation, dtype)
+    *_, skipped, kept = read_operator(*operator_arguments(problem, skip, implementation))
+    mask = was_read(problem, kept)
+    assert_exact(problem, read_by(implementation, skip=skip), plain_read=read_of(mask))
+    exact = problem.to(torch.float64)
+    logits = reference_logits(
+        exact.query_key, exact.memory_key, exact.scale, key_bias=exact.key_bias, lengths=exact.lengths
+    )
+    left_out = logits.softmax(-1).nan_to_num().masked_fill(mask, 0.0).sum(-1)
+    # a logit is rounded to 16 bits in bfloat16 and to 24 else, a log-sum-exp to 53; sums are of at most N terms
+    largest = logits.masked_fill(logits.isneginf(), 0.0).abs().amax().item()
+    rounding = (2**-16 if dtype == torch.bfloat16 else 2**-23) * (largest + N)
+    torch.testing.assert_close(skipped.double(), left_out, rtol=rounding, atol=2**-50 * largest)
+    assert skipped.max() <= skip * (1 + N * torch.finfo(torch.float32).eps)
+
+
+@each_case
+@each_problem
+@pytest.mark.parametrize("skip", [1e-3, 0.5])
+def test_how_far_off_a_read_may_be(implementation, dtype, make, skip):
+    problem = on_device(make(), implementation, dtype)
+    inputs = (problem.query_key, problem.memory_key, problem.memory_value)
+    options = {"key_bias": problem.key_bias, **problem.options(), "implementation": implementation}
+    out, lse, skipped = memory_read(*inputs, **options, skip=skip, return_lse=True, return_skipped=True)
+    truth = results(problem.to(torch.float64), gradients=False)
+    most = problem.memory_value.nan_to_num().abs().amax().item()
+    plain = (results(problem, gradients=False)["out"] - truth["out"]).abs().amax()
+    # beside what was left out no more than the yardstick's
+    allowed = 2 * skipped * most + 2 * plain + torch.finfo(dtype).eps / 2 * most
+    assert ((out - truth["out"]).abs().amax(2) <= allowed).all()
+    assert skipped.max() <= skip * (1 + N * torch.finfo(torch.float32).eps)
+    # the log-sum-exp is that of all positions
+    assert_exact(problem, lambda *inputs, **options: (truth["out"].to(dtype), lse), gradients=False)
+
+
+@each_implementation
+@pytest.mark.parametrize("make, least, most", [(even, 0.5, 0.7), (local, 0.3, 0.5), (recent, 0.2, 0.4)])
+def test_something_is_left_out(implementation, make, least, most):
+    problem = on_device(make(), implementation, torch.float32)
+    skip = 0.5 if make is even else 1e-3
+    *_, kept = read_operator(*operator_arguments(problem, skip, implementation))
+    assert least <= kept.float().mean() <= most
+    *_, kept = read_operator(*operator_arguments(problem, 1e-3, implementation))
+    assert make is not even or kept.all()
+
+
+@each_implementation
+def test_a_weight_of_nearly_all(implementation):
+    problem = on_device(even(), implementation, torch.float32)
+    out, lse, skipped = read_by(implementation, skip=1 - 1e-12, return_skipped=True)(
+        problem.query_key, problem.memory_key, problem.memory_value, scale=problem.scale
+    )
+    assert out.isfinite().all() and lse.isfinite().all() and skipped.max() < 1
+
+
+@each_implementation
+def test_what_is_left_out_is_not_read(implementation):
+    problem = on_device(local(), implementation, torch.float32)
+    arguments = operator_arguments(problem, 1e-3, implementation)
+    out, *_, kept = read_operator(*arguments)
+    for item in range(B):
+        rows = was_read(problem, kept)[item, 0]
+        assert not rows.all()
+        values = problem.memory_value.clone()
+        values[item, ~rows] = torch.nan
+        found, *_ = read_operator(*arguments[:2], values, *arguments[3:])
+        assert found[item, :SKIP_QUERIES].equal(out[item, :SKIP_QUERIES])
+
+
+def test_parts_of_a_memory_leave_out_their_own(monkeypatch):
+    monkeypatch.setattr(forward, "multiprocessors", lambda device: 64)
+    problem = on_device(make_problem(2, 40, 700, C, V, dtype=torch.float64, peak=15.0), "triton", torch.float32)
+    *_, kept = read_operator(*operator_arguments(problem, 0.1, "triton"))
+    assert 0 < kept.float().mean() < 1
+    assert_exact(problem, read_by("triton", skip=0.1), plain_read=read_of(was_read(problem, kept)))
+
+
+def test_reading_nearly_all_reads_all(monkeypatch):
+    monkeypatch.setattr(chunked, "KEYS_PER_CHUNK", 8 * SKIP_POSITIONS)
+    problem = on_device(even(), "chunked", torch.float32)
+    *_, skipped, kept = read_operator(*operator_arguments(problem, 0.17, "chunked"))
+    # the last block is a short one
+    assert kept.all() and not skipped.any()
+
+
+@each_implementation
+def test_the_gradients_of_a_block_that_was_not_read_are_zero(implementation):
+    problem = on_device(recent(), implementation, torch.float32)
+    found = results(problem, read_by(implementation, skip=1e-3))
+    start = (N - 27) // SKIP_POSITIONS * SKIP_POSITIONS
+    for name in ("grad_memory_key", "grad_memory_value"):
+        assert found[name][:, start:].any() and not found[name][:, :start].any()
+
+
+@each_implementation
+def test_opcheck(implementation):
+    problem = on_device(ragged(), implementation, torch.float32)
+    arguments = operator_arguments(problem, 0.2, implementation)
+    torch.library.opcheck(read_operator, arguments)
+    outputs = read_operator(*arguments)
+    grads = [torch.randn_like(output) for output in outputs[:2]]
+    torch.library.opcheck(backward_operator, (*grads, *arguments[:5], *outputs, *arguments[5:]))
+
+
+def test_nothing_to_leave_out():
+    for sizes in ((2, 3, 0), (2, 0, 5), (0, 3, 5), (2, 3, 1)):
+        problem = make_problem(*sizes, 16, 24)
+        inputs = (problem.query_key, problem.memory_key, problem.memory_value)
+        out, skipped = memory_read(*inputs, skip=0.5, return_skipped=True)
+        assert out.equal(memory_read(*inputs)) and not skipped.any()
