@@ -50,6 +50,9 @@ def test_read_and_gradients(implementation, dtype, variant):
     assert_exact(problem, read_by(implementation))
 
 
+# of rows beyond the last query, which nobody stores
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning:triton")
+@pytest.mark.filterwarnings("ignore:invalid value encountered in multiply:RuntimeWarning:triton")
 @each_case
 def test_logits_of_ten_thousand_beside_a_bias_of_ten_thousand(implementation, dtype):
     problem = make_tie_problem(1, 40, 90, 64, 40, dtype=dtype, device=device_of(implementation))

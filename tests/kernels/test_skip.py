@@ -96,8 +96,7 @@ each_problem = pytest.mark.parametrize("make", PROBLEMS, ids=lambda make: make._
 
 def on_device(problem: Problem, implementation: str, dtype: torch.dtype) -> Problem:
     device = "cuda" if implementation == "triton" and ON_GPU else "cpu"
-    tensors = {name: value.to(device) for name, value in vars(problem).items() if isinstance(value, torch.Tensor)}
-    return replace(problem, **tensors).to(dtype)
+    return problem.on(device).to(dtype)
 
 
 def operator_arguments(problem: Problem, skip: float, implementation: str) -> tuple:
