@@ -248,7 +248,7 @@ def test_opcheck(implementation):
     grads = [torch.randn_like(output) for output in outputs[:2]]
     torch.library.opcheck(backward_operator, (*grads, *inputs, lengths, *outputs, *settings))
     for lse in (None, outputs[1]):
-        torch.library.opcheck(usage_operator, (*inputs[:2], inputs[3], lengths, lse, 0.3, implementation))
+        torch.library.opcheck(usage_operator, (*inputs[:2], inputs[3], lengths, lse, 0.3, 0, implementation))
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
