@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stm_kernels.affinity import wide_dtype
+from stm_kernels.merge import merge_reads
 from stm_kernels.read import memory_read
 from stm_kernels.reference import reference_logits
 
@@ -119,6 +121,46 @@ def make_problem(
     return problem.to(dtype)
 
 
+def draw_problem(
+    B: int,
+    M: int,
+    N: int,
+    C: int,
+    V: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    tracked: bool = False,
+    channel_major: bool = False,
+    seed: int = 0,
+) -> Problem:
+    """Draw a problem of any size, on its device and in its dtype: quick where `make_problem` is the same everywhere.
+
+    Args:
+        B, M, N, C, V, dtype, device, channel_major, seed: as in `make_problem`.
+        tracked: make the affinity peaked, as a trained network's is: neighbours in a frame are alike, and the memory
+            shows the frame of the query again and again, with noise, so that a query reads few places of each frame.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.randn(B, *shape, generator=generator, dtype=of, device=device)
+
+    if tracked:
+        # the sum of four normal numbers of which neighbours share three, at a standard deviation of 2
+        line = draw(M + 3, C)
+        query_key = sum(line[:, shift : shift + M] for shift in range(4))
+        places = torch.arange(N, device=device) % M
+        memory_key = query_key[:, places] / 2 + draw(N, C) / 4
+    else:
+        query_key, memory_key = draw(M, C), draw(N, C)
+    tensors = [query_key, memory_key, draw(N, V), draw(M, V)]
+    if channel_major:
+        tensors = [tensor.mT.contiguous().mT for tensor in tensors]
+    query_key, memory_key, memory_value, grad_out = tensors
+    return Problem(query_key, memory_key, memory_value, C**-0.5, grad_out, draw(M, of=wide_dtype(dtype)))
+
+
 def make_tie_problem(
     B: int, M: int, N: int, C: int, V: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Problem:
@@ -181,20 +223,78 @@ def error_ratios(
     """
     truth = results(problem.to(torch.float64), plain_read, gradients)
     plain = results(problem, plain_read, gradients)
-    found = results(problem, read, gradients)
+    return allowed_error_shares(truth, plain, results(problem, read, gradients))
+
+
+def allowed_error_shares(
+    truth: dict[str, Tensor], plain: dict[str, Tensor], found: dict[str, Tensor], slack: float = 0.0
+) -> dict[str, float]:
+    """`error_ratios` of results at hand, for each of those found.
+
+    Args:
+        truth: `results` in float64.
+        plain: `results` of plain PyTorch in the dtype to judge.
+        found: what to judge.
+        slack: error allowed on top.
+    """
     ratios = {}
-    for name, true in truth.items():
+    for name, result in found.items():
+        true, other = truth[name], plain[name]
         # where nothing was seen, -inf is the truth and the only right answer
         blind = true.isneginf()
-        if not found[name].isneginf().equal(blind):
+        if not result.isneginf().equal(blind):
             ratios[name] = float("inf")
             continue
-        true, found[name], plain[name] = (t.masked_fill(blind, 0.0) for t in (true, found[name], plain[name]))
-        error, plain_error = ((tensor[name] - true).abs().amax().item() for tensor in (found, plain))
-        rounding = torch.finfo(found[name].dtype).eps / 2 * true.abs().amax().item()
-        ratio = error / (2 * plain_error + rounding) if error else 0.0
-        ratios[name] = ratio if found[name].isfinite().all() else float("inf")
+        true, result, other = (t.masked_fill(blind, 0.0) for t in (true, result, other))
+        error, plain_error = ((tensor - true).abs().amax().item() for tensor in (result, other))
+        rounding = torch.finfo(result.dtype).eps / 2 * true.abs().amax().item()
+        ratio = error / (2 * plain_error + rounding + slack) if error else 0.0
+        ratios[name] = ratio if result.isfinite().all() else float("inf")
     return ratios
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some queries of a problem too large to know in full: the whole memory is read, by few."""
+
+    queries: Tensor
+    """Their indices."""
+    truth: dict[str, Tensor]
+    """`out` and `lse` of these queries in float64."""
+    plain: dict[str, Tensor]
+    """The same of plain PyTorch in the problem's dtype."""
+
+    def ratios(self, found: dict[str, Tensor], slack: float = 0.0) -> dict[str, float]:
+        """`allowed_error_shares` of the `out` and, if there, the `lse` of all queries."""
+        found = {name: found[name][:, self.queries] for name in ("out", "lse") if name in found}
+        return allowed_error_shares(self.truth, self.plain, found, slack)
+
+
+def sample_of(problem: Problem, count: int = 64, positions_at_once: int = 2**17) -> Sample:
+    """Know some queries of a problem without `lengths`, the first and the last among them.
+
+    Args:
+        problem: in the dtype to judge.
+        count: how many queries.
+        positions_at_once: memory positions that are held in float64 together; a top-k read needs all.
+    """
+    assert problem.lengths is None
+    M, N = problem.query_key.shape[1], problem.memory_key.shape[1]
+    queries = torch.linspace(0, M - 1, min(count, M), device=problem.query_key.device).round().long()
+    few = replace(
+        problem,
+        query_key=problem.query_key[:, queries],
+        grad_out=problem.grad_out[:, queries],
+        grad_lse=problem.grad_lse[:, queries],
+    )
+    parts = []
+    for start in range(0, N, N if problem.top_k else positions_at_once):
+        chunk = slice(start, N if problem.top_k else start + positions_at_once)
+        bias = None if few.key_bias is None else few.key_bias[:, chunk]
+        part = replace(few, memory_key=few.memory_key[:, chunk], memory_value=few.memory_value[:, chunk], key_bias=bias)
+        parts.append(results(part.to(torch.float64), gradients=False))
+    out, lse = merge_reads(*(torch.stack([part[name] for part in parts]) for name in ("out", "lse")))
+    return Sample(queries, {"out": out, "lse": lse}, results(few, gradients=False))
 
 
 def assert_exact(problem: Problem, read: Read, gradients: bool = True, plain_read: Read | None = None) -> None:

@@ -19,6 +19,7 @@ from stm_kernels.gpu.launch import (
     strides,
 )
 from stm_kernels.gpu.merge import triton_merge
+from stm_kernels.gpu.stored import measured_tiles, read_name, tiles_key
 from stm_kernels.gpu.tiles import LEAST_PRODUCT, any_of, biased, load_tile, memory_length, online_softmax, page_of
 from stm_kernels.gpu.tuning import (
     ForwardTiles,
@@ -203,18 +204,28 @@ def forward_launch(
 
 
 def triton_read(
-    affinity: Affinity, memory_value: Tensor, skip: float, pages: PageTable | None = None
+    affinity: Affinity,
+    memory_value: Tensor,
+    skip: float,
+    pages: PageTable | None = None,
+    tiles: ForwardTiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Read a memory of at least one position; arguments and results as in `chunked_read`, `pages` as above."""
+    """Read a memory of at least one position; arguments and results as in `chunked_read`, `pages` as above. Without
+    `tiles` they are chosen.
+    """
     query_key = affinity.query_key
     refuse_interpreted_bfloat16(query_key)
     (B, M, N), C, V = affinity.sizes, query_key.shape[2], memory_value.shape[2]
     N = N if pages is None else pages.length
     architecture = architecture_of(query_key.device)
-    if not skip and pages is None and staged_is_cheaper(architecture, query_key.dtype, C, V):
+    if tiles is None and not skip and pages is None and staged_is_cheaper(architecture, query_key.dtype, C, V):
         return _staged_read(affinity, memory_value)
-    descriptors = pages is None and has_descriptors(query_key, affinity.memory_key, memory_value)
-    tiles = forward_tiles(architecture, query_key.dtype, C, V, skips=skip > 0, descriptors=descriptors)
+    if tiles is None:
+        descriptors = pages is None and has_descriptors(query_key, affinity.memory_key, memory_value)
+        tiles = forward_tiles(architecture, query_key.dtype, C, V, skips=skip > 0, descriptors=descriptors)
+        if pages is None:
+            kernel = read_name(skip > 0, descriptors)
+            tiles = measured_tiles(tiles, tiles_key(kernel, architecture, query_key.dtype, B * M, N, C, V))
     splits, positions_per_split = forward_splits(tiles, B, M, N, V, multiprocessors(query_key.device))
     partial = query_key.dtype if splits == 1 else torch.float32
     out = query_key.new_empty(splits, B, M, V, dtype=partial)

@@ -26,6 +26,8 @@ class ForwardTiles:
     kind: str = "portable"
     """How tiles are fetched: "portable", by pointers; "descriptor", by the copy engine of sm_90 and later;
     "warp-specialized", by that in warps of their own, on top of `num_warps`."""
+    splits: int = 0
+    """Parts of the memory, read side by side; 0 is as many as `forward_splits` thinks best."""
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,9 @@ def forward_splits(tiles: ForwardTiles, B: int, M: int, N: int, V: int, multipro
     programs = triton.cdiv(V, tiles.block_v) * triton.cdiv(M, tiles.block_m) * B
     blocks = triton.cdiv(N, tiles.block_n)
     best = (math.inf, 1, blocks)
+    if tiles.splits:
+        blocks_per_split = triton.cdiv(blocks, tiles.splits)
+        return triton.cdiv(blocks, blocks_per_split), blocks_per_split * tiles.block_n
     for splits in range(1, max(1, min(blocks * tiles.block_n // LEAST_KEYS_PER_SPLIT, MOST_SPLITS)) + 1):
         blocks_per_split = triton.cdiv(blocks, splits)
         splits = triton.cdiv(blocks, blocks_per_split)
