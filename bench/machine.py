@@ -1,0 +1,70 @@
+"""What a measurement was made on."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+# only read: nothing here changes a setting of the GPU
+QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,temperature.gpu"
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Device, versions and revision."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    try:
+        import triton
+
+        versions["triton"] = triton.__version__
+    except ImportError:
+        versions["triton"] = None
+    found: dict[str, Any] = {"device": device_name(device), "versions": versions, "revision": revision()}
+    if versions["triton"]:
+        from stm_kernels.gpu.stored import cache_file
+
+        # with tiles of this machine's own in it, ours are not the defaults
+        found["measured_tiles"] = cache_file().exists()
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found["versions"] |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        found["multiprocessors"] = properties.multi_processor_count
+        found["memory_bytes"] = properties.total_memory
+        found["cache_bytes"] = cache_bytes(device)
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}), Triton's interpreter"
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Of the second-level cache; 0 on a CPU, where nothing is rotated."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+
+
+def clocks(device: torch.device) -> dict[str, str] | None:
+    """Driver, clocks, power and temperature of this moment; None where nvidia-smi does not answer."""
+    if device.type != "cuda":
+        return None
+    try:
+        command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader", "-i", str(device.index or 0)]
+        line = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return dict(zip(QUERY.split(","), (value.strip() for value in line.split(","))))
+
+
+def revision() -> str | None:
+    """The commit of this checkout, marked where files differ from it; None where there is no git."""
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
