@@ -1,0 +1,170 @@
+"""The read of one memory sharded over processes: each reads its shard, and the parts are merged by log-sum-exp."""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stm_kernels.paged import PagedMemory
+from stm_kernels.read import read_with_float64_lse
+
+
+class DistributedMemory:
+    """A growing memory whose frames are dealt out over the ranks of a process group.
+
+    Every rank makes the same calls with the same arguments, as if it held the whole memory; each holds its share. A
+    rank that dies ends the others with the process group's error, at the latest after its timeout.
+
+    Args:
+        batch, key_channels, value_channels, page_size, dtype, device: as in `PagedMemory`, of this rank's shard.
+        group: the process group; None is the default one.
+
+    Raises:
+        RuntimeError: `torch.distributed` is not initialised.
+        ValueError, TypeError: as in `PagedMemory`.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        key_channels: int,
+        value_channels: int,
+        *,
+        page_size: int = 32768,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if not dist.is_initialized():
+            raise RuntimeError(
+                "torch.distributed: expected an initialised process group, call init_process_group first"
+            )
+        self.group = group
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.shard = PagedMemory(batch, key_channels, value_channels, page_size=page_size, dtype=dtype, device=device)
+        self._length = self._appended = 0
+
+    def __len__(self) -> int:
+        """Positions held by all ranks together."""
+        return self._length
+
+    def append(self, key: Tensor, value: Tensor) -> None:
+        """Add P positions to the shard of one rank, in turn; arguments and errors as in `PagedMemory.append`."""
+        if self._appended % self.ranks == self.rank:
+            self.shard.append(key, value)
+        else:
+            self.shard.check(key, value)
+        self._length += key.shape[1]
+        self._appended += 1
+
+    def read(
+        self, query_key: Tensor, *, scale: float | None = None, return_lse: bool = False, implementation: str = "auto"
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Read everything held by all ranks; on every rank the result is the same, as of one memory in one place.
+
+        Args:
+            query_key: `[B, M, C]`, the same on every rank.
+            scale, return_lse, implementation: as in `PagedMemory.read`.
+
+        Returns:
+            As `PagedMemory.read`, differentiable by the query as in `distributed_memory_read`.
+
+        Raises:
+            TypeError, ValueError, ImportError: as in `memory_read`.
+            RuntimeError: another rank died.
+        """
+        query_key = _Shared.apply(query_key, self.group)
+        out, lse, _ = self.shard.read_with_float64_lse(query_key, scale=scale, implementation=implementation)
+        return _results(out, lse, self.group, return_lse)
+
+
+def distributed_memory_read(
+    query_key: Tensor,
+    memory_key: Tensor,
+    memory_value: Tensor,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: str = "auto",
+    group: dist.ProcessGroup | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Read a memory of which every rank holds a shard, as if it lay in one place.
+
+    Args:
+        query_key: `[B, M, C]`, the same on every rank.
+        memory_key: `[B, N, C]`, this rank's shard; N may differ from rank to rank, 0 included.
+        memory_value: `[B, N, V]`.
+        scale, return_lse, implementation: as in `memory_read`.
+        group: the process group; None is the default one.
+
+    Returns:
+        As `memory_read` of all shards, the same on every rank. The gradients are those of the one process that would
+        hold everything, provided that every rank differentiates the same function of the result: by the query the same
+        on every rank, by the memory for the rank's own shard.
+
+    Raises:
+        TypeError, ValueError, ImportError: as in `memory_read`.
+        RuntimeError: another rank died.
+    """
+    _check_group()
+    query_key = _Shared.apply(query_key, group)
+    out, lse, _ = read_with_float64_lse(query_key, memory_key, memory_value, scale=scale, implementation=implementation)
+    return _results(out, lse, group, return_lse)
+
+
+def _check_group() -> None:
+    if not dist.is_initialized():
+        raise RuntimeError("torch.distributed: expected an initialised process group, call init_process_group first")
+
+
+def _results(
+    out: Tensor, lse: Tensor, group: dist.ProcessGroup | None, return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    dtype = out.dtype
+    merged, lse = _Merge.apply(out.to(torch.promote_types(dtype, torch.float32)), lse, group)
+    merged = merged.to(dtype)
+    if not return_lse:
+        return merged
+    return merged, lse if dtype == torch.float64 else lse.float()
+
+
+class _Shared(torch.autograd.Function):
+    """The identity, of a tensor that all ranks have: its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        # summed in float32: the parts of a gradient are rounded once, not once a rank
+        total = grad.to(torch.promote_types(grad.dtype, torch.float32)).contiguous()
+        dist.all_reduce(total, group=ctx.group)
+        return total.to(grad.dtype), None
+
+
+class _Merge(torch.autograd.Function):
+    """`merge_reads` of one part a rank: the read of the whole on every rank."""
+
+    @staticmethod
+    def forward(ctx, out: Tensor, lse: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+        top = lse.clone()
+        dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+        blind = top.isneginf()
+        top = top.masked_fill(blind, 0.0)
+        weight = (lse - top).exp()
+        total = weight.clone()
+        dist.all_reduce(total, group=group)
+        weight = (weight / total.masked_fill(blind, 1.0)).to(out.dtype)
+        merged = weight[..., None] * out
+        dist.all_reduce(merged, group=group)
+        ctx.save_for_backward(weight, out, merged)
+        return merged, (top + total.log()).masked_fill(blind, -math.inf)
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor, grad_lse: Tensor):
+        weight, out, merged = ctx.saved_tensors
+        by_lse = (grad_out * (out - merged)).sum(-1) + grad_lse
+        return weight[..., None] * grad_out, weight * by_lse, None
