@@ -5,8 +5,11 @@ from stm_kernels.merge import merge_reads
 from stm_kernels.operator import default_implementation
 from stm_kernels.paged import PagedMemory
 from stm_kernels.read import SpaceTimeMemoryRead, memory_read, memory_usage, space_time_memory_read
+from stm_kernels.tuner import tune
+from stm_kernels.version import __version__
 
 __all__ = [
+    "__version__",
     "DistributedMemory",
     "PagedMemory",
     "SpaceTimeMemoryRead",
@@ -16,4 +19,5 @@ __all__ = [
     "memory_usage",
     "merge_reads",
     "space_time_memory_read",
+    "tune",
 ]

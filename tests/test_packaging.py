@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import stm_kernels
 import stm_model
 from stm_model.cli import main
 
@@ -50,7 +51,7 @@ def _pins(name, python):
 
 def test_the_version_and_the_command_are_those_of_the_package():
     arguments = _setup_arguments()
-    assert arguments["version"] == stm_model.__version__
+    assert arguments["version"] == stm_model.__version__ == stm_kernels.__version__
     assert f"## {arguments['version']}" in (ROOT / "CHANGELOG.md").read_text()
     assert arguments["entry_points"] == {"console_scripts": ["stm=stm_model.cli:main"]} and callable(main)
 
