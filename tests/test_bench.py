@@ -190,11 +190,14 @@ def test_a_killed_run_leaves_what_it_had(tmp_path):
     assert report["checks"] and report["reads"] == {} and report["seed"] == 0
 
 
-def test_a_write_that_fails_leaves_the_file_before(tmp_path):
+def test_a_write_that_fails_leaves_the_file_before(tmp_path, monkeypatch):
     path = tmp_path / "gpu.json"
     write_json({"a": 1}, path)
     with pytest.raises(TypeError):
         write_json({"a": object()}, path)
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_json({"a": 2}, path)
     assert json.loads(path.read_text()) == {"a": 1}
 
 
