@@ -12,7 +12,8 @@ def davis_sequences(root: str | Path, split: str, resolution: str | None = None)
 
     Args:
         root: the dataset's folder.
-        split: name of a list under ImageSets/2016 or ImageSets/2017, without `.txt`.
+        split: name of a list under ImageSets/2017 or ImageSets/2016, without `.txt`; where both have it, 2017's, which
+            names all that 2016's does.
         resolution: folder under JPEGImages; None takes the only one, or `480p`.
 
     Raises:
@@ -20,7 +21,7 @@ def davis_sequences(root: str | Path, split: str, resolution: str | None = None)
         ValueError: frames and masks of a sequence differ in number.
     """
     root = Path(root)
-    lists = [path for year in ("2016", "2017") if (path := root / "ImageSets" / year / f"{split}.txt").is_file()]
+    lists = [path for year in ("2017", "2016") if (path := root / "ImageSets" / year / f"{split}.txt").is_file()]
     if not lists:
         raise FileNotFoundError(f"DAVIS split: no {split}.txt under {root / 'ImageSets'}")
     resolution = resolution or _only_resolution(root)

@@ -184,6 +184,12 @@ def test_davis_layout(davis_folder):
     np.testing.assert_array_equal(masks[0], boat.load()[1][0])
 
 
+def test_of_two_lists_of_a_name_the_larger_year_counts(davis_folder):
+    (davis_folder / "ImageSets" / "2017").mkdir()
+    (davis_folder / "ImageSets/2017/train.txt").write_text("car\n")
+    assert [sequence.name for sequence in davis_sequences(davis_folder, "train")] == ["car"]
+
+
 def test_davis_clips_are_functions_of_their_seed(davis_folder):
     clips = VideoClips(davis_sequences(davis_folder, "train"), size=(32, 32))
     first = clips[7]
