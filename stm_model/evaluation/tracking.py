@@ -54,7 +54,7 @@ class Speed:
     peak_bytes: int | None
     """Greatest memory held: allocated on a GPU, else of the process; None where the system does not say."""
     loaded_bytes: int | None
-    """Memory held before the first frame, the network loaded, counted the same way."""
+    """Memory held before the first timed frame, the network loaded and warmed up, counted the same way."""
 
     @property
     def fps(self) -> float:
