@@ -24,8 +24,9 @@ KEYS_PER_CHUNK = 1024
 # the backward pass takes all queries at once, so its chunk shrinks as they grow
 BACKWARD_LOGITS = 2**20
 BACKWARD_KEYS_PER_CHUNK = (64, 2048)
-# queries of one block leave out the same positions: the fewer, the more; a multiple of SKIP_QUERIES
-SKIPPING_QUERIES_PER_BLOCK = 4 * SKIP_QUERIES
+# queries of one block leave out the same positions: the fewer, the more, but a product of few rows is slow
+SKIPPING_QUERIES_PER_BLOCK = 8 * SKIP_QUERIES
+SKIPPING_KEYS_PER_CHUNK = 64 * SKIP_POSITIONS
 SKIPPING_BACKWARD_KEYS_PER_CHUNK = 8 * SKIP_POSITIONS
 # stands in for the maximum of a row that has seen only hidden positions: -inf - (-inf) is no number
 LEAST_MAXIMUM = -1e30
@@ -57,7 +58,7 @@ def chunked_read(affinity: Affinity, memory_value: Tensor, skip: float) -> tuple
         count = affinity.positions(item)
         if skip:
             # the newest positions weigh most: seen first, they let more of the others be left out
-            chunks = aligned_slices(count, KEYS_PER_CHUNK, SKIP_POSITIONS)[::-1]
+            chunks = aligned_slices(count, SKIPPING_KEYS_PER_CHUNK, SKIP_POSITIONS)[::-1]
             blocks = aligned_slices(M, SKIPPING_QUERIES_PER_BLOCK, SKIP_QUERIES)
         else:
             chunks, blocks = even_slices(count, KEYS_PER_CHUNK), even_slices(M, QUERIES_PER_BLOCK)

@@ -65,10 +65,10 @@ def readers(kept: Tensor, chunk: slice, queries: int) -> tuple[list[slice], Tens
     Returns:
         The slices, R queries together, and `[R, N]`, true for positions of the chunk that were not read.
     """
-    blocks = kept[:, cells(chunk, SKIP_POSITIONS)]
+    blocks = kept[:, cells(chunk, SKIP_POSITIONS)].bool()
     reads = blocks.any(1)
     runs = _runs(reads, SKIP_QUERIES, queries)
-    left_out = (blocks[reads] == 0).repeat_interleave(SKIP_QUERIES, 0).repeat_interleave(SKIP_POSITIONS, 1)
+    left_out = (~blocks[reads]).repeat_interleave(SKIP_QUERIES, 0).repeat_interleave(SKIP_POSITIONS, 1)
     return runs, left_out[: _length(runs), : chunk.stop - chunk.start]
 
 

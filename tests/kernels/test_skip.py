@@ -28,7 +28,7 @@ B, M, N, C, V = 2, 40, 150, 32, 24
 @pytest.fixture(autouse=True)
 def several_blocks_and_chunks(monkeypatch):
     monkeypatch.setattr(chunked, "SKIPPING_QUERIES_PER_BLOCK", SKIP_QUERIES)
-    monkeypatch.setattr(chunked, "KEYS_PER_CHUNK", 3 * SKIP_POSITIONS)
+    monkeypatch.setattr(chunked, "SKIPPING_KEYS_PER_CHUNK", 3 * SKIP_POSITIONS)
     monkeypatch.setattr(chunked, "SKIPPING_BACKWARD_KEYS_PER_CHUNK", 2 * SKIP_POSITIONS)
 
 
@@ -209,7 +209,7 @@ def test_parts_of_a_memory_leave_out_their_own(monkeypatch):
 
 
 def test_reading_nearly_all_reads_all(monkeypatch):
-    monkeypatch.setattr(chunked, "KEYS_PER_CHUNK", 8 * SKIP_POSITIONS)
+    monkeypatch.setattr(chunked, "SKIPPING_KEYS_PER_CHUNK", 8 * SKIP_POSITIONS)
     problem = on_device(even(), "chunked", torch.float32)
     *_, skipped, kept = read_operator(*operator_arguments(problem, 0.17, "chunked"))
     # the last block is a short one
