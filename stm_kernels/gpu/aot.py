@@ -28,7 +28,8 @@ from stm_kernels.gpu.forward import PageTable, forward_launch
 from stm_kernels.gpu.hopper import descriptor_launch
 from stm_kernels.gpu.launch import Launch
 from stm_kernels.gpu.merge import merge_launch
-from stm_kernels.gpu.tuning import affinity_tiles, forward_tiles, usage_tiles
+from stm_kernels.gpu.topk import GROUP, group_max_launch, group_products_launch, select_launch
+from stm_kernels.gpu.tuning import MOST_GROUPS, affinity_tiles, forward_tiles, group_tiles, usage_tiles
 from stm_kernels.gpu.usage import usage_launch
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -36,7 +37,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # C and V: the standard model's, in every dtype; STCN's, the small model's and SAM 2's in one
 STANDARD = (128, 512)
 OTHERS = ((64, 512), (64, 128), (256, 256))
-FORMS_OF_OTHERS = ("read", "read, skipping", "read, descriptors", "affinity and gradient", "usage")
+FORMS_OF_OTHERS = (
+    "read", "read, skipping", "read, descriptors", "affinity and gradient", "usage", "maxima", "chosen"
+)  # fmt: skip
 SHARED_MEMORY_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
 MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma")
 SPILL_INSTRUCTIONS = ("STL", "LDL", "scratch_store", "scratch_load")
@@ -128,7 +131,29 @@ def default_launches(
             "read, descriptors, full": descriptor_launch(full, value, *partial, engine_tiles, N // 8),
             "read, warp-specialized": descriptor_launch(affinity, value, out[None], lse[None], specialized, N),
         }
-    return launches
+    return launches | _top_k_launches(affinity, full, architecture)
+
+
+def _top_k_launches(affinity: Affinity, full: Affinity, architecture: str, k: int = 30) -> dict[str, Launch]:
+    """The kernels that choose the `k` best positions; `full` has all that an affinity may go without."""
+    (B, M, N), query_key = affinity.sizes, affinity.query_key
+    tiles = group_tiles(architecture, query_key.dtype, query_key.shape[2])
+
+    def empty(columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(B * M, columns, dtype=dtype, device="meta")
+
+    maxima, best, chosen = empty(N // GROUP), empty(k), empty(k, torch.int32)
+    products, positions = empty(k + k * GROUP), empty(k + k * GROUP, torch.int32)
+    gathered = (products[:, k:], positions[:, k:], tiles)
+    return {
+        "maxima": group_max_launch(affinity, maxima, tiles),
+        "maxima, bias and lengths": group_max_launch(full, maxima, tiles),
+        "chosen": group_products_launch(affinity, chosen, best, None, 0, *gathered),
+        "chosen, bias and lengths": group_products_launch(full, chosen, best, empty(1), 0, *gathered),
+        "selection": select_launch(products, positions, best, chosen, architecture),
+        "selection, a whole tile": select_launch(empty(MOST_GROUPS), None, best, chosen, architecture),
+        "selection, long rows": select_launch(empty(2 * MOST_GROUPS), None, best, chosen, architecture),
+    }
 
 
 def compile_launch(
@@ -232,7 +257,7 @@ def main() -> None:
         cases += [(architecture, torch.bfloat16, channels) for channels in OTHERS]
     with ProcessPoolExecutor(2) as pool:
         table = [resources for batch in pool.map(_compile_all, cases) for resources in batch]
-    columns = "{:24}{:>4}{:>5}  {:10}{:8}{:>10}{:>9}{:>8}{:>12}  {}"
+    columns = "{:26}{:>4}{:>5}  {:10}{:8}{:>10}{:>9}{:>8}{:>12}  {}"
     print(columns.format("form", "C", "V", "dtype", "for", "registers", "stack B", "spills", "shared KiB", "MMA"))
     for row in table:
         sizes = (row.form, row.key_channels, row.value_channels, row.dtype, row.architecture)

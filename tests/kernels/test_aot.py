@@ -10,6 +10,10 @@ import pytest
 
 pytest.importorskip("triton")
 
+# kernels that multiply matrices, and those that do not
+MULTIPLYING = {"read_kernel", "descriptor_read_kernel", "affinity_kernel", "usage_kernel", "group_max_kernel"}
+OTHERS = {"merge_kernel", "group_products_kernel", "select_kernel"}
+
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
@@ -25,9 +29,7 @@ def test_every_kernel_is_there(table):
     names = ("form", "architecture", "dtype", "key_channels", "value_channels")
     cases = {tuple(row[name] for name in names) for row in table}
     assert len(cases) == len(table)
-    assert {row["kernel"] for row in table} == {
-        "read_kernel", "descriptor_read_kernel", "affinity_kernel", "merge_kernel", "usage_kernel"
-    }  # fmt: skip
+    assert {row["kernel"] for row in table} == MULTIPLYING | OTHERS
     forms, architectures, *_ = (set(column) for column in zip(*cases))
     assert architectures == {"sm_80", "sm_90", "sm_100", "gfx942"}
     fetched = {form for form in forms if "descriptor" in form or "warp" in form}
@@ -50,8 +52,8 @@ def test_shared_memory_fits(table):
 
 def test_half_precision_runs_on_tensor_cores(table):
     for row in table:
-        # merging multiplies no matrices; AMD's matrix cores take float32 too
-        if row["kernel"] != "merge_kernel" and (row["dtype"] != "float32" or row["architecture"] != "gfx942"):
+        # AMD's matrix cores take float32 too
+        if row["kernel"] in MULTIPLYING and (row["dtype"] != "float32" or row["architecture"] != "gfx942"):
             assert (row["tensor_cores"] > 0) == (row["dtype"] != "float32"), row
 
 
