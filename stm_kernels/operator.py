@@ -150,6 +150,35 @@ read_operator.register_autograd(_differentiate, setup_context=_save)
 backward_operator.register_autograd(_refuse)
 
 
+@torch.library.custom_op("stm_kernels::memory_select", mutates_args=())
+def select_operator(
+    query_key: Tensor,
+    memory_key: Tensor,
+    key_bias: Optional[Tensor],  # noqa: UP045
+    lengths: Optional[Tensor],  # noqa: UP045
+    scale: float,
+    top_k: int,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:
+    """The positions `[B, M, min(top_k, N)]` that a top-k read weighs, and their logits, as `topk.Select` has them."""
+    affinity = Affinity(query_key, memory_key, scale, key_bias, lengths)
+    _check_lengths(affinity)
+    if min(*query_key.shape, *memory_key.shape) == 0:
+        indices, logits = _empty_selection(query_key, memory_key, top_k)
+        return indices.zero_(), logits.fill_(float("-inf"))
+    return _select_of(_resolve(implementation, query_key) == "triton")(affinity, top_k)
+
+
+@select_operator.register_fake
+def _(query_key, memory_key, key_bias, lengths, scale, top_k, implementation):
+    return _empty_selection(query_key, memory_key, top_k)
+
+
+def _empty_selection(query_key: Tensor, memory_key: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    shape = *query_key.shape[:2], torch.sym_min(top_k, memory_key.shape[1])
+    return query_key.new_empty(shape, dtype=torch.int32), query_key.new_empty(shape, dtype=wide_dtype(query_key.dtype))
+
+
 @torch.library.custom_op("stm_kernels::memory_usage", mutates_args=())
 def usage_operator(
     query_key: Tensor,

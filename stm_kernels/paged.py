@@ -9,7 +9,7 @@ from stm_kernels.affinity import PAGE_MULTIPLE, Affinity
 from stm_kernels.checks import check_agreement, check_tensors, checked_affinity, checked_choice
 from stm_kernels.merge import merge_reads
 from stm_kernels.operator import resolve_implementation
-from stm_kernels.read import read_with_float64_lse
+from stm_kernels.read import read_with_float64_lse, top_k_of_parts
 
 
 class PagedMemory:
@@ -104,6 +104,7 @@ class PagedMemory:
         *,
         scale: float | None = None,
         similarity: str = "dot",
+        top_k: int | None = None,
         skip: float = 0.0,
         return_lse: bool = False,
         return_skipped: bool = False,
@@ -116,6 +117,7 @@ class PagedMemory:
         Args:
             query_key: `[B, M, C]`, in the memory's dtype and on its device.
             scale, similarity, skip, return_lse, return_skipped: as in `memory_read`.
+            top_k: as in `memory_read`; of several pages a read is not differentiable.
             implementation: as in `memory_read`; "reference" gathers the pages first and then holds the whole affinity.
 
         Returns:
@@ -125,7 +127,7 @@ class PagedMemory:
             TypeError, ValueError, ImportError: as in `memory_read`.
         """
         out, lse, skipped = self.read_with_float64_lse(
-            query_key, scale=scale, similarity=similarity, skip=skip, implementation=implementation
+            query_key, scale=scale, similarity=similarity, top_k=top_k, skip=skip, implementation=implementation
         )
         results = [out]
         if return_lse:
@@ -135,14 +137,16 @@ class PagedMemory:
         return tuple(results) if len(results) > 1 else out
 
     def read_with_float64_lse(
-        self, query_key: Tensor, *, implementation: str = "auto", **options: Any
+        self, query_key: Tensor, *, top_k: int | None = None, implementation: str = "auto", **options: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`read` with all it can return, and its log-sum-exp in float64, to merge it with other reads."""
         parts = self._parts()
         if implementation == "reference":
             parts = [tuple(torch.cat(tensors, 1) for tensors in zip(*parts))]
         if len(parts) == 1:
-            return read_with_float64_lse(query_key, *parts[0], implementation=implementation, **options)
+            return read_with_float64_lse(query_key, *parts[0], top_k=top_k, implementation=implementation, **options)
+        if top_k is not None:
+            return top_k_of_parts(query_key, parts, top_k=top_k, implementation=implementation, **options)
         if self._one_launch_reads(query_key, implementation, **options):
             return self._read_in_one_launch(query_key, **options)
         merged = None

@@ -1,13 +1,17 @@
 """The public read: shapes, errors and the choice of implementation."""
 
+import math
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from stm_kernels.affinity import wide_dtype
 from stm_kernels.checks import check_agreement, check_rows, check_tensors, checked_affinity, checked_choice
-from stm_kernels.operator import autocast_inputs, read_operator, usage_operator
+from stm_kernels.merge import merge_reads
+from stm_kernels.operator import autocast_inputs, read_operator, select_operator, usage_operator
 from stm_kernels.reference import reference_read, reference_usage
+from stm_kernels.topk import weighted_read
 
 
 def memory_read(
@@ -117,6 +121,55 @@ def read_with_float64_lse(
         # a query that sees nothing has no gradient by its shift either
         lse = lse - shift.masked_fill(lse.isneginf(), 0.0)
     return out, lse, skipped
+
+
+def top_k_of_parts(
+    query_key: Tensor,
+    parts: list[tuple[Tensor, Tensor]],
+    *,
+    top_k: int,
+    scale: float | None = None,
+    similarity: str = "dot",
+    skip: float = 0.0,
+    implementation: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`read_with_float64_lse` of the `top_k` best of a memory in parts: keys and values of each, one after the other.
+
+    Each part selects; the best of all selections are the best of all, and are weighed part by part.
+
+    Raises:
+        ValueError: gradients are asked for.
+    """
+    if query_key.requires_grad and torch.is_grad_enabled():
+        raise ValueError("query_key: expected no gradients of top_k in several pages, got requires_grad=True")
+    top_k, _ = checked_choice(top_k, skip)
+    best, ends = None, [0]
+    for memory_key, memory_value in parts:
+        check_tensors(query_key=query_key, memory_key=memory_key, memory_value=memory_value)
+        query, memory_key = autocast_inputs(query_key, memory_key)
+        factor = checked_affinity(query, memory_key, scale, similarity, None, None, implementation)
+        check_agreement(query, memory_key=memory_key)
+        factor, key_bias, _, shift = _as_dot_product(query, memory_key, factor, similarity, None, None)
+        positions, logits = select_operator(query, memory_key, key_bias, None, factor, top_k, implementation)
+        selected = [positions + ends[-1], logits]
+        ends.append(ends[-1] + memory_key.shape[1])
+        if best is not None:
+            # of equal ones the earlier stands first, and a stable sort keeps it there
+            positions, logits = (torch.cat(pair, 2) for pair in zip(best, selected))
+            logits, order = logits.sort(dim=2, descending=True, stable=True)
+            selected = [positions.gather(2, order[..., :top_k]), logits[..., :top_k]]
+        best = selected
+    positions, logits = best
+    merged = None
+    for start, stop, (_, memory_value) in zip(ends, ends[1:], parts):
+        (memory_value,) = autocast_inputs(memory_value)
+        elsewhere = (positions < start) | (positions >= stop)
+        here = (positions - start).masked_fill_(elsewhere, 0)
+        out, lse = weighted_read(memory_value, here, logits.masked_fill(elsewhere, -math.inf))
+        part = out.to(torch.promote_types(out.dtype, torch.float32)), lse
+        merged = part if merged is None else merge_reads(*map(torch.stack, zip(merged, part)))
+    lse = merged[1] if shift is None else merged[1] - shift
+    return merged[0].to(out.dtype), lse, torch.zeros_like(lse, dtype=torch.float32)
 
 
 def memory_usage(

@@ -17,8 +17,8 @@ from stm_kernels.products import Scratch, even_slices, key_products, product_dty
 
 Select = Callable[[Affinity, int], tuple[Tensor, Tensor]]
 """The chosen positions `[B, M, min(k, N)]`, int32, and their logits in `wide_dtype`, of a memory of at least one
-position: the k greatest, of equal ones those of lower index, in any order. What lies behind a memory's end is chosen
-where nothing else is left: its logit is -inf, its index 0, and it comes last.
+position: the k greatest, of equal ones those of lower index, which among themselves stand in their order. What lies
+behind a memory's end is chosen where nothing else is left: its logit is -inf, its index 0, and it comes last.
 """
 
 # [query block × key chunk] buffers of about 2 MiB stay in the second- and third-level caches

@@ -84,6 +84,10 @@ class TrackConfig:
     """Where to run, like cpu or cuda:0; None takes the GPU if there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Number format of the network; None takes bfloat16 where the device computes it natively, else float32."""
+    top_k: int | None = None
+    """Read only so many remembered positions for each pixel of the feature map, the best; None reads all."""
+    skip: float = 0.0
+    """The weight that each pixel's read of the memory may leave out to be faster, from 0 (exact) to below 1."""
     binary: bool = False
     """The mask is black and white: what is bright is one object, label 1."""
     resize_mask: bool = False
@@ -197,7 +201,7 @@ def track(argv: Sequence[str]) -> int:
     if config.size is None and config.checkpoint is None and min(video.size) > DEFAULT_WEIGHTS_SIZE:
         config = dataclasses.replace(config, size=DEFAULT_WEIGHTS_SIZE)
     model = _load_model(config.checkpoint, config.device, config.dtype)
-    tracker = Tracker(model, memory=config.memory, size=config.size)
+    tracker = Tracker(model, memory=config.memory, size=config.size, top_k=config.top_k, skip=config.skip)
     run = Run("track", config.out, tracker, dataclasses.asdict(config))
     code = run.track(video, masks, count=video.frame_count, fps=video.fps, write_overlay=config.overlay)
     return run.report(code, config.json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from einops import rearrange
@@ -71,8 +72,9 @@ class SpaceTimeMemory:
     A frame is appended without touching what is already held. At most one frame, the newest, is temporary.
     """
 
-    def __init__(self, rule: MemoryRule, implementation: str = "auto"):
-        self.rule, self.implementation = rule, implementation
+    def __init__(self, rule: MemoryRule, **read_options: Any):
+        """`read_options` are those of `PagedMemory.read`."""
+        self.rule, self.read_options = rule, read_options
         self._pages: PagedMemory | None = None
         self._temporary_positions = 0
 
@@ -104,5 +106,5 @@ class SpaceTimeMemory:
         """What each of the n objects reads at every position of a frame: `[1, C, h, w]` → `[n, V, h, w]`."""
         height, width = query_key.shape[-2:]
         queries = as_positions(query_key).expand(self._pages.batch, -1, -1)
-        readout = self._pages.read(queries, implementation=self.implementation)
+        readout = self._pages.read(queries, **self.read_options)
         return rearrange(readout, "n (h w) v -> n v h w", h=height, w=width)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stm_kernels import memory_read
 from stm_model.memory import MemoryRule, SpaceTimeMemory
 from stm_model.network import STM, STRIDE, fold_batch_norm, other_object_masks, soft_aggregate
 
@@ -41,10 +43,10 @@ class Tracker:
         memory: which frames are remembered: a `MemoryRule` or its name, see `MemoryRule.parse`.
         size: length in pixels of the shorter side that frames are resized to for the network; None keeps their own.
             Results always come at the frames' own size.
-        implementation: of the memory read, see `stm_kernels.memory_read`.
+        top_k, skip, implementation: how the memory is read, see `stm_kernels.memory_read`.
 
     Raises:
-        ValueError: the rule or the size makes no sense.
+        ValueError: the rule, the size or a setting of the read makes no sense.
     """
 
     def __init__(
@@ -53,13 +55,18 @@ class Tracker:
         *,
         memory: str | MemoryRule = "every:5",
         size: int | None = None,
+        top_k: int | None = None,
+        skip: float = 0.0,
         implementation: str = "auto",
     ):
         if isinstance(memory, str):
             MemoryRule.parse(memory, frame_count=1)
         if size is not None and size < STRIDE:
             raise ValueError(f"size: expected at least {STRIDE} pixels, got {size}")
-        self.model, self.memory, self.size, self.implementation = fold_batch_norm(model), memory, size, implementation
+        self.read_options = {"top_k": top_k, "skip": skip, "implementation": implementation}
+        # a setting that makes no sense is refused here, not at the second frame
+        memory_read(*torch.zeros(3, 1, 0, 1), **self.read_options)
+        self.model, self.memory, self.size = fold_batch_norm(model), memory, size
 
     def track(
         self,
@@ -92,7 +99,7 @@ class Tracker:
     def _track(
         self, frames: Iterable[np.ndarray], masks: dict[int, np.ndarray], rule: MemoryRule
     ) -> Iterator[FrameResult]:
-        video = _Video(self.model, rule, self.size, self.implementation)
+        video = _Video(self.model, rule, self.size, self.read_options)
         index = -1
         for index, frame in enumerate(frames):
             # entered and left for every frame: a generator must not hold the mode while its caller runs
@@ -109,8 +116,8 @@ class Tracker:
 class _Video:
     """The state of one video being tracked."""
 
-    def __init__(self, model: STM, rule: MemoryRule, size: int | None, implementation: str):
-        self.model, self.rule, self.size, self.implementation = model, rule, size, implementation
+    def __init__(self, model: STM, rule: MemoryRule, size: int | None, read_options: dict[str, Any]):
+        self.model, self.rule, self.size, self.read_options = model, rule, size, read_options
         self.device = next(model.parameters()).device
         self.frame_size: tuple[int, int] | None = None
         self.objects: list[int] = []
@@ -205,7 +212,7 @@ class _Video:
         new = sorted(given - set(self.objects))
         if new:
             self.objects += new
-            self.memories.append((SpaceTimeMemory(self.rule, self.implementation), len(new)))
+            self.memories.append((SpaceTimeMemory(self.rule, **self.read_options), len(new)))
             absent = torch.zeros(len(new), *probabilities.shape[1:], device=self.device)
             probabilities = torch.cat([probabilities, absent])
         known, named = labels != VOID, torch.zeros_like(labels, dtype=torch.bool)

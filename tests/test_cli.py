@@ -308,6 +308,8 @@ def test_bad_input_is_one_line(track, clip, weights, tmp_path):
         track(checkpoint=tmp_path / "other.pth"), "other.pth does not hold an STM", "missing Encoder_M.conv1.weight"
     )
     assert _refused(track("--memory", "sometimes"), "memory", "sometimes")
+    assert _refused(track("--top-k", "0"), "top_k", "at least 1")
+    assert _refused(track("--skip", "1"), "skip", "below 1")
     assert _refused(track("--size", "4"), "size", "4")
     assert _refused(track("--device", "cuda:99"), "--device cuda:99: cannot be used here")
     assert _refused(track("--device", "toaster"), "--device toaster: cannot be used here")

@@ -255,6 +255,29 @@ def test_a_size_too_small_is_named(small_model):
         Tracker(small_model, size=8)
 
 
+def test_the_read_can_be_bounded(small_model, clip):
+    frames, labels = clip
+    exact = track(small_model, frames, {0: labels[0]})
+    everything = track(small_model, frames, {0: labels[0]}, top_k=10**6)
+    best = track(small_model, frames, {0: labels[0]}, top_k=1)
+    assert all(np.array_equal(one.labels, other.labels) for one, other in zip(exact, everything, strict=True))
+    assert any(not one.probabilities.equal(other.probabilities) for one, other in zip(exact, best, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"top_k": 0}, "top_k: expected at least 1, got 0"),
+        ({"skip": 1.0}, "skip: expected a weight from 0 to below 1, got 1.0"),
+        ({"top_k": 5, "skip": 0.1}, "skip: expected 0 beside top_k"),
+        ({"implementation": "fast"}, "implementation: expected one of"),
+    ],
+)
+def test_a_read_that_makes_no_sense_is_refused_at_once(options, message, small_model):
+    with pytest.raises(ValueError, match=message):
+        Tracker(small_model, **options)
+
+
 def test_masks_after_the_end_are_said(small_model, clip):
     frames, labels = clip
     with pytest.warns(UserWarning, match=r"masks of frames \[30\] were not used: the video ended at frame 7"):
