@@ -166,7 +166,7 @@ def select_operator(
     if min(*query_key.shape, *memory_key.shape) == 0:
         indices, logits = _empty_selection(query_key, memory_key, top_k)
         return indices.zero_(), logits.fill_(float("-inf"))
-    return _select_of(_resolve(implementation, query_key) == "triton")(affinity, top_k)
+    return _select_of(resolve_implementation(implementation, query_key) == "triton")(affinity, top_k)
 
 
 @select_operator.register_fake
