@@ -332,7 +332,7 @@ def test_random_shapes_triton(sizes, k, seed):
 
 
 def in_pages(problem, page_size):
-    (B, N, C), V = problem.memory_key.shape, problem.memory_value.shape[2]
+    (B, _, C), V = problem.memory_key.shape, problem.memory_value.shape[2]
     memory = PagedMemory(B, C, V, page_size=page_size, dtype=problem.memory_key.dtype, device=problem.memory_key.device)
     memory.append(problem.memory_key, problem.memory_value)
     return memory
