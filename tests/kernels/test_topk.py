@@ -180,10 +180,15 @@ def test_chunks_and_long_rows(monkeypatch, implementation):
         kernels, tuning = pytest.importorskip("stm_kernels.gpu.topk"), pytest.importorskip("stm_kernels.gpu.tuning")
         monkeypatch.setattr(kernels, "groups_per_chunk", lambda queries: 3)
         monkeypatch.setattr(tuning, "MOST_GROUPS", 16)
+    problem = make_problem(2, 4, 110, 16, 8, device=device_of(implementation))
     for k in (4, 60):
-        assert_chosen(
-            hidden(whole_numbered(make_problem(4, 2, 110, 16, 8, device=device_of(implementation)), k)), implementation
-        )
+        assert_chosen(whole_numbered(problem, k), implementation)
+
+
+def test_a_long_chunk_is_bounded_by_its_groups(monkeypatch):
+    monkeypatch.setattr(topk, "KEYS_PER_CHUNK", 1024)
+    for k in (1, 5, 40):
+        assert_chosen(whole_numbered(make_problem(1, 30, 1500, 16, 8), k), "chunked")
 
 
 @each_implementation
