@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stm_kernels.affinity import PAGE_MULTIPLE, Affinity
+from stm_kernels.affinity import PAGE_MULTIPLE, Affinity, wide_dtype
 from stm_kernels.checks import check_agreement, check_tensors, checked_affinity, checked_choice
 from stm_kernels.merge import merge_reads
 from stm_kernels.operator import resolve_implementation
-from stm_kernels.read import read_with_float64_lse, top_k_of_parts
+from stm_kernels.pages import Page, Pages
+from stm_kernels.read import memory_usage, read_with_float64_lse, top_k_of_parts
 
 
 class PagedMemory:
@@ -22,8 +23,10 @@ class PagedMemory:
         key_channels: C.
         value_channels: V.
         page_size: positions per page.
+        device_pages: how many pages may lie on the device; the others lie in the host's memory (pinned for a GPU), and
+            stream through two pages on the device while they are read. None is as many as the device can hold.
         dtype: floating-point type of keys and values.
-        device: where the pages live.
+        device: where the memory is read.
 
     Raises:
         ValueError: a size is not positive.
@@ -37,6 +40,7 @@ class PagedMemory:
         value_channels: int,
         *,
         page_size: int = 32768,
+        device_pages: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -44,23 +48,34 @@ class PagedMemory:
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}: expected at least 1, got {size}")
+        if device_pages is not None and device_pages < 0:
+            raise ValueError(f"device_pages: expected at least 0, got {device_pages}")
         if not dtype.is_floating_point:
             raise TypeError(f"dtype: expected a floating-point type, got {dtype}")
         self.batch, self.key_channels, self.value_channels = batch, key_channels, value_channels
         self.page_size, self.dtype, self.device = page_size, dtype, torch.empty(0, device=device).device
-        self._pages: list[tuple[Tensor, Tensor]] = []
-        self._length = 0
-        # addresses of all pages, keys above values, made anew when there are more
+        self._pages = Pages(batch, key_channels, value_channels, page_size, dtype, self.device, device_pages)
+        # addresses of the pages on the device, keys above values, made anew when there are more
         self._table: Tensor | None = None
 
     def __len__(self) -> int:
         """Positions held."""
-        return self._length
+        return self._pages.length
 
     @property
     def nbytes(self) -> int:
         """Bytes of all pages, full or not."""
-        return sum(key.nbytes + value.nbytes for key, value in self._pages)
+        return self.device_nbytes + self.host_nbytes
+
+    @property
+    def device_nbytes(self) -> int:
+        """Bytes of the pages on the device."""
+        return len(self._pages.on_device) * self._pages.page_nbytes
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of the pages in the host's memory that lie there for want of room on the device."""
+        return len(self._pages.on_host) * self._pages.page_nbytes
 
     def append(self, key: Tensor, value: Tensor) -> None:
         """Add P positions; only they are copied, never what is already held.
@@ -74,29 +89,72 @@ class PagedMemory:
                 `torch.no_grad()`, or detached tensors.
         """
         self.check(key, value)
-        done, total = 0, key.shape[1]
-        while done < total:
-            page, start = divmod(self._length, self.page_size)
-            if page == len(self._pages):
-                self._pages.append(self._new_page())
-            count = min(total - done, self.page_size - start)
-            for held, new in zip(self._pages[page], (key, value)):
-                held[:, start : start + count] = new[:, done : done + count]
-            self._length += count
-            done += count
+        self._pages.write(len(self), key, value)
 
-    def drop_last(self, count: int) -> None:
-        """Forget the newest positions; their pages stay for the next ones.
+    def replace(self, start: int, key: Tensor, value: Tensor) -> None:
+        """Overwrite the P positions from `start` on.
+
+        Args:
+            start: the first of them.
+            key, value: as in `append`.
+
+        Raises:
+            ValueError: as in `append`, or they are not all held.
+        """
+        self.check(key, value)
+        self._check_range(start, key.shape[1])
+        self._pages.write(start, key, value)
+
+    def drop(self, count: int, start: int | None = None) -> None:
+        """Forget positions; the last ones move into the gap, so that no other is copied, and no read changes.
+
+        Pages that become empty stay for the next positions, see `free_unused`.
 
         Args:
             count: how many positions.
+            start: the first of them; None drops the last ones.
 
         Raises:
-            ValueError: fewer positions are held.
+            ValueError: they are not all held.
         """
-        if not 0 <= count <= self._length:
-            raise ValueError(f"count: expected 0 to {self._length} positions, got {count}")
-        self._length -= count
+        self._check_range(start or 0, count)
+        start = len(self) - count if start is None else start
+        length = len(self) - count
+        moving = max(start + count, length)
+        for source, key, value in self._pages.read_back(moving, len(self) - moving):
+            self._pages.write(start + source - moving, key, value)
+        self._pages.truncate(length)
+
+    def free_unused(self) -> None:
+        """Give back the pages that hold nothing."""
+        self._pages.free_unused()
+        self._table = None
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """All that is held, to be saved: `key` `[B, N, C]` and `value` `[B, N, V]`, copies in the host's memory."""
+        channels = {"key": self.key_channels, "value": self.value_channels}
+        held = {name: torch.empty(self.batch, len(self), count, dtype=self.dtype) for name, count in channels.items()}
+        for start, *parts in self._pages.read_back(0, len(self)):
+            for tensor, part in zip(held.values(), parts):
+                tensor[:, start : start + part.shape[1]] = part
+        return held
+
+    def restore(self, snapshot: dict[str, Tensor]) -> None:
+        """Hold what a memory of the same form held at its `snapshot`, position by position, and nothing else.
+
+        Raises:
+            ValueError: its form is not this memory's.
+        """
+        key, value = (snapshot[name].to(self.device) for name in ("key", "value"))
+        self.check(key, value)
+        self._pages.truncate(0)
+        self._pages.write(0, key, value)
+
+    def _check_range(self, start: int, count: int) -> None:
+        if not 0 <= start <= len(self):
+            raise ValueError(f"start: expected 0 to {len(self)}, got {start}")
+        if not 0 <= count <= len(self) - start:
+            raise ValueError(f"count: expected 0 to {len(self) - start} positions, got {count}")
 
     def read(
         self,
@@ -140,22 +198,48 @@ class PagedMemory:
         self, query_key: Tensor, *, top_k: int | None = None, implementation: str = "auto", **options: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`read` with all it can return, and its log-sum-exp in float64, to merge it with other reads."""
-        parts = self._parts()
+        parts = self._pages.parts() if len(self) else [self._pages.new_page(0)]
         if implementation == "reference":
-            parts = [tuple(torch.cat(tensors, 1) for tensors in zip(*parts))]
+            # a page from the host is lent for one turn only
+            parts = [tuple(torch.cat(tensors, 1) for tensors in zip(*((k.clone(), v.clone()) for k, v in parts)))]
         if len(parts) == 1:
-            return read_with_float64_lse(query_key, *parts[0], top_k=top_k, implementation=implementation, **options)
+            (page,) = parts
+            return read_with_float64_lse(query_key, *page, top_k=top_k, implementation=implementation, **options)
         if top_k is not None:
             return top_k_of_parts(query_key, parts, top_k=top_k, implementation=implementation, **options)
-        if self._one_launch_reads(query_key, implementation, **options):
-            return self._read_in_one_launch(query_key, **options)
-        merged = None
-        for key, value in parts:
+        merged, rest = None, parts
+        if len(parts.on_device) > 1 and self._one_launch_reads(query_key, implementation, **options):
+            merged, rest = self._read_in_one_launch(query_key, parts.on_device, **options), parts.streamed()
+        dtype = None
+        for key, value in rest:
             out, lse, skipped = read_with_float64_lse(query_key, key, value, implementation=implementation, **options)
+            dtype = out.dtype
             # merged in float32 or wider, so that the read is rounded once, not once a page
-            part = (out.to(torch.promote_types(out.dtype, torch.float32)), lse, skipped)
+            part = (out.to(wide_dtype(dtype)), lse, skipped)
             merged = part if merged is None else _merged(merged, part)
-        return merged[0].to(out.dtype), *merged[1:]
+        return merged[0].to(dtype or query_key.dtype), *merged[1:]
+
+    def usage(
+        self,
+        query_key: Tensor,
+        lse: Tensor,
+        *,
+        scale: float | None = None,
+        similarity: str = "dot",
+        implementation: str = "auto",
+    ) -> Tensor:
+        """Sum what all queries of a read weigh each position held, as `memory_usage` does.
+
+        Args:
+            query_key, scale, similarity, implementation: of the read.
+            lse: `[B, M]`, its log-sum-exp.
+
+        Returns:
+            `[B, N]` in float32 (float64 for float64 inputs).
+        """
+        options = {"lse": lse, "scale": scale, "similarity": similarity, "implementation": implementation}
+        usages = [memory_usage(query_key, key, **options) for key, _ in self._pages.parts()]
+        return torch.cat(usages, 1) if usages else query_key.new_zeros(self.batch, 0, dtype=wide_dtype(query_key.dtype))
 
     def _one_launch_reads(self, query_key: Tensor, implementation: str, similarity: str = "dot", **others: Any) -> bool:
         """Whether a kernel that walks over a table of pages can read this; it has no backward pass."""
@@ -165,36 +249,28 @@ class PagedMemory:
         return resolve_implementation(implementation, query_key) == "triton"
 
     def _read_in_one_launch(
-        self, query_key: Tensor, *, scale: float | None = None, similarity: str = "dot", skip: float = 0.0
+        self,
+        query_key: Tensor,
+        pages: list[Page],
+        *,
+        scale: float | None = None,
+        similarity: str = "dot",
+        skip: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         from stm_kernels.gpu.forward import PageTable, triton_read
 
-        key, value = self._pages[0]
+        (key, value), held = self._pages.on_device[0], self._pages.on_device
         check_tensors(query_key=query_key)
         check_agreement(query_key, memory_key=key, memory_value=value)
         scale = checked_affinity(query_key, key, scale, similarity, None, None, "triton")
         _, skip = checked_choice(None, skip)
-        if self._table is None or self._table.shape[1] != len(self._pages):
-            addresses = [[tensor.data_ptr() for tensor in tensors] for tensors in zip(*self._pages)]
+        if self._table is None or self._table.shape[1] != len(held):
+            addresses = [[tensor.data_ptr() for tensor in tensors] for tensors in zip(*held)]
             self._table = torch.tensor(addresses, device=self.device)
-        pages = PageTable(*self._table, self.page_size, len(self))
-        return triton_read(Affinity(query_key, key, scale), value, skip, pages)[:3]
-
-    def _parts(self) -> list[tuple[Tensor, Tensor]]:
-        """The filled part of every page in use; one empty part where nothing is held."""
-        starts = range(0, self._length, self.page_size)
-        if not starts:
-            return [(self._empty(0, self.key_channels), self._empty(0, self.value_channels))]
-        counts = (min(self.page_size, self._length - start) for start in starts)
-        return [(key[:, :count], value[:, :count]) for (key, value), count in zip(self._pages, counts)]
-
-    def _new_page(self) -> tuple[Tensor, Tensor]:
-        # a tensor made in inference mode could never be appended to outside it
-        with torch.inference_mode(False):
-            return self._empty(self.page_size, self.key_channels), self._empty(self.page_size, self.value_channels)
-
-    def _empty(self, positions: int, channels: int) -> Tensor:
-        return torch.empty(self.batch, positions, channels, dtype=self.dtype, device=self.device)
+        length = sum(key.shape[1] for key, _ in pages)
+        table = PageTable(*self._table, self.page_size, length)
+        out, lse, skipped, _ = triton_read(Affinity(query_key, key, scale), value, skip, table)
+        return out, lse, skipped
 
     def check(self, key: Tensor, value: Tensor) -> None:
         """Raise what `append` would raise."""

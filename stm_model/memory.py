@@ -99,7 +99,7 @@ class SpaceTimeMemory:
     def forget_temporary(self) -> None:
         """Drop the frame that was only there as the previous one."""
         if self._temporary_positions:
-            self._pages.drop_last(self._temporary_positions)
+            self._pages.drop(self._temporary_positions)
             self._temporary_positions = 0
 
     def read(self, query_key: Tensor) -> Tensor:

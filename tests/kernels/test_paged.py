@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import stm_kernels.gpu.forward as forward
-from stm_kernels import PagedMemory, memory_read
+from stm_kernels import PagedMemory, memory_read, memory_usage
 from stm_kernels.testing import extra_memory, make_problem
 
 B, C, V = 2, 16, 24
@@ -63,7 +63,7 @@ def test_drop_last_forgets_the_newest():
     problem = make_problem(B, 9, 50, C, V, dtype=torch.float64)
     memory = filled(problem, 8)
     held = memory.nbytes
-    memory.drop_last(19)
+    memory.drop(19)
     assert len(memory) == 31 and memory.nbytes == held
     expected = memory_read(problem.query_key, problem.memory_key[:, :31], problem.memory_value[:, :31])
     torch.testing.assert_close(memory.read(problem.query_key), expected)
@@ -80,7 +80,7 @@ def test_nothing_held():
         out, lse = memory.read(torch.randn(B, 3, C), return_lse=True, implementation=implementation)
         assert out.equal(torch.zeros(B, 3, V)) and lse.equal(torch.full((B, 3), -torch.inf))
     memory.append(torch.zeros(B, 0, C), torch.zeros(B, 0, V))
-    memory.drop_last(0)
+    memory.drop(0)
     assert len(memory) == memory.nbytes == 0
 
 
@@ -90,9 +90,9 @@ def test_appending_copies_the_new_positions_alone():
     memory.append(key, value)
     page = 4 * B * 1000 * (C + V)
     assert memory.nbytes == page
-    pages = [tensor.data_ptr() for tensor in memory._pages[0]]
+    pages = [tensor.data_ptr() for tensor in memory._pages.on_device[0]]
     assert extra_memory(lambda: [memory.append(key, value) for _ in range(99)]) == 0
-    assert [tensor.data_ptr() for tensor in memory._pages[0]] == pages and memory.nbytes == page
+    assert [tensor.data_ptr() for tensor in memory._pages.on_device[0]] == pages and memory.nbytes == page
     # the page is full: the next position opens one
     assert extra_memory(lambda: memory.append(key[:, :1], value[:, :1])) == page == memory.nbytes // 2
 
@@ -183,7 +183,7 @@ def test_only_what_is_held_can_be_dropped(count):
     memory = PagedMemory(B, C, V)
     memory.append(torch.zeros(B, 4, C), torch.zeros(B, 4, V))
     with pytest.raises(ValueError, match=f"count: expected 0 to 4 positions, got {count}"):
-        memory.drop_last(count)
+        memory.drop(count)
 
 
 @pytest.mark.parametrize("skip", [0.0, 0.02])
@@ -228,3 +228,96 @@ def test_gradients_by_the_query_are_read_page_by_page(device):
         query_key = problem.query_key.clone().requires_grad_()
         grads += torch.autograd.grad((read(query_key) * problem.grad_out).sum(), query_key)
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("device_pages", [0, 1, 3, None])
+@pytest.mark.parametrize("top_k", [None, 6])
+def test_pages_on_the_host_change_nothing(device, device_pages, top_k):
+    problem = make_problem(B, 9, 50, C, V, peak=3.0, device=device)
+    memory = filled(problem, 8, device=device, device_pages=device_pages)
+    everywhere = filled(problem, 8, device=device)
+    assert memory.nbytes == everywhere.nbytes == 7 * 8 * B * (C + V) * 4
+    page = 8 * B * (C + V) * 4
+    assert memory.device_nbytes == (7 if device_pages is None else device_pages) * page
+    found, expected = (m.read(problem.query_key, top_k=top_k, return_lse=True) for m in (memory, everywhere))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_positions_are_replaced(device):
+    problem = make_problem(B, 9, 50, C, V, peak=3.0, device=device)
+    memory = filled(problem, 8, device=device)
+    other = make_problem(B, 9, 50, C, V, seed=1, device=device)
+    memory.replace(13, other.memory_key[:, :20], other.memory_value[:, :20])
+    key, value = problem.memory_key.clone(), problem.memory_value.clone()
+    key[:, 13:33], value[:, 13:33] = other.memory_key[:, :20], other.memory_value[:, :20]
+    assert memory.snapshot()["key"].equal(key.cpu()) and memory.snapshot()["value"].equal(value.cpu())
+    wrong = {(-1, 3): "start: expected 0 to 50, got -1", (40, 11): "count: expected 0 to 10 positions, got 11"}
+    for (start, count), message in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            memory.replace(start, other.memory_key[:, :count], other.memory_value[:, :count])
+
+
+@pytest.mark.parametrize("start, count", [(0, 7), (10, 20), (30, 20), (45, 5), (0, 50), (20, 29), (7, 0)])
+def test_a_gap_is_filled_by_the_last_positions(start, count):
+    problem = make_problem(B, 9, 50, C, V)
+    memory = filled(problem, 8)
+    memory.drop(count, start)
+    left = [n for n in range(50) if not start <= n < start + count]
+    assert len(memory) == 50 - count
+    keys, values = memory.snapshot().values()
+    # in any order, but key and value of a position together
+    places = [(problem.memory_key[0] == key).all(1).nonzero().item() for key in keys[0]]
+    assert sorted(places) == left
+    assert values.equal(problem.memory_value[:, places]) and keys.equal(problem.memory_key[:, places])
+    # what stands before the gap stays where it is
+    assert places[:start] == left[:start]
+
+
+def test_dropping_copies_no_more_than_the_gap():
+    problem = make_problem(1, 2, 4000, C, V)
+    memory = PagedMemory(1, C, V, page_size=512)
+    memory.append(problem.memory_key, problem.memory_value)
+    assert extra_memory(lambda: memory.drop(100, 50)) <= 1024
+    assert memory.nbytes == 8 * 512 * (C + V) * 4
+    memory.drop(3000)
+    memory.free_unused()
+    assert memory.nbytes == 2 * 512 * (C + V) * 4
+    read = memory.read(problem.query_key)
+    snapshot = memory.snapshot()
+    torch.testing.assert_close(read, memory_read(problem.query_key, *snapshot.values()))
+
+
+def test_a_snapshot_is_restored_bit_by_bit():
+    problem = make_problem(B, 9, 50, C, V, dtype=torch.bfloat16)
+    memory = filled(problem, 8)
+    memory.drop(7, 14)
+    other = PagedMemory(B, C, V, page_size=8, dtype=torch.bfloat16)
+    other.append(problem.memory_key, problem.memory_value)
+    other.restore(memory.snapshot())
+    assert len(other) == 43
+    assert other.read(problem.query_key).equal(memory.read(problem.query_key))
+    with pytest.raises(ValueError, match=r"key: expected \[2, P, 16\]"):
+        other.restore({"key": torch.zeros(1, 3, C, dtype=torch.bfloat16), "value": torch.zeros(1, 3, V)})
+
+
+def test_usage_is_that_of_all_positions_at_once(device):
+    problem = make_problem(B, 9, 50, C, V, peak=3.0, device=device)
+    memory = filled(problem, 8, device=device, device_pages=2)
+    _, lse = memory.read(problem.query_key, return_lse=True)
+    expected = memory_usage(problem.query_key, problem.memory_key, implementation="reference")
+    torch.testing.assert_close(memory.usage(problem.query_key, lse), expected)
+    empty = PagedMemory(B, C, V, device=device)
+    assert empty.usage(problem.query_key, lse).shape == (B, 0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_host_pages_stream_through_the_device():
+    problem = make_problem(1, 64, 40_000, 64, 128, device="cuda", dtype=torch.float16)
+    memory = PagedMemory(1, 64, 128, page_size=1024, device_pages=4, dtype=torch.float16, device="cuda")
+    memory.append(problem.memory_key, problem.memory_value)
+    expected = memory_read(problem.query_key, problem.memory_key, problem.memory_value, return_lse=True)
+    for _ in range(5):
+        found = memory.read(problem.query_key, return_lse=True)
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+    page = 1024 * (64 + 128) * 2
+    assert extra_memory(lambda: memory.read(problem.query_key), "cuda") <= 4 * page
