@@ -68,6 +68,20 @@ class PagedMemory:
         return self.device_nbytes + self.host_nbytes
 
     @property
+    def page_nbytes(self) -> int:
+        """Bytes of one page."""
+        return self._pages.page_nbytes
+
+    @property
+    def device_pages(self) -> int | None:
+        """How many pages may lie on the device; those that lie there when it is lowered stay."""
+        return self._pages.device_pages
+
+    @device_pages.setter
+    def device_pages(self, count: int | None) -> None:
+        self._pages.device_pages = count
+
+    @property
     def device_nbytes(self) -> int:
         """Bytes of the pages on the device."""
         return len(self._pages.on_device) * self._pages.page_nbytes

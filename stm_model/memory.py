@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -66,45 +69,243 @@ class MemoryRule:
         return self.kept is not None and frame_index in self.kept
 
 
+EVICTIONS = ("fifo", "importance")
+PAGE_MULTIPLE = 128
+"""Pages of so many positions, or a multiple, are read fastest."""
+USAGE_DECAY = 0.95
+"""What a frame's use counts for at the next read: half of it after 14 reads."""
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """How much may be remembered, and what is forgotten for it. Without limits everything is kept."""
+
+    device: int | None = None
+    """Bytes of keys and values on the device that reads them; None is as many as it can hold."""
+    host: int | None = None
+    """Further bytes in the host's memory; None is no limit where `device` has none, else 0."""
+    eviction: str = "fifo"
+    """What goes where both are full: the oldest frame (fifo), or the one that reads weigh least (importance). Frames
+    with a given mask and the previous frame stay."""
+
+    def __post_init__(self) -> None:
+        for name in ("device", "host"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise ValueError(f"{name} budget: expected at least 0 bytes, got {getattr(self, name)}")
+        if self.eviction not in EVICTIONS:
+            raise ValueError(f"eviction: expected one of {', '.join(EVICTIONS)}, got {self.eviction!r}")
+
+    @property
+    def total(self) -> int | None:
+        """Bytes in all; None is no limit."""
+        return None if self.device is None else self.device + (self.host or 0)
+
+
+@dataclass
+class _Frame:
+    """A remembered frame."""
+
+    index: int
+    given: bool
+    """Whether the user gave its mask."""
+    used: float = 0.0
+    """Share of the reads' weight, summed up and decayed."""
+    reads: float = 0.0
+    """Number of reads, decayed likewise."""
+
+
 class SpaceTimeMemory:
     """Keys and values of the remembered frames, for objects that entered the video at one frame.
 
     A frame is appended without touching what is already held. At most one frame, the newest, is temporary.
+
+    Args:
+        rule: which frames are remembered.
+        limited: whether frames may have to be evicted, so that pages hold one frame each.
+        weighed: whether to note how much every frame is used.
+        read_options: those of `PagedMemory.read`.
     """
 
-    def __init__(self, rule: MemoryRule, **read_options: Any):
-        """`read_options` are those of `PagedMemory.read`."""
-        self.rule, self.read_options = rule, read_options
-        self._pages: PagedMemory | None = None
-        self._temporary_positions = 0
+    def __init__(self, rule: MemoryRule, *, limited: bool = False, weighed: bool = False, **read_options: Any):
+        self.rule, self.limited, self.weighed, self.read_options = rule, limited, weighed, read_options
+        self.pages: PagedMemory | None = None
+        self.frames: list[_Frame] = []
+        """In the order in which their positions lie in memory."""
+        self.positions = 0
+        """Of each frame."""
+        self._temporary = False
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self._pages.nbytes if self._pages is not None else 0
+    def nbytes_with(self, more: int) -> int:
+        """Bytes held when so many more frames are."""
+        if self.pages is None:
+            return 0
+        pages = -(-(len(self.frames) + more) * self.positions // self.pages.page_size)
+        return pages * self.pages.page_nbytes
 
     def wants(self, frame_index: int, mask_given: bool) -> bool:
         """Whether the next frame is segmented with this one in memory."""
         return self.rule.previous or self.rule.keeps(frame_index, mask_given)
 
+    def prepare(self, key: Tensor, value: Tensor) -> None:
+        """Make ready for frames with keys `[n, C, h, w]` and values `[n, V, h, w]`, in their dtype, where they are."""
+        if self.pages is None:
+            self.positions = key.shape[-2] * key.shape[-1]
+            page = {"page_size": -(-self.positions // PAGE_MULTIPLE) * PAGE_MULTIPLE} if self.limited else {}
+            self.pages = PagedMemory(
+                len(key), key.shape[1], value.shape[1], **page, dtype=value.dtype, device=value.device
+            )
+
     def remember(self, frame_index: int, mask_given: bool, key: Tensor, value: Tensor) -> None:
         """Add a frame: key `[n, C, h, w]` and value `[n, V, h, w]` of the n objects."""
-        key, value = as_positions(key), as_positions(value)
-        if self._pages is None:
-            self._pages = PagedMemory(len(key), key.shape[-1], value.shape[-1], dtype=value.dtype, device=value.device)
-        self._pages.append(key, value)
-        if not self.rule.keeps(frame_index, mask_given):
-            self._temporary_positions = key.shape[1]
+        self.prepare(key, value)
+        self.pages.append(as_positions(key), as_positions(value))
+        self.frames.append(_Frame(frame_index, mask_given))
+        self._temporary = not self.rule.keeps(frame_index, mask_given)
 
     def forget_temporary(self) -> None:
         """Drop the frame that was only there as the previous one."""
-        if self._temporary_positions:
-            self._pages.drop(self._temporary_positions)
-            self._temporary_positions = 0
+        if self._temporary:
+            self.evict(len(self.frames) - 1)
+            self._temporary = False
+
+    def evict(self, place: int) -> None:
+        """Forget the frame at a place of `frames`; the last one takes its place."""
+        self.pages.drop(self.positions, place * self.positions)
+        last = self.frames.pop()
+        if place < len(self.frames):
+            self.frames[place] = last
 
     def read(self, query_key: Tensor) -> Tensor:
         """What each of the n objects reads at every position of a frame: `[1, C, h, w]` → `[n, V, h, w]`."""
         height, width = query_key.shape[-2:]
-        queries = as_positions(query_key).expand(self._pages.batch, -1, -1)
-        readout = self._pages.read(queries, **self.read_options)
+        queries = as_positions(query_key).expand(self.pages.batch, -1, -1)
+        readout, lse = self.pages.read(queries, return_lse=True, **self.read_options)
+        if self.weighed:
+            self._weigh(queries, lse)
         return rearrange(readout, "n (h w) v -> n v h w", h=height, w=width)
+
+    def _weigh(self, queries: Tensor, lse: Tensor) -> None:
+        implementation = self.read_options.get("implementation", "auto")
+        usage = self.pages.usage(queries, lse, implementation=implementation).sum(0)
+        shares = rearrange(usage / usage.sum(), "(t p) -> t p", t=len(self.frames)).sum(1)
+        for frame, share in zip(self.frames, shares.tolist(), strict=True):
+            frame.used = frame.used * USAGE_DECAY + share
+            frame.reads = frame.reads * USAGE_DECAY + 1
+
+
+class MemoryBank:
+    """The memories of all objects of a video, kept within a budget.
+
+    Objects that entered at the same frame share a memory.
+
+    Args:
+        rule: which frames are remembered.
+        budget: how much, and what is forgotten for it.
+        read_options: those of `PagedMemory.read`.
+    """
+
+    def __init__(self, rule: MemoryRule, budget: MemoryBudget, **read_options: Any):
+        self.rule, self.budget, self.read_options = rule, budget, read_options
+        self.memories: list[SpaceTimeMemory] = []
+        self.counts: list[int] = []
+        """Objects of each memory."""
+        self.evicted = 0
+        """Frames forgotten for want of room."""
+        self.most = {"device": 0, "host": 0}
+        """The most bytes that were held at once."""
+
+    def add_objects(self, count: int) -> None:
+        """Take in objects that enter the video together."""
+        limits = {
+            "limited": self.budget.device is not None,
+            "weighed": self.budget.total is not None and self.budget.eviction == "importance",
+        }
+        self.memories.append(SpaceTimeMemory(self.rule, **limits, **self.read_options))
+        self.counts.append(count)
+
+    def read(self, query_key: Tensor) -> Tensor:
+        """What every object reads at every position of a frame: `[1, C, h, w]` → `[n, V, h, w]`."""
+        return torch.cat([memory.read(query_key) for memory in self.memories])
+
+    def wanted(self, frame_index: int, given: Sequence[bool]) -> list[bool]:
+        """Forget the temporary frame, and say which memories want this one; `given` tells for each object whether the
+        user gave its mask.
+        """
+        for memory in self.memories:
+            memory.forget_temporary()
+        return [memory.wants(frame_index, any(given[part])) for memory, part in zip(self.memories, self._parts())]
+
+    def remember(
+        self, frame_index: int, given: Sequence[bool], wanted: Sequence[bool], key: Tensor, value: Tensor
+    ) -> None:
+        """Put a frame into the memories that want it: key `[n, C, h, w]`, value `[n, V, h, w]` of all n objects.
+
+        Raises:
+            ValueError: the budget does not hold even the frames that must stay; the message says what would.
+        """
+        for memory, part, wants in zip(self.memories, self._parts(), wanted, strict=True):
+            if not wants:
+                continue
+            memory.prepare(key[part], value[part])
+            self._make_room(memory)
+            memory.remember(frame_index, any(given[part]), key[part], value[part])
+            for place in ("device", "host"):
+                held = sum(getattr(m.pages, f"{place}_nbytes") for m in self.memories if m.pages is not None)
+                self.most[place] = max(self.most[place], held)
+
+    def _parts(self) -> list[slice]:
+        starts = np.cumsum([0, *self.counts]).tolist()
+        return [slice(start, stop) for start, stop in zip(starts, starts[1:])]
+
+    def _make_room(self, memory: SpaceTimeMemory) -> None:
+        """Evict frames until one more of a memory fits."""
+        budget = self.budget
+        if budget.device is None:
+            return
+        while (needed := sum(other.nbytes_with(other is memory) for other in self.memories)) > budget.total:
+            candidates = [
+                (frame.used / frame.reads if self.budget.eviction == "importance" and frame.reads else frame.index,
+                 other, place)
+                for other in self.memories
+                for place, frame in enumerate(other.frames)
+                if not frame.given
+            ]  # fmt: skip
+            if not candidates:
+                raise ValueError(
+                    f"memory budget: expected at least {format_size(needed)} for "
+                    f"{sum(self.counts)} objects and the frames that must stay, got {format_size(budget.total)}"
+                )
+            _, other, place = min(candidates, key=lambda candidate: candidate[0])
+            other.evict(place)
+            self.evicted += 1
+        for other in self.memories:
+            if other.pages is not None:
+                other.pages.free_unused()
+        others = sum(
+            other.pages.device_nbytes for other in self.memories if other.pages is not None and other is not memory
+        )
+        memory.pages.device_pages = max(0, budget.device - others) // memory.pages.page_nbytes
+
+
+UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size like `2GiB`, `500 MB` or `4096`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text.strip())
+    unit = match and next((size for name, size in UNITS.items() if name.lower() == (match[2] or "B").lower()), None)
+    if not unit:
+        raise ValueError(f"expected a size like 2GiB, 500MB or a number of bytes, got {text!r}")
+    return int(float(match[1]) * unit)
+
+
+def format_size(size: int) -> str:
+    """A number of bytes in the unit that people read: `1.5 GiB`."""
+    for name in ("GiB", "MiB", "KiB"):
+        if size >= UNITS[name]:
+            return f"{size / UNITS[name]:.1f} {name}"
+    return f"{size} bytes"

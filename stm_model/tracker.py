@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stm_kernels import memory_read
-from stm_model.memory import MemoryRule, SpaceTimeMemory
+from stm_model.memory import MemoryBank, MemoryBudget, MemoryRule
 from stm_model.network import STM, STRIDE, fold_batch_norm, other_object_masks, soft_aggregate
 
 VOID = 255
@@ -43,6 +42,7 @@ class Tracker:
         memory: which frames are remembered: a `MemoryRule` or its name, see `MemoryRule.parse`.
         size: length in pixels of the shorter side that frames are resized to for the network; None keeps their own.
             Results always come at the frames' own size.
+        budget: how much may be remembered; None keeps everything, on the host where the device is full.
         top_k, skip, implementation: how the memory is read, see `stm_kernels.memory_read`.
 
     Raises:
@@ -55,6 +55,7 @@ class Tracker:
         *,
         memory: str | MemoryRule = "every:5",
         size: int | None = None,
+        budget: MemoryBudget | None = None,
         top_k: int | None = None,
         skip: float = 0.0,
         implementation: str = "auto",
@@ -67,6 +68,9 @@ class Tracker:
         # a setting that makes no sense is refused here, not at the second frame
         memory_read(*torch.zeros(3, 1, 0, 1), **self.read_options)
         self.model, self.memory, self.size = fold_batch_norm(model), memory, size
+        self.budget = budget or MemoryBudget()
+        self.bank: MemoryBank | None = None
+        """The memory of the video that is tracked, or was last."""
 
     def track(
         self,
@@ -99,7 +103,8 @@ class Tracker:
     def _track(
         self, frames: Iterable[np.ndarray], masks: dict[int, np.ndarray], rule: MemoryRule
     ) -> Iterator[FrameResult]:
-        video = _Video(self.model, rule, self.size, self.read_options)
+        self.bank = MemoryBank(rule, self.budget, **self.read_options)
+        video = _Video(self.model, self.bank, self.size)
         index = -1
         for index, frame in enumerate(frames):
             # entered and left for every frame: a generator must not hold the mode while its caller runs
@@ -116,13 +121,12 @@ class Tracker:
 class _Video:
     """The state of one video being tracked."""
 
-    def __init__(self, model: STM, rule: MemoryRule, size: int | None, read_options: dict[str, Any]):
-        self.model, self.rule, self.size, self.read_options = model, rule, size, read_options
+    def __init__(self, model: STM, bank: MemoryBank, size: int | None):
+        self.model, self.size = model, size
         self.device = next(model.parameters()).device
         self.frame_size: tuple[int, int] | None = None
         self.objects: list[int] = []
-        # objects that entered at the same frame share a memory; (memory, number of objects), in order of `objects`
-        self.memories: list[tuple[SpaceTimeMemory, int]] = []
+        self.bank = bank
         self.previous: tuple[int, Tensor, Tensor, set[int]] | None = None
 
     def step(self, index: int, frame: np.ndarray, mask: np.ndarray | None) -> FrameResult:
@@ -185,34 +189,27 @@ class _Video:
         self._remember_previous()
         padded, (top, left) = pad_to_stride(image)
         query = self.model.encode_query(padded)
-        readout = torch.cat([memory.read(query.key) for memory, _ in self.memories])
-        objects = self.model.segment(readout, query, [len(self.objects)])
+        objects = self.model.segment(self.bank.read(query.key), query, [len(self.objects)])
         height, width = image.shape[-2:]
         return torch.softmax(soft_aggregate(objects[:, top : top + height, left : left + width]), 0)
 
     def _remember_previous(self) -> None:
         """Put the previous frame, with its soft masks, into the memories that want it."""
         index, image, probabilities, given = self.previous
-        starts = np.cumsum([0, *(count for _, count in self.memories)]).tolist()
-        wanting = []
-        for (memory, _), start, stop in zip(self.memories, starts, starts[1:], strict=False):
-            memory.forget_temporary()
-            mask_given = bool(given & set(self.objects[start:stop]))
-            if memory.wants(index, mask_given):
-                wanting.append((memory, mask_given, slice(start, stop)))
-        if not wanting:
+        given = [label in given for label in self.objects]
+        wanted = self.bank.wanted(index, given)
+        if not any(wanted):
             return
         masks = pad_to_stride(probabilities[1:])[0]
         key, value = self.model.memorize(pad_to_stride(image)[0], masks, other_object_masks(masks), [len(masks)])
-        for memory, mask_given, part in wanting:
-            memory.remember(index, mask_given, key[part], value[part])
+        self.bank.remember(index, given, wanted, key, value)
 
     def _apply_mask(self, probabilities: Tensor, labels: Tensor, given: set[int]) -> Tensor:
         """Overwrite predictions by a given mask and take in new objects; void pixels keep their prediction."""
         new = sorted(given - set(self.objects))
         if new:
             self.objects += new
-            self.memories.append((SpaceTimeMemory(self.rule, **self.read_options), len(new)))
+            self.bank.add_objects(len(new))
             absent = torch.zeros(len(new), *probabilities.shape[1:], device=self.device)
             probabilities = torch.cat([probabilities, absent])
         known, named = labels != VOID, torch.zeros_like(labels, dtype=torch.bool)
