@@ -84,6 +84,15 @@ class TrackConfig:
     """Where to run, like cpu or cuda:0; None takes the GPU if there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Number format of the network; None takes bfloat16 where the device computes it natively, else float32."""
+    memory_budget: str | None = None
+    """How much may be remembered on the device, like 2GiB; None keeps everything, on the host where the device is
+    full."""
+    host_budget: str | None = None
+    """How much may be remembered beyond that in the host's memory, like 16GiB; None is nothing beyond a
+    --memory-budget."""
+    eviction: Literal["fifo", "importance"] = "fifo"
+    """What is forgotten where the budget is full: the oldest frame, or the one that is used least. Frames with a given
+    mask stay."""
     top_k: int | None = None
     """Read only so many remembered positions for each pixel of the feature map, the best; None reads all."""
     skip: float = 0.0
@@ -197,14 +206,35 @@ def track(argv: Sequence[str]) -> int:
         warnings.warn("every frame has a given mask: nothing is left to track", stacklevel=1)
     from stm_model import Tracker
     from stm_model.checkpoint import DEFAULT_WEIGHTS_SIZE
+    from stm_model.memory import MemoryBudget
 
     if config.size is None and config.checkpoint is None and min(video.size) > DEFAULT_WEIGHTS_SIZE:
         config = dataclasses.replace(config, size=DEFAULT_WEIGHTS_SIZE)
+    budget = MemoryBudget(
+        _parse_size("--memory-budget", config.memory_budget),
+        _parse_size("--host-budget", config.host_budget),
+        config.eviction,
+    )
     model = _load_model(config.checkpoint, config.device, config.dtype)
-    tracker = Tracker(model, memory=config.memory, size=config.size, top_k=config.top_k, skip=config.skip)
+    tracker = Tracker(
+        model, memory=config.memory, size=config.size, budget=budget, top_k=config.top_k, skip=config.skip
+    )
     run = Run("track", config.out, tracker, dataclasses.asdict(config))
+    plan = tracker.plan(video.size, video.frame_count, masks)
+    if not config.json:
+        print(f"remembers   {plan}", flush=True)
     code = run.track(video, masks, count=video.frame_count, fps=video.fps, write_overlay=config.overlay)
+    run.summary["memory"] = {"planned": str(plan), "most_bytes": tracker.bank.most, "evicted": tracker.bank.evicted}
     return run.report(code, config.json)
+
+
+def _parse_size(option: str, text: str | None) -> int | None:
+    from stm_model.memory import parse_size
+
+    try:
+        return None if text is None else parse_size(text)
+    except ValueError as error:
+        raise CommandError(f"{option}: {error}") from error
 
 
 def train(argv: Sequence[str]) -> int:

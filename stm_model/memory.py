@@ -68,6 +68,13 @@ class MemoryRule:
             return frame_index % self.kept == 0
         return self.kept is not None and frame_index in self.kept
 
+    def most_frames(self, frame_count: int) -> int:
+        """How many frames are in memory at most while a video is tracked from the mask of its first frame."""
+        kept = sum(self.keeps(index, index == 0) for index in range(frame_count - 1))
+        temporary = frame_count > 1 and self.previous and not self.keeps(frame_count - 2, frame_count == 2)
+        earlier = frame_count > 2 and self.previous and not self.keeps(frame_count - 3, frame_count == 3)
+        return max(kept + temporary, kept - self.keeps(frame_count - 2, False) + earlier)
+
 
 EVICTIONS = ("fifo", "importance")
 PAGE_MULTIPLE = 128
@@ -99,6 +106,33 @@ class MemoryBudget:
     def total(self) -> int | None:
         """Bytes in all; None is no limit."""
         return None if self.device is None else self.device + (self.host or 0)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a video's tracking will remember at most."""
+
+    frames: int
+    """Frames in memory at once."""
+    objects: int
+    """Objects, each of which has keys and values of its own."""
+    size: tuple[int, int]
+    """Height and width at which the network sees them, in pixels."""
+    frame_bytes: int
+    """Bytes of one frame's keys and values."""
+    budget: MemoryBudget
+    """The limit."""
+
+    def __str__(self) -> str:
+        whole = self.frames * self.frame_bytes
+        text = (
+            f"{self.frames} frames of {self.size[0]}×{self.size[1]} pixels and {self.objects} objects: "
+            f"{format_size(whole)}, {format_size(self.frame_bytes)} a frame"
+        )
+        total = self.budget.total
+        if total is None or whole <= total:
+            return text
+        return f"{text}; the budget of {format_size(total)} holds about {total // self.frame_bytes} of them"
 
 
 @dataclass

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stm_kernels import memory_read
-from stm_model.memory import MemoryBank, MemoryBudget, MemoryRule
+from stm_model.memory import MemoryBank, MemoryBudget, MemoryPlan, MemoryRule, format_size
 from stm_model.network import STM, STRIDE, fold_batch_norm, other_object_masks, soft_aggregate
 
 VOID = 255
@@ -100,6 +100,32 @@ class Tracker:
             raise ValueError("masks: expected at least one labelled object (1…254), got none")
         return self._track(frames, masks, rule)
 
+    def plan(self, frame_size: tuple[int, int], frame_count: int, masks: Mapping[int, np.ndarray]) -> MemoryPlan:
+        """What tracking a video will remember at most, before it is tracked.
+
+        Args:
+            frame_size: height and width of its frames.
+            frame_count: their number.
+            masks: as in `track`.
+
+        Raises:
+            ValueError: the budget does not hold the first and the previous frame.
+        """
+        rule = MemoryRule.parse(self.memory, frame_count) if isinstance(self.memory, str) else self.memory
+        objects = len(set().union(*(np.unique(mask).tolist() for mask in masks.values())) - {0, VOID})
+        height, width = (-(-side // STRIDE) for side in network_size(frame_size, self.size))
+        config, parameter = self.model.config, next(self.model.parameters())
+        channels = config.key_channels + config.value_channels
+        frame_bytes = objects * height * width * channels * parameter.dtype.itemsize
+        frames = rule.most_frames(frame_count)
+        least = min(frames, 2) * frame_bytes
+        if self.budget.total is not None and self.budget.total < least:
+            raise ValueError(
+                f"memory budget: expected at least {format_size(least)} for the first and the previous frame of "
+                f"{objects} objects, got {format_size(self.budget.total)}"
+            )
+        return MemoryPlan(frames, objects, (height * STRIDE, width * STRIDE), frame_bytes, self.budget)
+
     def _track(
         self, frames: Iterable[np.ndarray], masks: dict[int, np.ndarray], rule: MemoryRule
     ) -> Iterator[FrameResult]:
@@ -163,21 +189,14 @@ class _Video:
         pixels = torch.from_numpy(np.ascontiguousarray(frame)).to(self.device)
         # plain order here, so that the weights alone decide the memory format of the convolutions
         image = pixels.permute(2, 0, 1)[None].contiguous().float() / 255
-        size = self._network_size()
+        size = network_size(self.frame_size, self.size)
         if size != image.shape[-2:]:
             image = F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True).clamp_(0, 1)
         return image
 
-    def _network_size(self) -> tuple[int, int]:
-        height, width = self.frame_size
-        if self.size is None:
-            return height, width
-        factor = self.size / min(height, width)
-        return max(1, round(height * factor)), max(1, round(width * factor))
-
     def _resize_mask(self, mask: np.ndarray) -> Tensor:
         labels = torch.from_numpy(np.ascontiguousarray(mask)).to(self.device)
-        size = self._network_size()
+        size = network_size(self.frame_size, self.size)
         if size == mask.shape:
             return labels
         return F.interpolate(labels[None, None].float(), size, mode="nearest-exact")[0, 0].to(torch.uint8)
@@ -225,6 +244,15 @@ class _Video:
         for label in given:
             probabilities[1 + self.objects.index(label)][labels == label] = 1
         return probabilities
+
+
+def network_size(frame_size: tuple[int, int], shorter_side: int | None) -> tuple[int, int]:
+    """Height and width at which the network sees frames of a size, not yet padded."""
+    height, width = frame_size
+    if shorter_side is None:
+        return height, width
+    factor = shorter_side / min(height, width)
+    return max(1, round(height * factor)), max(1, round(width * factor))
 
 
 def pad_to_stride(maps: Tensor) -> tuple[Tensor, tuple[int, int]]:

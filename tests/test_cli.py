@@ -194,6 +194,38 @@ def test_results_never_overwrite_the_input(track, clip, tmp_path):
     assert (tmp_path / "masks" / "00000.png").exists()
 
 
+def test_what_a_run_will_remember_is_said_before_and_after(track, tmp_path):
+    # 3 × 5 positions, 2 objects, 16 + 16 channels of 4 bytes
+    kib = 15 * 2 * 32 * 4 / 1024
+    planned = f"7 frames of 48×80 pixels and 2 objects: {7 * kib:.1f} KiB, {kib:.1f} KiB a frame"
+    code, out, _ = track("--memory", "every:1", "--dtype", "float32")
+    assert code == 0 and out.startswith(f"remembers   {planned}\n")
+    memory = json.loads((tmp_path / "out" / "summary.json").read_text())["memory"]
+    assert memory["planned"] == planned and memory["evicted"] == 0
+    assert memory["most_bytes"]["device"] >= 7 * kib * 1024 and memory["most_bytes"]["host"] == 0
+
+
+@pytest.mark.parametrize("eviction", ["fifo", "importance"])
+def test_a_budget_is_kept(track, tmp_path, eviction):
+    page = 128 * 2 * 32 * 4
+    arguments = ("--memory", "every:1", "--dtype", "float32", "--eviction", eviction, "--json")
+    code, out, err = track(*arguments, "--memory-budget", f"{page}")
+    assert code == 0 and json.loads(out)["memory"]["most_bytes"] == {"device": page, "host": 0}
+    code, out, err = track(*arguments, "--memory-budget", "0", "--host-budget", "1MiB", "--overwrite")
+    assert code == 0 and json.loads(out)["memory"]["most_bytes"] == {"device": 0, "host": page}
+
+
+def test_a_budget_that_cannot_work_is_refused_before_the_run(track, tmp_path):
+    least = f"{2 * 15 * 2 * 32 * 4 / 1024:.1f} KiB"
+    result = track("--memory-budget", "1000", "--dtype", "float32")
+    assert _refused(
+        result, f"memory budget: expected at least {least} for the first and the previous frame", "1000 bytes"
+    )
+    assert _refused(track("--memory-budget", "lots"), "--memory-budget: expected a size like 2GiB", "'lots'")
+    assert _refused(track("--host-budget", "-5"), "--host-budget: expected a size like 2GiB", "'-5'")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_broken_video_keeps_what_was_tracked(track, tmp_path):
     random = np.random.default_rng(0)
     path = tmp_path / "cut.mkv"

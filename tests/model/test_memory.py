@@ -1,0 +1,188 @@
+"""The memories of a video within a budget."""
+
+import numpy as np
+import pytest
+import torch
+
+from stm_kernels import memory_usage
+from stm_model import Tracker
+from stm_model.memory import MemoryBank, MemoryBudget, MemoryRule, format_size, parse_size
+
+C, V, SIDE = 4, 6, 3
+FRAME = 128 * (C + V) * 4
+"""Bytes of a page of 128 positions, which holds one frame of 3 × 3."""
+
+
+def frame(index: int, objects: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(index)
+    return tuple(torch.randn(objects, channels, SIDE, SIDE, generator=generator) for channels in (C, V))
+
+
+def filled(budget: MemoryBudget, frames: int, rule: str = "every:1", objects: int = 1, **options) -> MemoryBank:
+    bank = MemoryBank(MemoryRule.parse(rule), budget, **options)
+    bank.add_objects(objects)
+    for index in range(frames):
+        remember(bank, index, [index == 0] * objects)
+    return bank
+
+
+def remember(bank: MemoryBank, index: int, given: list[bool]) -> None:
+    bank.remember(index, given, bank.wanted(index, given), *frame(index, len(given)))
+
+
+def held(bank: MemoryBank) -> list[list[int]]:
+    return [sorted(entry.index for entry in memory.frames) for memory in bank.memories]
+
+
+def test_without_a_budget_everything_is_kept():
+    bank = filled(MemoryBudget(), 300)
+    assert held(bank) == [list(range(300))] and bank.evicted == 0
+
+
+def test_first_in_first_out():
+    # 9 positions a frame: 14 frames in a page, 28 in two
+    bank = filled(MemoryBudget(device=2 * FRAME), 60)
+    assert held(bank) == [[0, *range(33, 60)]]
+    assert bank.evicted == 60 - 28
+    assert bank.most == {"device": 2 * FRAME, "host": 0}
+
+
+def test_what_is_read_is_what_is_held():
+    bank = filled(MemoryBudget(device=FRAME), 40)
+    (indices,) = held(bank)
+    assert len(indices) == 14
+    keys, values = (torch.cat([frame(index)[i].flatten(2) for index in indices], 2).mT for i in (0, 1))
+    query_key = frame(99)[0]
+    expected = torch.softmax(query_key.flatten(2).mT @ keys.mT * C**-0.5, -1) @ values
+    torch.testing.assert_close(bank.read(query_key).flatten(2).mT, expected)
+
+
+def test_importance_keeps_what_is_read():
+    bank = MemoryBank(MemoryRule.parse("every:1"), MemoryBudget(device=FRAME, eviction="importance"))
+    bank.add_objects(1)
+    asked = 5
+    for index in range(40):
+        given = [index == 0]
+        wanted = bank.wanted(index, given)
+        bank.remember(index, given, wanted, *frame(index))
+        # queries like the keys of one frame read that frame
+        bank.read(frame(asked)[0] * 20)
+        assert asked in held(bank)[0] or index < asked
+    assert 0 in held(bank)[0] and 39 in held(bank)[0]
+    fifo = filled(MemoryBudget(device=FRAME), 40)
+    assert asked not in held(fifo)[0]
+
+
+def test_use_is_the_share_of_the_reads_weight():
+    bank = filled(MemoryBudget(device=10 * FRAME, eviction="importance"), 5, objects=2)
+    query_key = frame(50)[0]
+    bank.read(query_key)
+    queries = query_key.flatten(2).mT.expand(2, -1, -1)
+    keys = torch.cat([frame(index, 2)[0].flatten(2) for index in range(5)], 2).mT
+    usage = memory_usage(queries, keys, implementation="reference").sum(0).unflatten(0, (5, 9)).sum(1)
+    used = torch.tensor([entry.used for entry in bank.memories[0].frames])
+    torch.testing.assert_close(used, usage / usage.sum())
+
+
+@pytest.mark.parametrize("eviction", ["fifo", "importance"])
+def test_given_masks_stay(eviction):
+    bank = MemoryBank(MemoryRule.parse("every:1"), MemoryBudget(device=FRAME, eviction=eviction))
+    bank.add_objects(1)
+    given = {0, 7, 21}
+    for index in range(50):
+        remember(bank, index, [index in given])
+        bank.read(frame(index)[0])
+    assert given <= set(held(bank)[0])
+
+
+def test_objects_share_one_budget():
+    bank = filled(MemoryBudget(device=4 * FRAME), 30)
+    bank.add_objects(2)
+    for index in range(30, 90):
+        remember(bank, index, [False] + [index == 30] * 2)
+        assert sum(memory.pages.nbytes for memory in bank.memories if memory.pages) <= 4 * FRAME
+    first, second = held(bank)
+    assert 0 in first and 30 in second and 89 in first and 89 in second
+
+
+def test_the_host_takes_what_the_device_does_not():
+    bank = filled(MemoryBudget(device=FRAME, host=2 * FRAME), 60)
+    assert bank.most == {"device": FRAME, "host": 2 * FRAME}
+    assert len(held(bank)[0]) == 42 and bank.evicted == 18
+    everything = filled(MemoryBudget(device=3 * FRAME), 60)
+    query_key = frame(99)[0]
+    torch.testing.assert_close(bank.read(query_key), everything.read(query_key))
+
+
+def test_a_budget_too_small_says_what_would_do():
+    with pytest.raises(ValueError, match=rf"memory budget: expected at least {format_size(FRAME)} for 1 objects"):
+        filled(MemoryBudget(device=FRAME - 1), 1)
+    # 14 frames with given masks fill a page
+    bank = MemoryBank(MemoryRule.parse("every:1"), MemoryBudget(device=FRAME))
+    bank.add_objects(1)
+    with pytest.raises(ValueError, match=rf"expected at least {format_size(2 * FRAME)} for 1 objects and the frames"):
+        for index in range(15):
+            remember(bank, index, [True])
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"device": -1}, "device budget: expected at least 0 bytes, got -1"),
+        ({"host": -1}, "host budget: expected at least 0 bytes, got -1"),
+        ({"eviction": "oldest"}, "eviction: expected one of fifo, importance, got 'oldest'"),
+    ],
+)
+def test_what_is_no_budget(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        MemoryBudget(**wrong)
+
+
+def test_sizes():
+    sizes = {"2GiB": 2**31, "500 MB": 5 * 10**8, "4096": 4096, "1.5kib": 1536, "7B": 7}
+    assert {text: parse_size(text) for text in sizes} == sizes
+    for text in ("", "GiB", "-1", "2 gallons", "1e9"):
+        with pytest.raises(ValueError, match="expected a size like 2GiB"):
+            parse_size(text)
+    assert [format_size(size) for size in (5, 2048, 3 * 2**20, 2**31)] == ["5 bytes", "2.0 KiB", "3.0 MiB", "2.0 GiB"]
+
+
+def test_a_large_budget_changes_no_mask(small_model, clip):
+    frames, labels = clip
+    masks = {0: labels[0]}
+    plain = list(Tracker(small_model).track(frames, masks))
+    for budget in (MemoryBudget(device=2**30), MemoryBudget(device=0, host=2**30, eviction="importance")):
+        found = list(Tracker(small_model, budget=budget).track(frames, masks))
+        for one, other in zip(plain, found, strict=True):
+            np.testing.assert_array_equal(one.labels, other.labels)
+
+
+def test_a_small_budget_tracks_on(small_model, clip):
+    frames, labels = clip
+    video = np.concatenate([frames] * 3)
+    tracker = Tracker(small_model, memory="every:1", budget=MemoryBudget(device=2**30))
+    assert len(list(tracker.track(video, {0: labels[0]}))) == len(video)
+    page = tracker.bank.memories[0].pages.page_nbytes
+    assert tracker.bank.most["device"] > page and tracker.bank.evicted == 0
+    tracker = Tracker(small_model, memory="every:1", budget=MemoryBudget(device=page))
+    assert len(list(tracker.track(video, {0: labels[0]}))) == len(video)
+    assert tracker.bank.evicted > 0 and tracker.bank.most == {"device": page, "host": 0}
+
+
+def test_what_a_video_will_take():
+    rule = MemoryRule.parse("every:5")
+    assert [rule.most_frames(count) for count in (1, 2, 6, 8, 100)] == [0, 1, 2, 3, 21]
+    assert MemoryRule.parse("first").most_frames(100) == 1
+    assert MemoryRule.parse("previous").most_frames(100) == 1
+    assert MemoryRule.parse("first+previous").most_frames(100) == 2
+    assert MemoryRule.parse("uniform:5", 100).most_frames(100) == 7
+
+
+@pytest.mark.parametrize("rule", ["first", "previous", "first+previous", "every:3", "every:1", "uniform:4"])
+def test_it_takes_no_more(rule, small_model, clip):
+    frames, labels = clip
+    tracker = Tracker(small_model, memory=rule)
+    counts = []
+    for _ in tracker.track(frames, {0: labels[0]}):
+        counts.append(max((len(memory.frames) for memory in tracker.bank.memories), default=0))
+    assert max(counts) == MemoryRule.parse(rule, len(frames)).most_frames(len(frames))
