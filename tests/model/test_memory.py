@@ -95,14 +95,18 @@ def test_given_masks_stay(eviction):
     assert given <= set(held(bank)[0])
 
 
-def test_objects_share_one_budget():
-    bank = filled(MemoryBudget(device=4 * FRAME), 30)
+@pytest.mark.parametrize("host", [0, 3])
+def test_objects_share_one_budget(host):
+    bank = filled(MemoryBudget(device=4 * FRAME, host=host * FRAME), 30)
     bank.add_objects(2)
-    for index in range(30, 90):
+    for index in range(30, 120):
         remember(bank, index, [False] + [index == 30] * 2)
-        assert sum(memory.pages.nbytes for memory in bank.memories if memory.pages) <= 4 * FRAME
+        assert sum(memory.pages.device_nbytes for memory in bank.memories if memory.pages) <= 4 * FRAME
+        assert sum(memory.pages.nbytes for memory in bank.memories if memory.pages) <= (4 + host) * FRAME
     first, second = held(bank)
-    assert 0 in first and 30 in second and 89 in first and 89 in second
+    assert 0 in first and 30 in second and 119 in first and 119 in second
+    # the mask of frame 30 is not the first object's
+    assert 30 not in first
 
 
 def test_the_host_takes_what_the_device_does_not():
