@@ -58,7 +58,13 @@ STUDIES = {
         Study(
             "read",
             "How the memory is read",
-            {"reference": {"implementation": "reference"}, "fused": {"implementation": "auto"}},
+            {
+                "reference": {"implementation": "reference"},
+                "fused": {"implementation": "auto"},
+                "skip 1e-3": {"skip": 1e-3},
+                "skip 1e-2": {"skip": 1e-2},
+                "top 30": {"top_k": 30},
+            },
             "bars",
         ),
     )
