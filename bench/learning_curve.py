@@ -12,9 +12,12 @@ from pathlib import Path
 
 
 def read_metrics(path: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-    """(step, loss) and (step, J) pairs of a run."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return tuple([(line["step"], line[name]) for line in lines if name in line] for name in ("loss", "J"))
+    """(step, loss) and (step, J) pairs of a run, in order; of a step told twice, what was told last."""
+    found: dict[str, dict[int, float]] = {"loss": {}, "J": {}}
+    for line in map(json.loads, path.read_text().splitlines()):
+        for name in found.keys() & line.keys():
+            found[name][line["step"]] = line[name]
+    return sorted(found["loss"].items()), sorted(found["J"].items())
 
 
 def main() -> None:
