@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -176,9 +177,12 @@ class SpaceTimeMemory:
         pages = -(-(len(self.frames) + more) * self.positions // self.pages.page_size)
         return pages * self.pages.page_nbytes
 
-    def wants(self, frame_index: int, mask_given: bool) -> bool:
-        """Whether the next frame is segmented with this one in memory."""
-        return self.rule.previous or self.rule.keeps(frame_index, mask_given)
+    def wants(self, frame_index: int, mask_given: bool, certain: bool = True) -> bool:
+        """Whether the next frame is segmented with this one in memory; one that is not certain is not kept for good."""
+        return self.rule.previous or self._keeps(frame_index, mask_given, certain)
+
+    def _keeps(self, frame_index: int, mask_given: bool, certain: bool) -> bool:
+        return self.rule.keeps(frame_index, mask_given) and (certain or mask_given)
 
     def prepare(self, key: Tensor, value: Tensor) -> None:
         """Make ready for frames with keys `[n, C, h, w]` and values `[n, V, h, w]`, in their dtype, where they are."""
@@ -189,12 +193,12 @@ class SpaceTimeMemory:
                 len(key), key.shape[1], value.shape[1], **page, dtype=value.dtype, device=value.device
             )
 
-    def remember(self, frame_index: int, mask_given: bool, key: Tensor, value: Tensor) -> None:
+    def remember(self, frame_index: int, mask_given: bool, certain: bool, key: Tensor, value: Tensor) -> None:
         """Add a frame: key `[n, C, h, w]` and value `[n, V, h, w]` of the n objects."""
         self.prepare(key, value)
         self.pages.append(as_positions(key), as_positions(value))
         self.frames.append(_Frame(frame_index, mask_given))
-        self._temporary = not self.rule.keeps(frame_index, mask_given)
+        self._temporary = not self._keeps(frame_index, mask_given, certain)
 
     def forget_temporary(self) -> None:
         """Drop the frame that was only there as the previous one."""
@@ -209,14 +213,20 @@ class SpaceTimeMemory:
         if place < len(self.frames):
             self.frames[place] = last
 
-    def read(self, query_key: Tensor) -> Tensor:
-        """What each of the n objects reads at every position of a frame: `[1, C, h, w]` → `[n, V, h, w]`."""
+    def read(self, query_key: Tensor) -> tuple[Tensor, Tensor]:
+        """What each of the n objects reads at every position of a frame, `[1, C, h, w]` → `[n, V, h, w]`, and how like
+        what is remembered it is there: the log of the mean exponential similarity `[n, h, w]`.
+        """
         height, width = query_key.shape[-2:]
         queries = as_positions(query_key).expand(self.pages.batch, -1, -1)
         readout, lse = self.pages.read(queries, return_lse=True, **self.read_options)
         if self.weighed:
             self._weigh(queries, lse)
-        return rearrange(readout, "n (h w) v -> n v h w", h=height, w=width)
+        similarity = lse - math.log(len(self.pages))
+        return (
+            rearrange(readout, "n (h w) v -> n v h w", h=height, w=width),
+            rearrange(similarity, "n (h w) -> n h w", h=height, w=width),
+        )
 
     def _weigh(self, queries: Tensor, lse: Tensor) -> None:
         implementation = self.read_options.get("implementation", "auto")
@@ -257,20 +267,28 @@ class MemoryBank:
         self.memories.append(SpaceTimeMemory(self.rule, **limits, **self.read_options))
         self.counts.append(count)
 
-    def read(self, query_key: Tensor) -> Tensor:
-        """What every object reads at every position of a frame: `[1, C, h, w]` → `[n, V, h, w]`."""
-        return torch.cat([memory.read(query_key) for memory in self.memories])
+    def read(self, query_key: Tensor) -> tuple[Tensor, Tensor]:
+        """What every object reads, and how like what is remembered it is, as `SpaceTimeMemory.read`."""
+        reads = [memory.read(query_key) for memory in self.memories]
+        return tuple(torch.cat(tensors) for tensors in zip(*reads))
 
-    def wanted(self, frame_index: int, given: Sequence[bool]) -> list[bool]:
+    def wanted(self, frame_index: int, given: Sequence[bool], certain: Sequence[bool]) -> list[bool]:
         """Forget the temporary frame, and say which memories want this one; `given` tells for each object whether the
-        user gave its mask.
+        user gave its mask, `certain` whether its mask is to be relied on.
         """
         for memory in self.memories:
             memory.forget_temporary()
-        return [memory.wants(frame_index, any(given[part])) for memory, part in zip(self.memories, self._parts())]
+        parts = zip(self.memories, self._parts(), strict=True)
+        return [memory.wants(frame_index, any(given[part]), all(certain[part])) for memory, part in parts]
 
     def remember(
-        self, frame_index: int, given: Sequence[bool], wanted: Sequence[bool], key: Tensor, value: Tensor
+        self,
+        frame_index: int,
+        given: Sequence[bool],
+        certain: Sequence[bool],
+        wanted: Sequence[bool],
+        key: Tensor,
+        value: Tensor,
     ) -> None:
         """Put a frame into the memories that want it: key `[n, C, h, w]`, value `[n, V, h, w]` of all n objects.
 
@@ -282,7 +300,7 @@ class MemoryBank:
                 continue
             memory.prepare(key[part], value[part])
             self._make_room(memory)
-            memory.remember(frame_index, any(given[part]), key[part], value[part])
+            memory.remember(frame_index, any(given[part]), all(certain[part]), key[part], value[part])
             for place in ("device", "host"):
                 held = sum(getattr(m.pages, f"{place}_nbytes") for m in self.memories if m.pages is not None)
                 self.most[place] = max(self.most[place], held)

@@ -27,7 +27,8 @@ def filled(budget: MemoryBudget, frames: int, rule: str = "every:1", objects: in
 
 
 def remember(bank: MemoryBank, index: int, given: list[bool]) -> None:
-    bank.remember(index, given, bank.wanted(index, given), *frame(index, len(given)))
+    certain = [True] * len(given)
+    bank.remember(index, given, certain, bank.wanted(index, given, certain), *frame(index, len(given)))
 
 
 def held(bank: MemoryBank) -> list[list[int]]:
@@ -54,7 +55,7 @@ def test_what_is_read_is_what_is_held():
     keys, values = (torch.cat([frame(index)[i].flatten(2) for index in indices], 2).mT for i in (0, 1))
     query_key = frame(99)[0]
     expected = torch.softmax(query_key.flatten(2).mT @ keys.mT * C**-0.5, -1) @ values
-    torch.testing.assert_close(bank.read(query_key).flatten(2).mT, expected)
+    torch.testing.assert_close(bank.read(query_key)[0].flatten(2).mT, expected)
 
 
 def test_importance_keeps_what_is_read():
@@ -62,9 +63,7 @@ def test_importance_keeps_what_is_read():
     bank.add_objects(1)
     asked = 5
     for index in range(40):
-        given = [index == 0]
-        wanted = bank.wanted(index, given)
-        bank.remember(index, given, wanted, *frame(index))
+        remember(bank, index, [index == 0])
         # queries like the keys of one frame read that frame
         bank.read(frame(asked)[0] * 20)
         assert asked in held(bank)[0] or index < asked

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import stm_model.tracker as tracker_module
 from stm_model.memory import MemoryRule
 from stm_model.tracker import Tracker, pad_to_stride
 
@@ -288,3 +289,36 @@ def test_masks_after_the_end_are_said(small_model, clip):
     frames, labels = clip
     with pytest.warns(UserWarning, match=r"masks of frames \[30\] were not used: the video ended at frame 7"):
         track(small_model, frames, {0: labels[0], 30: labels[1]})
+
+
+def test_certainty_is_the_mean_probability_of_a_mask(small_model, clip):
+    frames, labels = clip
+    first, *others = track(small_model, frames, {0: labels[0]})
+    assert first.certainty == (1.0, 1.0)
+    for result in others:
+        for channel, certainty in enumerate(result.certainty, 1):
+            own = result.probabilities[channel][torch.from_numpy(result.labels) == channel]
+            assert certainty == pytest.approx(own.mean().item() if len(own) else 0.0, abs=1e-6)
+
+
+def test_familiarity_is_the_similarity_that_the_read_finds(small_model, clip):
+    frames, labels = clip
+    noise = np.random.default_rng(0).integers(0, 256, frames[0].shape, dtype=np.uint8)
+    results = track(small_model, np.stack([frames[0], frames[0], noise]), {0: labels[0]}, memory="first")
+    assert results[0].familiarity == (-np.inf, -np.inf)
+    assert all(again > other for again, other in zip(results[1].familiarity, results[2].familiarity, strict=True))
+    # a memory that holds the same twice is as familiar
+    twice = track(small_model, np.stack([frames[0]] * 3), {0: labels[0], 1: labels[0]}, memory="first")
+    assert twice[2].familiarity[0] == pytest.approx(twice[1].familiarity[0], abs=1.0)
+
+
+@pytest.mark.parametrize("skip_uncertain", [False, True])
+def test_uncertain_frames_are_kept_out_of_the_memory(small_model, clip, monkeypatch, skip_uncertain):
+    frames, labels = clip
+    certainties = iter([[1.0, 1.0], [0.9, 0.7], [0.7, 0.1], [0.9, 0.8], [0.1, 0.1], [0.9, 0.9], [1.0, 1.0], [1.0, 1.0]])
+    monkeypatch.setattr(tracker_module, "_certainty", lambda probabilities: next(certainties))
+    tracker = Tracker(small_model, memory="every:1", skip_uncertain=skip_uncertain)
+    assert len(list(tracker.track(frames, {0: labels[0], 2: labels[2]}))) == 8
+    # the mask of frame 2 was given; frame 7 is nobody's previous frame
+    kept = [0, 2, 3, 5, 6] if skip_uncertain else [0, 1, 2, 3, 4, 5, 6]
+    assert [frame.index for frame in tracker.bank.memories[0].frames] == kept
