@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from stm_model.files import whole
+
 VOID = 255
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 MOST_GREY_LABELS = 64  # a grey picture with more values than this is a photograph or has soft edges, not labels
@@ -136,29 +138,17 @@ def davis_palette() -> bytes:
     return np.stack(channels, axis=1).astype(np.uint8).tobytes()
 
 
-@contextmanager
-def _whole(path: str | os.PathLike):
-    """A temporary name beside `path` that becomes `path` only when the block ends well."""
-    path = Path(path)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def write_mask(path: str | os.PathLike, labels: np.ndarray) -> None:
     """Write uint8 labels `[H, W]` as a PNG with DAVIS' palette. A file of that name is there whole or not at all."""
     image = Image.fromarray(np.asarray(labels, dtype=np.uint8), mode="P")
     image.putpalette(davis_palette())
-    with _whole(path) as partial:
+    with whole(path) as partial:
         image.save(partial, format="PNG")
 
 
 def write_image(path: str | os.PathLike, image: np.ndarray) -> None:
     """Write uint8 RGB `[H, W, 3]` as a picture of the suffix's format, whole or not at all."""
-    with _whole(path) as partial:
+    with whole(path) as partial:
         Image.fromarray(image).save(partial)
 
 

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stm_model.files import write_json
+from stm_model.overlap import Ahead, Behind
+
 # torch, PyAV and the model are imported where they are used: `stm --help` answers at once
 if TYPE_CHECKING:
     import numpy as np
@@ -45,23 +48,20 @@ class Run:
         """Track and write; the exit code. Whatever stops it half-way, the masks and the overlay so far stay."""
         from tqdm import tqdm
 
-        from stm_model.media import BrokenVideo, VideoWriter
-        from stm_model.pictures import overlay, write_mask
+        from stm_model.media import BrokenVideo
 
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.write_summary()  # a run that is killed is marked as unfinished
         _clear_output(self.out)
-        (self.out / "masks").mkdir(parents=True, exist_ok=True)
-        self._write_summary()  # a run that is killed is marked as unfinished
-        feed, started, code = _Feed(frames), time.perf_counter(), 0
-        writer = VideoWriter(self.out / "overlay.mp4", fps) if write_overlay else contextlib.nullcontext()
-        results = _timed(self.tracker.track(feed, masks, frame_count=count), self.summary["seconds"])
+        (self.out / "masks").mkdir(exist_ok=True)
+        started, code, feed = time.perf_counter(), 0, Ahead(frames)
+        writer = Behind(lambda items: self._write(items, fps if write_overlay else None))
+        bar = tqdm(total=count, desc="track", unit="frame", delay=1, disable=None)
         try:
-            with writer, tqdm(total=count, desc="track", unit="frame", delay=1, disable=None) as progress:
-                for result in results:
-                    write_mask(self.out / "masks" / f"{result.index:05d}.png", result.labels)
-                    self.summary["frames"], self.summary["objects"] = result.index + 1, list(result.objects)
-                    if write_overlay:
-                        writer.write(overlay(feed.last, result.labels))
-                    progress.update()
+            with feed, writer, bar:
+                for result in _timed(self.tracker.track(feed, masks, frame_count=count), self.summary["seconds"]):
+                    writer.put((result.index, result.labels, result.objects, feed.last))
+                    bar.update()
             self.summary["stopped"] = None
         except (BrokenVideo, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
             if isinstance(error, RuntimeError) and not is_out_of_memory(error):
@@ -72,24 +72,39 @@ class Run:
             self.summary["stopped"] = "interrupted" if code == INTERRUPTED else one_line(error)
         if write_overlay:
             self.summary["files"]["overlay"] = str(self.out / "overlay.mp4")
-        self._measure(feed, time.perf_counter() - started)
+        self.summary["size"] = list(feed.last.shape[:2])
+        # the tracker pulls its frames itself: what it waits for them is not tracking
+        tracking = self.summary["seconds"]["tracking"] - feed.waited
+        wall = time.perf_counter() - started
+        self._measure(tracking=tracking, waiting=feed.waited, decoding=feed.busy, writing=writer.busy, wall=wall)
         return code
 
-    def _measure(self, feed: _Feed, wall: float) -> None:
+    def _write(self, items: Iterator[tuple[int, np.ndarray, tuple[int, ...], np.ndarray]], fps) -> None:
+        """Write the masks, and the overlay if it has a frame rate, of (index, labels, objects, frame) as they come."""
+        from stm_model.media import VideoWriter
+        from stm_model.pictures import overlay, write_mask
+
+        with contextlib.nullcontext() if fps is None else VideoWriter(self.out / "overlay.mp4", fps) as video:
+            for index, labels, objects, frame in items:
+                write_mask(self.out / "masks" / f"{index:05d}.png", labels)
+                self.summary["frames"], self.summary["objects"] = index + 1, list(objects)
+                if video is not None:
+                    video.write(overlay(frame, labels))
+
+    def _measure(self, **seconds: float) -> None:
         import torch
 
-        seconds = self.summary["seconds"]
-        # the tracker pulls its frames itself: what they took to decode is not tracking
-        seconds.update(tracking=seconds["tracking"] - feed.seconds, decoding=feed.seconds, wall=wall)
+        from stm_model.runtime import peak_process_memory
+
+        self.summary["seconds"] = seconds
         self.summary["fps"] = self.summary["frames"] / max(seconds["tracking"], 1e-9)
-        self.summary["size"] = list(feed.last.shape[:2])
-        self.summary["peak_memory_bytes"]["process"] = _peak_process_memory()
+        self.summary["peak_memory_bytes"]["process"] = peak_process_memory()
         if torch.device(self.summary["device"]).type == "cuda":
             self.summary["peak_memory_bytes"]["device"] = torch.cuda.max_memory_allocated(self.summary["device"])
 
     def report(self, code: int, as_json: bool) -> int:
         """Write summary.json, print the summary and, if the run stopped early, why; returns the exit code."""
-        self._write_summary()
+        self.write_summary()
         if as_json:
             print(json.dumps(self.summary, indent=2))
         else:
@@ -99,8 +114,9 @@ class Run:
             return fail(f"{self.summary['stopped']}; {kept}", code)
         return code
 
-    def _write_summary(self) -> None:
-        (self.out / "summary.json").write_text(json.dumps(self.summary, indent=2) + "\n")
+    def write_summary(self) -> None:
+        """Write summary.json."""
+        write_json(self.out / "summary.json", self.summary)
 
     def _print(self) -> None:
         summary, seconds = self.summary, self.summary["seconds"]
@@ -116,25 +132,6 @@ class Run:
             print(f"{name:11} {value:.3f}")
         for name, path in summary["files"].items():
             print(f"{name.replace('_', ' '):13} {path}")
-
-
-class _Feed:
-    """Hands frames on, counts the seconds they take to come and remembers the last one."""
-
-    def __init__(self, frames):
-        self.frames, self.seconds, self.last = frames, 0.0, None
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        source = iter(self.frames)
-        while True:
-            started = time.perf_counter()
-            try:
-                self.last = next(source)
-            except StopIteration:
-                return
-            finally:
-                self.seconds += time.perf_counter() - started
-            yield self.last
 
 
 def _timed(results: Iterator, seconds: dict[str, float]) -> Iterator:
@@ -164,18 +161,9 @@ def _clear_output(out: Path) -> None:
     """Remove what an earlier run wrote into a folder, and nothing else."""
     masks = [file for file in (out / "masks").glob("*.png") if file.stem.isdigit()]
     partial = [*out.glob(".*.partial.*"), *out.glob("masks/.*.partial.*")]
-    for file in [*masks, *partial, *(out / name for name in OUTPUTS if name != "masks")]:
+    # summary.json stays: it says at any time whose results these are
+    for file in [*masks, *partial, out / "overlay.mp4", out / "contact_sheet.png"]:
         file.unlink(missing_ok=True)
-
-
-def _peak_process_memory() -> int | None:
-    """Most memory this process ever held, in bytes; None where the system does not say."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def dtype_name(dtype) -> str:

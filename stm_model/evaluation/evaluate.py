@@ -25,10 +25,10 @@ from stm_model.evaluation.tables import (
     format_table,
     score_records,
     summarize,
-    write_json,
     write_score_tables,
 )
 from stm_model.evaluation.tracking import Speed, TrackingSettings, track_videos
+from stm_model.files import write_json
 from stm_model.memory import MemoryRule
 from stm_model.network import STRIDE
 from stm_model.runtime import default_device, default_dtype

@@ -19,7 +19,7 @@ from stm_model.checkpoint import DEFAULT_WEIGHTS_SIZE
 from stm_model.evaluation.protocol import Video
 from stm_model.network import STM
 from stm_model.pictures import VOID, MediaError, by, picture_size, read_image, write_mask
-from stm_model.runtime import default_device
+from stm_model.runtime import default_device, held_process_memory, peak_process_memory
 from stm_model.tracker import Tracker
 
 WARM_UP = 5
@@ -185,7 +185,7 @@ class _Meter:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.loaded_bytes = torch.cuda.memory_allocated(self.device)
         else:
-            self.loaded_bytes = _process_bytes("VmRSS")
+            self.loaded_bytes = held_process_memory()
 
     def resume(self) -> None:
         self.running_since = time.perf_counter()
@@ -199,14 +199,5 @@ class _Meter:
 
     def speed(self) -> Speed:
         on_gpu = self.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else _process_bytes("VmHWM")
+        peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else peak_process_memory()
         return Speed(self.frames, self.seconds, peak, self.loaded_bytes)
-
-
-def _process_bytes(field_name: str) -> int | None:
-    """A line of this process's status, in bytes; getrusage would count what its parent held when it was started."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field_name + ":")), None)
