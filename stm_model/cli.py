@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import json
 import platform
@@ -14,15 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import tyro
 
+# torch, PyAV and the model are imported where they are used: `stm --help` answers at once
 from stm_model import __version__
 from stm_model.run import (
     BAD_INPUT,
     INTERRUPTED,
-    OUTPUTS,
     Run,
     dtype_name,
     fail,
@@ -30,10 +29,6 @@ from stm_model.run import (
     is_output_of,
     one_line,
 )
-
-# torch, PyAV and the model are imported where they are used: `stm --help` answers at once
-if TYPE_CHECKING:
-    from stm_model import STM
 
 Config = TypeVar("Config")
 
@@ -67,12 +62,13 @@ class TrackConfig:
     """
 
     video: tyro.conf.Positional[Path]
-    """A video file, or a folder of frames."""
-    mask: Path
+    """A video file, or a folder of frames. Without --mask a text file that lists videos, VIDEO MASK [NAME] on each
+    line."""
+    out: Path
+    """Folder for the results; for those of a list a folder of folders."""
+    mask: Path | None = None
     """Labels of the first frame as a palette or grey PNG, or a folder of such masks named by frame number. 0 is
     background, 255 void (unknown); objects may enter by a mask of a later frame."""
-    out: Path
-    """Folder for the results."""
     checkpoint: Path | None = None
     """A released .pth or our .safetensors; None takes the weights that come with the package."""
     memory: str = "every:5"
@@ -104,7 +100,8 @@ class TrackConfig:
     overlay: bool = True
     """Write overlay.mp4, the video with the objects coloured; --no-overlay does not."""
     overwrite: bool = False
-    """Replace earlier results in a folder that is not empty; other files in it stay."""
+    """Replace earlier results in a folder that is not empty; other files in it stay. Without it a list goes on with the
+    videos that are not done."""
     json: bool = False
     """Print the summary as JSON, alone on stdout."""
 
@@ -167,10 +164,11 @@ def demo(argv: Sequence[str]) -> int:
     from stm_model.data.synthetic import procedural_clip
     from stm_model.evaluation.metrics import sequence_scores
     from stm_model.pictures import contact_sheet, overlay, read_mask, write_image
+    from stm_model.track import load_model
 
-    model = _load_model(None, config.device, None)
+    model = load_model(None, config.device, None)
     frames, truths = procedural_clip(frames=config.frames, objects=config.objects, seed=config.seed)
-    run = Run("demo", config.out, Tracker(model), dataclasses.asdict(config))
+    run = Run("demo", config.out, Tracker(model), config)
     code = run.track(frames, {0: truths[0]}, count=config.frames, fps=24, write_overlay=True)
     if code:
         return run.report(code, config.json)
@@ -188,53 +186,28 @@ def demo(argv: Sequence[str]) -> int:
 def track(argv: Sequence[str]) -> int:
     """`stm track`; see TrackConfig."""
     config = _parse(TrackConfig, "stm track", argv)
-    _check_output(config)
-    from stm_model.media import open_video, read_masks
-    from stm_model.pictures import resize_mask
+    if config.mask is None:
+        return _track_list(config)
+    from stm_model.track import track_video
 
-    video = open_video(config.video)
-    masks = read_masks(config.mask, video, binary=config.binary)
-    height, width = video.size
-    for index, labels in masks.items():
-        if labels.shape != video.size and not config.resize_mask:
-            raise CommandError(
-                f"{config.mask}: the mask of frame {index} is {labels.shape[1]}x{labels.shape[0]} pixels, the video "
-                f"{width}x{height}; add --resize-mask to resize it"
-            )
-        masks[index] = resize_mask(labels, video.size) if labels.shape != video.size else labels
-    if len(masks) == video.frame_count:
-        warnings.warn("every frame has a given mask: nothing is left to track", stacklevel=1)
-    from stm_model import Tracker
-    from stm_model.checkpoint import DEFAULT_WEIGHTS_SIZE
-    from stm_model.memory import MemoryBudget
-
-    if config.size is None and config.checkpoint is None and min(video.size) > DEFAULT_WEIGHTS_SIZE:
-        config = dataclasses.replace(config, size=DEFAULT_WEIGHTS_SIZE)
-    budget = MemoryBudget(
-        _parse_size("--memory-budget", config.memory_budget),
-        _parse_size("--host-budget", config.host_budget),
-        config.eviction,
-    )
-    model = _load_model(config.checkpoint, config.device, config.dtype)
-    tracker = Tracker(
-        model, memory=config.memory, size=config.size, budget=budget, top_k=config.top_k, skip=config.skip
-    )
-    run = Run("track", config.out, tracker, dataclasses.asdict(config))
-    plan = tracker.plan(video.size, video.frame_count, masks)
-    if not config.json:
-        print(f"remembers   {plan}", flush=True)
-    code = run.track(video, masks, count=video.frame_count, fps=video.fps, write_overlay=config.overlay)
-    run.summary["memory"] = {"planned": str(plan), "most_bytes": tracker.bank.most, "evicted": tracker.bank.evicted}
+    run, code = track_video(config)
     return run.report(code, config.json)
 
 
-def _parse_size(option: str, text: str | None) -> int | None:
-    from stm_model.memory import parse_size
+def _track_list(config: TrackConfig) -> int:
+    from stm_model.batch import describe, track_list
+    from stm_model.ranks import OtherRankFailed, Ranks
 
     try:
-        return None if text is None else parse_size(text)
-    except ValueError as error:
-        raise CommandError(f"{option}: {error}") from error
+        summary = track_list(config)
+    except OtherRankFailed:
+        return BAD_INPUT
+    if Ranks().first:
+        print(json.dumps(summary, indent=2) if config.json else describe(summary))
+        for name, record in summary["videos"].items():
+            if record["state"] == "failed":
+                fail(f"{name}: {record['reason']}", BAD_INPUT)
+    return BAD_INPUT if summary["failed"] else 0
 
 
 def train(argv: Sequence[str]) -> int:
@@ -266,7 +239,7 @@ def evaluate(argv: Sequence[str]) -> int:
     """`stm evaluate`; see stm_model.evaluation.evaluate.EvaluateConfig."""
     from stm_model.evaluation.evaluate import EvaluateConfig, describe
     from stm_model.evaluation.evaluate import evaluate as run_evaluation
-    from stm_model.evaluation.ranks import OtherRankFailed, Ranks
+    from stm_model.ranks import OtherRankFailed, Ranks
 
     config = _parse(EvaluateConfig, "stm evaluate", argv)
     try:
@@ -353,31 +326,6 @@ def _usage() -> str:
         ["usage: stm COMMAND [options]", "", "Video object segmentation with a space-time memory.", "", *rows, ""]
         + ["stm COMMAND --help lists a command's options; stm --version the version."]
     )
-
-
-def _load_model(checkpoint: Path | None, device: str | None, dtype: str | None) -> STM:
-    import torch
-
-    from stm_model import STM
-
-    if device is not None:
-        try:
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise CommandError(f"--device {device}: cannot be used here ({one_line(error)})") from error
-    return STM.load(checkpoint, device=device, dtype=getattr(torch, dtype) if dtype else None)
-
-
-def _check_output(config: TrackConfig) -> None:
-    if config.out.exists() and not config.out.is_dir():
-        raise CommandError(f"--out {config.out}: is a file; expected a folder")
-    if config.out.is_dir() and any(config.out.iterdir()) and not config.overwrite:
-        raise CommandError(f"--out {config.out}: is not empty; choose another folder, or add --overwrite")
-    ours = {(config.out / name).resolve() for name in OUTPUTS}
-    for name in ("video", "mask"):
-        path = getattr(config, name).resolve()
-        if ours & {path, *path.parents}:
-            raise CommandError(f"--out {config.out}: the results would overwrite the {name}; choose another folder")
 
 
 def _version(package: str) -> str | None:

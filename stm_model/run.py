@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
 import time
@@ -26,7 +27,7 @@ OUTPUTS = ("masks", "overlay.mp4", "contact_sheet.png", "summary.json")
 class Run:
     """One video tracked into a folder: masks, overlay and the summary of how it went."""
 
-    def __init__(self, command: str, out: Path, tracker: Tracker, settings: dict[str, Any]):
+    def __init__(self, command: str, out: Path, tracker: Tracker, settings: Any):
         self.out, self.tracker = out, tracker
         parameter = next(tracker.model.parameters())
         self.summary: dict[str, Any] = {
@@ -41,11 +42,23 @@ class Run:
             "dtype": dtype_name(parameter.dtype),
             "stopped": "unfinished",
             "files": {"masks": str(out / "masks"), "summary": str(out / "summary.json")},
-            "settings": {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()},
+            "settings": plain_settings(settings),
         }
 
-    def track(self, frames, masks: dict[int, np.ndarray], *, count: int | None, fps, write_overlay: bool) -> int:
-        """Track and write; the exit code. Whatever stops it half-way, the masks and the overlay so far stay."""
+    def track(
+        self,
+        frames,
+        masks: dict[int, np.ndarray],
+        *,
+        count: int | None,
+        fps,
+        write_overlay: bool,
+        title: str | None = "track",
+    ) -> int:
+        """Track and write; the exit code. Whatever stops it half-way, the masks and the overlay so far stay.
+
+        `title` stands before the bar of progress; None shows no bar.
+        """
         from tqdm import tqdm
 
         from stm_model.media import BrokenVideo
@@ -56,7 +69,7 @@ class Run:
         (self.out / "masks").mkdir(exist_ok=True)
         started, code, feed = time.perf_counter(), 0, Ahead(frames)
         writer = Behind(lambda items: self._write(items, fps if write_overlay else None))
-        bar = tqdm(total=count, desc="track", unit="frame", delay=1, disable=None)
+        bar = tqdm(total=count, desc=title, unit="frame", delay=1, disable=True if title is None else None)
         try:
             with feed, writer, bar:
                 for result in _timed(self.tracker.track(feed, masks, frame_count=count), self.summary["seconds"]):
@@ -149,7 +162,8 @@ def _timed(results: Iterator, seconds: dict[str, float]) -> Iterator:
 
 def is_output_of(command: str, out: Path) -> bool:
     """Whether a folder is missing, empty, or was written by `command`."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    # a run that is killed as it begins leaves no more than a file's temporary name
+    if not out.exists() or (out.is_dir() and all(".partial" in file.name for file in out.iterdir())):
         return True
     try:
         return json.loads((out / "summary.json").read_text())["command"] == command
@@ -164,6 +178,12 @@ def _clear_output(out: Path) -> None:
     # summary.json stays: it says at any time whose results these are
     for file in [*masks, *partial, out / "overlay.mp4", out / "contact_sheet.png"]:
         file.unlink(missing_ok=True)
+
+
+def plain_settings(settings: Any) -> dict[str, Any]:
+    """The fields of a dataclass of settings as JSON takes them."""
+    fields = dataclasses.asdict(settings)
+    return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
 
 
 def dtype_name(dtype) -> str:

@@ -17,7 +17,6 @@ import torch
 
 from stm_model import __version__
 from stm_model.evaluation.protocol import Dataset, open_dataset
-from stm_model.evaluation.ranks import Ranks
 from stm_model.evaluation.scoring import find_results, score
 from stm_model.evaluation.studies import STUDIES, run_study
 from stm_model.evaluation.tables import (
@@ -31,6 +30,7 @@ from stm_model.evaluation.tracking import Speed, TrackingSettings, track_videos
 from stm_model.files import write_json
 from stm_model.memory import MemoryRule
 from stm_model.network import STRIDE
+from stm_model.ranks import Ranks
 from stm_model.runtime import default_device, default_dtype
 
 SUMMARY = "evaluation.json"

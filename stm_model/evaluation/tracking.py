@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from stm_model.checkpoint import DEFAULT_WEIGHTS_SIZE
+from stm_model.checkpoint import network_size
 from stm_model.evaluation.protocol import Video
 from stm_model.network import STM
 from stm_model.pictures import VOID, MediaError, by, picture_size, read_image, write_mask
@@ -91,7 +91,7 @@ def track_videos(videos: list[Video], settings: TrackingSettings, out: Path, qui
     total = sum(len(video.frame_paths) for video in videos)
     with tqdm(total=total, desc="track", unit="frame", delay=1, disable=quiet or None) as progress:
         for video in videos:
-            size = network_size(settings, picture_size(video.frame_paths[0]))
+            size = network_size(settings.size, settings.checkpoint, picture_size(video.frame_paths[0]))
             if size not in trackers:
                 trackers[size] = Tracker(model, size=size, **settings.options)
             if meter.loaded_bytes is None:
@@ -106,13 +106,6 @@ def track_videos_apart(videos: list[Video], settings: TrackingSettings, out: Pat
     """`track_videos` in a fresh process, so that its memory is its own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(track_videos, videos, settings, out, quiet).result()
-
-
-def network_size(settings: TrackingSettings, frame_size: tuple[int, int]) -> int | None:
-    """Shorter side at which the network runs on frames of this size; None is their own."""
-    if settings.size is None and settings.checkpoint is None and min(frame_size) > DEFAULT_WEIGHTS_SIZE:
-        return DEFAULT_WEIGHTS_SIZE
-    return settings.size
 
 
 def _track_video(video: Video, tracker: Tracker, meter: _Meter, out: Path, progress: tqdm) -> None:

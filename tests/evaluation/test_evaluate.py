@@ -21,9 +21,9 @@ from stm_model.cli import main
 from stm_model.evaluation import figures, studies, tracking
 from stm_model.evaluation.metrics import sequence_scores
 from stm_model.evaluation.protocol import open_dataset
-from stm_model.evaluation.ranks import Ranks
 from stm_model.evaluation.scoring import ObjectScore
 from stm_model.evaluation.studies import STUDIES
+from stm_model.ranks import Ranks
 
 HELD = Path(__file__).parents[3] / "shared" / "data" / "davis2016-train"
 

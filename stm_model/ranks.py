@@ -1,4 +1,4 @@
-"""One evaluation spread over the processes that torchrun starts."""
+"""Work spread over the processes that torchrun starts."""
 
 from __future__ import annotations
 
