@@ -89,7 +89,7 @@ def _listed(words: list[str], folder: Path) -> ListedVideo:
         raise ValueError(f"expected VIDEO MASK [NAME] (quotes around spaces), got {len(words)} words")
     video, mask = ((folder / word).resolve() for word in words[:2])
     name = words[2] if len(words) == 3 else video.name if video.is_dir() else video.stem
-    if not name or Path(name).name != name or name == "summary.json":
+    if Path(name).name != name or name in ("", "..", "summary.json"):
         raise ValueError(f"expected the name of a folder among the results, got {name!r}")
     return ListedVideo(name, video, mask)
 
