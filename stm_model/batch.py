@@ -103,7 +103,7 @@ def track_list(config: Any) -> dict[str, Any]:
 
     Returns:
         What summary.json holds, in every process: the state of each video (done, failed, unfinished), why it failed,
-        its frames and their speed.
+        its frames and their speed, the rank that tracked it now, or that it was done earlier.
 
     Raises:
         ValueError: the list or the settings make no sense, or the results of an earlier run had others.
@@ -119,7 +119,8 @@ def track_list(config: Any) -> dict[str, Any]:
         def work() -> dict[str, dict[str, Any]]:
             for number, job in enumerate(mine, 1):
                 title = f"{job.name} ({number}/{len(mine)})" if ranks.first else None
-                records[job.name] = _track(dataclasses.replace(job.config, device=device), load, title)
+                record = _track(dataclasses.replace(job.config, device=device), load, title)
+                records[job.name] = record | {"rank": ranks.index}
             return records
 
         try:
@@ -206,7 +207,7 @@ def _record(summary: dict[str, Any]) -> dict[str, Any]:
 
 def _write_summary(config: Any, jobs: list[Job], records: dict[str, Any], stopped: str | None) -> dict[str, Any]:
     missing = {"state": "unfinished", "reason": None, "frames": 0, "fps": None}
-    videos = {job.name: {"earlier": False} | records.get(job.name, missing) for job in jobs}
+    videos = {job.name: {"earlier": False, "rank": None} | records.get(job.name, missing) for job in jobs}
     states = [record["state"] for record in videos.values()]
     summary = {
         "command": COMMAND,

@@ -268,6 +268,8 @@ def test_two_ranks_share_a_list(track, folder, tmp_path):
     assert "stm: error: dog: " in done.stderr and "broken.mp4: does not open as a video" in done.stderr
     assert done.stdout.count("3 of 4 videos done, 1 failed") == 1
     assert _states(tmp_path / "two") == {"ant": "done", "dog": "failed", "bee": "done", "cat": "done"}
+    videos = json.loads((tmp_path / "two" / "summary.json").read_text())["videos"]
+    assert {name: row["rank"] for name, row in videos.items()} == {"bee": 0, "cat": 1, "ant": 1, "dog": 0}
     assert track(listed=listed)[0] == 2
     one, two = _written(tmp_path / "out"), _written(tmp_path / "two")
     assert one.keys() == two.keys() and len(one) == 16
