@@ -285,7 +285,7 @@ def test_whatever_stops_a_run_keeps_what_was_tracked(track, tmp_path, monkeypatc
     assert words in json.loads((tmp_path / "out" / "summary.json").read_text())["stopped"]
 
 
-@pytest.mark.parametrize("written", [0, 3])
+@pytest.mark.parametrize("written", [0, 3, FRAMES - 1])
 def test_a_disk_that_is_full_ends_the_run(track, tmp_path, monkeypatch, written):
     """What fails in the writing thread ends the tracking, with the same line."""
     write, names = pictures.write_mask, []

@@ -93,6 +93,7 @@ def test_few_wait_to_be_used_up():
 @pytest.mark.parametrize("put", [1, 50])
 def test_what_the_work_raises_ends_the_block(put):
     def work(items):
+        next(items)
         raise OSError("full")
 
     with pytest.raises(OSError, match="full"), Behind(work) as writer:
