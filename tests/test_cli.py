@@ -379,7 +379,7 @@ def test_bad_input_is_one_line(track, clip, weights, tmp_path):
     ("arguments", "words"),
     [
         (["trakc"], "unknown command 'trakc'; expected demo, track, train, evaluate, info"),
-        (["track"], "--mask PATH --out PATH (see stm track --help)"),
+        (["track"], "PATH --out PATH (see stm track --help)"),
         (["track", "v", "--mask", "m", "--out", "o", "--size", "big"], "--size"),
         (["track", "v", "--mask", "m", "--out", "o", "--dtype", "int8"], "invalid choice 'int8'"),
         (["track", "v", "--mask", "m", "--out", "o", "--colour", "red"], "--colour"),
