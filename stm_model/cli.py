@@ -89,6 +89,8 @@ class TrackConfig:
     eviction: Literal["fifo", "importance"] = "fifo"
     """What is forgotten where the budget is full: the oldest frame, or the one that is used least. Frames with a given
     mask stay."""
+    skip_uncertain: bool = False
+    """Don't remember frames for good in which an object is likely lost."""
     top_k: int | None = None
     """Read only so many remembered positions for each pixel of the feature map, the best; None reads all."""
     skip: float = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from stm_model.overlap import Ahead, Behind
 if TYPE_CHECKING:
     import numpy as np
 
-    from stm_model.tracker import Tracker
+    from stm_model.tracker import FrameResult, Tracker
 
 BAD_INPUT, INTERRUPTED = 2, 130
 OUTPUTS = ("masks", "overlay.mp4", "contact_sheet.png", "summary.json")
@@ -34,6 +35,7 @@ class Run:
             "command": command,
             "frames": 0,
             "objects": [],
+            "signals": {},
             "size": None,
             "fps": None,
             "seconds": {},
@@ -73,6 +75,7 @@ class Run:
         try:
             with feed, writer, bar:
                 for result in _timed(self.tracker.track(feed, masks, frame_count=count), self.summary["seconds"]):
+                    self._note(result)
                     writer.put((result.index, result.labels, result.objects, feed.last))
                     bar.update()
             self.summary["stopped"] = None
@@ -91,6 +94,23 @@ class Run:
         wall = time.perf_counter() - started
         self._measure(tracking=tracking, waiting=feed.waited, decoding=feed.busy, writing=writer.busy, wall=wall)
         return code
+
+    def _note(self, result: FrameResult) -> None:
+        """Note how large and how certain each mask is, how familiar what it covers, and where it is likely lost."""
+        from stm_model.tracker import UNCERTAIN
+
+        signals = self.summary["signals"]
+        values = zip(result.objects, result.certainty, result.familiarity, strict=True)
+        for label, certainty, familiarity in values:
+            noted = signals.setdefault(
+                str(label), {"from": result.index, "area": [], "certainty": [], "familiarity": [], "uncertain": []}
+            )
+            noted["area"].append(round(float((result.labels == label).mean()), 6))
+            noted["certainty"].append(round(certainty, 4))
+            # JSON has no infinity
+            noted["familiarity"].append(round(familiarity, 4) if math.isfinite(familiarity) else None)
+            if certainty < UNCERTAIN:
+                noted["uncertain"].append(result.index)
 
     def _write(self, items: Iterator[tuple[int, np.ndarray, tuple[int, ...], np.ndarray]], fps) -> None:
         """Write the masks, and the overlay if it has a frame rate, of (index, labels, objects, frame) as they come."""
@@ -138,6 +158,9 @@ class Run:
         )
         print(f"frames      {summary['frames']} of {summary['size'][1]}x{summary['size'][0]} pixels")
         print(f"objects     {len(summary['objects'])} (labels {', '.join(map(str, summary['objects'])) or 'none yet'})")
+        for label, noted in summary["signals"].items():
+            if noted["uncertain"]:
+                print(f"lost?       object {label} in {len(noted['uncertain'])} frames from {noted['uncertain'][0]} on")
         print(f"speed       {summary['fps']:.2f} frames a second tracking; {seconds['wall']:.1f} s in all")
         print(f"ran on      {summary['device']} in {summary['dtype']}")
         print(f"peak memory {memory or 'unknown'}")

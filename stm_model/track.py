@@ -55,7 +55,15 @@ def make_tracker(config: Any, load: Callable[..., STM] | None = None) -> Tracker
         _bytes("--memory-budget", config.memory_budget), _bytes("--host-budget", config.host_budget), config.eviction
     )
     model = (load or load_model)(config.checkpoint, config.device, config.dtype)
-    return Tracker(model, memory=config.memory, size=config.size, budget=budget, top_k=config.top_k, skip=config.skip)
+    return Tracker(
+        model,
+        memory=config.memory,
+        size=config.size,
+        budget=budget,
+        skip_uncertain=config.skip_uncertain,
+        top_k=config.top_k,
+        skip=config.skip,
+    )
 
 
 def load_model(checkpoint: Path | None, device: str | None, dtype: str | None) -> STM:

@@ -206,6 +206,22 @@ def test_what_a_run_will_remember_is_said_before_and_after(track, tmp_path):
     assert memory["most_bytes"]["device"] >= 7 * kib * 1024 and memory["most_bytes"]["host"] == 0
 
 
+def test_the_summary_says_where_an_object_is_likely_lost(track, clip, tmp_path, monkeypatch):
+    import stm_model.tracker
+
+    certainties = iter([[1.0, 1.0], [0.9, 0.7]] + [[0.85, 0.8]] * (FRAMES - 3) + [[0.0, 0.9]])
+    monkeypatch.setattr(stm_model.tracker, "_certainty", lambda probabilities: next(certainties))
+    code, out, _ = track("--skip-uncertain")
+    assert code == 0 and f"object 7 in 1 frames from {FRAMES - 1} on" in out and "object 9 in 1 frames from 1 on" in out
+    signals = json.loads((tmp_path / "out" / "summary.json").read_text())["signals"]
+    assert signals["7"]["uncertain"] == [FRAMES - 1] and signals["9"]["uncertain"] == [1]
+    for label, noted in signals.items():
+        masks = [pictures.read_mask(tmp_path / "out" / "masks" / f"{index:05d}.png") for index in range(FRAMES)]
+        assert noted["area"] == [round(float((mask == int(label)).mean()), 6) for mask in masks]
+        assert noted["from"] == 0 and len(noted["certainty"]) == FRAMES
+        assert noted["familiarity"][0] is None and all(value is not None for value in noted["familiarity"][1:])
+
+
 @pytest.mark.parametrize("eviction", ["fifo", "importance"])
 def test_a_budget_is_kept(track, tmp_path, eviction):
     page = 128 * 2 * 32 * 4
