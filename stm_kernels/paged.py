@@ -26,6 +26,8 @@ class PagedMemory:
         device_pages: how many pages may lie on the device; the others lie in the host's memory (pinned for a GPU), and
             stream through two pages on the device while they are read. None is as many as the device can hold.
         dtype: floating-point type of keys and values.
+        value_dtype: in which values are held, if in another: `torch.float8_e4m3fn` takes a byte a value, at a relative
+            rounding of 2⁻⁴; pages are brought back to `dtype` one at a time as they are read.
         device: where the memory is read.
 
     Raises:
@@ -42,6 +44,7 @@ class PagedMemory:
         page_size: int = 32768,
         device_pages: int | None = None,
         dtype: torch.dtype = torch.float32,
+        value_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         sizes = {"batch": batch, "key_channels": key_channels, "value_channels": value_channels, "page_size": page_size}
@@ -50,11 +53,15 @@ class PagedMemory:
                 raise ValueError(f"{name}: expected at least 1, got {size}")
         if device_pages is not None and device_pages < 0:
             raise ValueError(f"device_pages: expected at least 0, got {device_pages}")
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype: expected a floating-point type, got {dtype}")
+        value_dtype = value_dtype or dtype
+        for name, kind in {"dtype": dtype, "value_dtype": value_dtype}.items():
+            if not kind.is_floating_point:
+                raise TypeError(f"{name}: expected a floating-point type, got {kind}")
         self.batch, self.key_channels, self.value_channels = batch, key_channels, value_channels
         self.page_size, self.dtype, self.device = page_size, dtype, torch.empty(0, device=device).device
-        self._pages = Pages(batch, key_channels, value_channels, page_size, dtype, self.device, device_pages)
+        self._pages = Pages(
+            batch, key_channels, value_channels, page_size, dtype, value_dtype, self.device, device_pages
+        )
         # addresses of the pages on the device, keys above values, made anew when there are more
         self._table: Tensor | None = None
 
@@ -145,12 +152,16 @@ class PagedMemory:
         self._table = None
 
     def snapshot(self) -> dict[str, Tensor]:
-        """All that is held, to be saved: `key` `[B, N, C]` and `value` `[B, N, V]`, copies in the host's memory."""
+        """All that is held, to be saved: `key` `[B, N, C]` and `value` `[B, N, V]`, copies in the host's memory, and
+        `value_unit`, where values are held in another format.
+        """
         channels = {"key": self.key_channels, "value": self.value_channels}
         held = {name: torch.empty(self.batch, len(self), count, dtype=self.dtype) for name, count in channels.items()}
         for start, *parts in self._pages.read_back(0, len(self)):
             for tensor, part in zip(held.values(), parts):
                 tensor[:, start : start + part.shape[1]] = part
+        if self._pages.value_unit not in (None, 1.0):
+            held["value_unit"] = torch.tensor(self._pages.value_unit, dtype=torch.float64)
         return held
 
     def restore(self, snapshot: dict[str, Tensor]) -> None:
@@ -161,6 +172,8 @@ class PagedMemory:
         """
         key, value = (snapshot[name].to(self.device) for name in ("key", "value"))
         self.check(key, value)
+        if "value_unit" in snapshot:
+            self._pages.value_unit = snapshot["value_unit"].item()
         self._pages.truncate(0)
         self._pages.write(0, key, value)
 
@@ -212,7 +225,7 @@ class PagedMemory:
         self, query_key: Tensor, *, top_k: int | None = None, implementation: str = "auto", **options: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`read` with all it can return, and its log-sum-exp in float64, to merge it with other reads."""
-        parts = self._pages.parts() if len(self) else [self._pages.new_page(0)]
+        parts = self._pages.parts() if len(self) else [self._nothing()]
         if implementation == "reference":
             # a page from the host is lent for one turn only
             parts = [tuple(torch.cat(tensors, 1) for tensors in zip(*((k.clone(), v.clone()) for k, v in parts)))]
@@ -258,7 +271,9 @@ class PagedMemory:
     def _one_launch_reads(self, query_key: Tensor, implementation: str, similarity: str = "dot", **others: Any) -> bool:
         """Whether a kernel that walks over a table of pages can read this; it has no backward pass."""
         differentiated = torch.is_grad_enabled() and query_key.requires_grad
-        if differentiated or similarity != "dot" or self.page_size % PAGE_MULTIPLE or query_key.dtype != self.dtype:
+        if differentiated or similarity != "dot" or self.page_size % PAGE_MULTIPLE:
+            return False
+        if not query_key.dtype == self.dtype == self._pages.dtypes[1]:
             return False
         return resolve_implementation(implementation, query_key) == "triton"
 
@@ -285,6 +300,10 @@ class PagedMemory:
         table = PageTable(*self._table, self.page_size, length)
         out, lse, skipped, _ = triton_read(Affinity(query_key, key, scale), value, skip, table)
         return out, lse, skipped
+
+    def _nothing(self) -> Page:
+        key, value = self._pages.new_page(0)
+        return key, self._pages.expanded(value)
 
     def check(self, key: Tensor, value: Tensor) -> None:
         """Raise what `append` would raise."""

@@ -158,11 +158,21 @@ class SpaceTimeMemory:
         rule: which frames are remembered.
         limited: whether frames may have to be evicted, so that pages hold one frame each.
         weighed: whether to note how much every frame is used.
+        value_dtype: as in `PagedMemory`.
         read_options: those of `PagedMemory.read`.
     """
 
-    def __init__(self, rule: MemoryRule, *, limited: bool = False, weighed: bool = False, **read_options: Any):
+    def __init__(
+        self,
+        rule: MemoryRule,
+        *,
+        limited: bool = False,
+        weighed: bool = False,
+        value_dtype: torch.dtype | None = None,
+        **read_options: Any,
+    ):
         self.rule, self.limited, self.weighed, self.read_options = rule, limited, weighed, read_options
+        self.value_dtype = value_dtype
         self.pages: PagedMemory | None = None
         self.frames: list[_Frame] = []
         """In the order in which their positions lie in memory."""
@@ -190,7 +200,13 @@ class SpaceTimeMemory:
             self.positions = key.shape[-2] * key.shape[-1]
             page = {"page_size": -(-self.positions // PAGE_MULTIPLE) * PAGE_MULTIPLE} if self.limited else {}
             self.pages = PagedMemory(
-                len(key), key.shape[1], value.shape[1], **page, dtype=value.dtype, device=value.device
+                len(key),
+                key.shape[1],
+                value.shape[1],
+                **page,
+                dtype=value.dtype,
+                value_dtype=self.value_dtype,
+                device=value.device,
             )
 
     def remember(self, frame_index: int, mask_given: bool, certain: bool, key: Tensor, value: Tensor) -> None:
@@ -245,7 +261,7 @@ class MemoryBank:
     Args:
         rule: which frames are remembered.
         budget: how much, and what is forgotten for it.
-        read_options: those of `PagedMemory.read`.
+        read_options: those of `SpaceTimeMemory`: `value_dtype`, and of `PagedMemory.read`.
     """
 
     def __init__(self, rule: MemoryRule, budget: MemoryBudget, **read_options: Any):

@@ -55,6 +55,7 @@ class Tracker:
             Results always come at the frames' own size.
         budget: how much may be remembered; None keeps everything, on the host where the device is full.
         skip_uncertain: don't keep frames for good in which an object of the memory is `UNCERTAIN`.
+        value_dtype: in which remembered values are held, if not in the model's, see `stm_kernels.PagedMemory`.
         top_k, skip, implementation: how the memory is read, see `stm_kernels.memory_read`.
 
     Raises:
@@ -69,6 +70,7 @@ class Tracker:
         size: int | None = None,
         budget: MemoryBudget | None = None,
         skip_uncertain: bool = False,
+        value_dtype: torch.dtype | None = None,
         top_k: int | None = None,
         skip: float = 0.0,
         implementation: str = "auto",
@@ -81,6 +83,7 @@ class Tracker:
         # a setting that makes no sense is refused here, not at the second frame
         memory_read(*torch.zeros(3, 1, 0, 1), **self.read_options)
         self.model, self.memory, self.size = fold_batch_norm(model), memory, size
+        self.value_dtype = value_dtype
         self.budget, self.skip_uncertain = budget or MemoryBudget(), skip_uncertain
         self.bank: MemoryBank | None = None
         """The memory of the video that is tracked, or was last."""
@@ -128,8 +131,9 @@ class Tracker:
         objects = len(set().union(*(np.unique(mask).tolist() for mask in masks.values())) - {0, VOID})
         height, width = (-(-side // STRIDE) for side in network_size(frame_size, self.size))
         config, parameter = self.model.config, next(self.model.parameters())
-        channels = config.key_channels + config.value_channels
-        frame_bytes = objects * height * width * channels * parameter.dtype.itemsize
+        value_dtype = self.value_dtype or parameter.dtype
+        position = config.key_channels * parameter.dtype.itemsize + config.value_channels * value_dtype.itemsize
+        frame_bytes = objects * height * width * position
         frames = rule.most_frames(frame_count)
         least = min(frames, 2) * frame_bytes
         if self.budget.total is not None and self.budget.total < least:
@@ -142,7 +146,7 @@ class Tracker:
     def _track(
         self, frames: Iterable[np.ndarray], masks: dict[int, np.ndarray], rule: MemoryRule
     ) -> Iterator[FrameResult]:
-        self.bank = MemoryBank(rule, self.budget, **self.read_options)
+        self.bank = MemoryBank(rule, self.budget, value_dtype=self.value_dtype, **self.read_options)
         video = _Video(self.model, self.bank, self.size, self.skip_uncertain)
         index = -1
         for index, frame in enumerate(frames):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from stm_model.evaluation.protocol import Dataset
 from stm_model.evaluation.scoring import ObjectScore, score
@@ -64,6 +65,7 @@ STUDIES = {
                 "skip 1e-3": {"skip": 1e-3},
                 "skip 1e-2": {"skip": 1e-2},
                 "top 30": {"top_k": 30},
+                "fp8 values": {"value_dtype": torch.float8_e4m3fn},
             },
             "bars",
         ),

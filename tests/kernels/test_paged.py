@@ -321,3 +321,39 @@ def test_host_pages_stream_through_the_device():
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
     page = 1024 * (64 + 128) * 2
     assert extra_memory(lambda: memory.read(problem.query_key), "cuda") <= 4 * page
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e4])
+def test_values_in_eight_bits(dtype, size):
+    problem = make_problem(B, 9, 50, C, V, dtype=dtype, peak=3.0)
+    values = problem.memory_value * size
+    memory = PagedMemory(B, C, V, page_size=8, dtype=dtype, value_dtype=torch.float8_e4m3fn)
+    for key, value in zip(problem.memory_key.split(7, 1), values.split(7, 1)):
+        memory.append(key, value)
+    assert memory.nbytes == 7 * 8 * B * (C * dtype.itemsize + V)
+    held = memory.snapshot()
+    assert held["key"].equal(problem.memory_key)
+    # three bits behind the first, and numbers too small for them: 2⁻⁹ of the format's unit
+    unit = 4 * values[:, :7].abs().amax() / 448
+    error = (held["value"].double() - values.double()).abs()
+    assert (error <= values.double().abs() * (2**-4 + 2**-8) + unit * 2**-10).all() and error.max() > 0
+    read = memory.read(problem.query_key)
+    assert read.dtype == dtype
+    expected = memory_read(problem.query_key, held["key"], held["value"])
+    torch.testing.assert_close(read, expected, rtol=2e-2, atol=1e-2 * size)
+    other = PagedMemory(B, C, V, page_size=8, dtype=dtype, value_dtype=torch.float8_e4m3fn)
+    other.restore(held)
+    assert other.snapshot()["value"].equal(held["value"])
+    # moved positions are the same to the bit
+    memory.drop(7, 14)
+    assert memory.snapshot()["value"][:, 14:21].equal(held["value"][:, 43:])
+
+
+def test_values_beyond_the_first_ones_are_cut_off_not_lost():
+    memory = PagedMemory(1, C, 1, value_dtype=torch.float8_e4m3fn)
+    memory.append(torch.ones(1, 2, C), torch.tensor([[[1.0], [-1.0]]]))
+    memory.append(torch.ones(1, 2, C), torch.tensor([[[3.0], [100.0]]]))
+    assert memory.snapshot()["value"].flatten().tolist() == pytest.approx([1, -1, 3, 4], rel=2**-4)
+    with pytest.raises(TypeError, match="value_dtype: expected a floating-point type, got torch.int8"):
+        PagedMemory(1, C, V, value_dtype=torch.int8)
