@@ -20,8 +20,9 @@ VOID = 255
 """The label of pixels nobody knows."""
 
 UNCERTAIN = 0.8
-"""A certainty below which an object counts as lost. With the default weights it marks 8 of 396 frames of six held-out
-videos; in all of them J < 0.5, and of all such frames they are 15 %."""
+"""A certainty below which an object counts as lost: so low that on held-out videos few frames fall below it, and those
+are lost.
+"""
 
 
 @dataclass(frozen=True)
