@@ -11,6 +11,8 @@ from torch import Tensor
 
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "stm_small.safetensors"
 """The weights that come with the package; their card lies beside them."""
+DEFAULT_INTERACTIVE_WEIGHTS = DEFAULT_WEIGHTS.with_name("stm_interactive_small.safetensors")
+"""The weights guided by scribbles that come with the package."""
 DEFAULT_WEIGHTS_SIZE = 240
 """Shorter side, in pixels, of the frames that the default weights were trained on."""
 
@@ -23,7 +25,7 @@ def network_size(size: int | None, checkpoint: str | os.PathLike | None, frame_s
         checkpoint: where the weights are from; None are the default ones.
         frame_size: height and width in pixels.
     """
-    if size is None and checkpoint is None and min(frame_size) > DEFAULT_WEIGHTS_SIZE:
+    if size is None and checkpoint in (None, DEFAULT_INTERACTIVE_WEIGHTS) and min(frame_size) > DEFAULT_WEIGHTS_SIZE:
         return DEFAULT_WEIGHTS_SIZE
     return size
 

@@ -60,7 +60,7 @@ class Tracker:
         top_k, skip, implementation: how the memory is read, see `stm_kernels.memory_read`.
 
     Raises:
-        ValueError: the rule, the size or a setting of the read makes no sense.
+        ValueError: the rule, the size or a setting of the read makes no sense, or the network is guided by scribbles.
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class Tracker:
         skip: float = 0.0,
         implementation: str = "auto",
     ):
+        model.expect_guidance("masks")
         if isinstance(memory, str):
             MemoryRule.parse(memory, frame_count=1)
         if size is not None and size < STRIDE:

@@ -2,7 +2,7 @@
 
 from stm_model.network.aggregate import other_object_masks, soft_aggregate
 from stm_model.network.inference import fold_batch_norm
-from stm_model.network.stm import STM, STRIDE, Query, STMConfig, as_positions
+from stm_model.network.stm import STM, STRIDE, Query, STMConfig, as_positions, scribble_tensors
 
 __all__ = [
     "STM",
@@ -12,5 +12,6 @@ __all__ = [
     "as_positions",
     "fold_batch_norm",
     "other_object_masks",
+    "scribble_tensors",
     "soft_aggregate",
 ]

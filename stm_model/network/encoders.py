@@ -48,22 +48,28 @@ class QueryEncoder(_Encoder):
         return FrameFeatures(self.res4(stride8), stride8, stride4)
 
 
+GUIDANCE = {"masks": ("conv1_m", "conv1_o"), "scribbles": ("conv1_m", "conv1_p", "conv1_n")}
+"""What the memory encoder sees beside a frame, one channel and one convolution each: an object's mask with that of all
+other objects, or with the object's positive and negative scribbles.
+"""
+
+
 class MemoryEncoder(_Encoder):
-    """Features of frames seen together with one object's mask and the mask of all other objects."""
+    """Features of frames seen together with what is known of one object."""
 
-    def __init__(self, backbone: str):
+    def __init__(self, backbone: str, guidance: str):
         super().__init__(backbone)
-        self.conv1_m = nn.Conv2d(1, 64, 7, stride=2, padding=3, bias=False)
-        self.conv1_o = nn.Conv2d(1, 64, 7, stride=2, padding=3, bias=False)
+        self.guides = GUIDANCE[guidance]
+        for name in self.guides:
+            self.add_module(name, nn.Conv2d(1, 64, 7, stride=2, padding=3, bias=False))
 
-    def forward(self, frames: Tensor, masks: Tensor, other_masks: Tensor, objects_per_clip: list[int]) -> Tensor:
-        """Encode frames `[B, 3, H, W]` with masks and other_masks `[K, H, W]` to `[K, D, H/16, W/16]`.
+    def forward(self, frames: Tensor, guides: Tensor, objects_per_clip: list[int]) -> Tensor:
+        """Encode frames `[B, 3, H, W]` with maps `[K, number of guides, H, W]` to `[K, D, H/16, W/16]`.
 
         The K objects belong to the B frames in order, `objects_per_clip` each.
         """
-        mask_weight = torch.cat([self.conv1_m.weight, self.conv1_o.weight], 1)
-        mask_maps = torch.stack([masks, other_masks], 1).to(mask_weight.dtype)
-        x = F.conv2d(mask_maps, mask_weight, stride=2, padding=3)
+        weight = torch.cat([self.get_submodule(name).weight for name in self.guides], 1)
+        x = F.conv2d(guides.to(weight.dtype), weight, stride=2, padding=3)
         x += per_object(self._stem(frames), objects_per_clip)
         return self.res4(self.res3(self.res2(self.maxpool(self.relu(self.bn1(x))))))
 

@@ -20,7 +20,7 @@ def fold_batch_norm(model: STM) -> STM:
     folded = copy.deepcopy(model).eval().requires_grad_(False)
     for module in folded.modules():
         if isinstance(module, MemoryEncoder):
-            _fold(module, "bn1", "conv1", "conv1_m", "conv1_o")
+            _fold(module, "bn1", "conv1", *module.guides)
         elif isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[1], nn.BatchNorm2d):
             _fold(module, "1", "0")
         elif hasattr(module, "bn1"):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
 from einops import rearrange
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stm_model.checkpoint import DEFAULT_WEIGHTS, check_tensors, read_tensors
 from stm_model.network.decoder import Decoder
-from stm_model.network.encoders import FrameFeatures, KeyValue, MemoryEncoder, QueryEncoder
+from stm_model.network.encoders import GUIDANCE, FrameFeatures, KeyValue, MemoryEncoder, QueryEncoder
 from stm_model.network.resnet import BACKBONES, stage_channels
 from stm_model.runtime import default_device, default_dtype
 
@@ -33,15 +33,19 @@ class STMConfig:
     """V, channels that are read."""
     decoder_channels: int = 256
     """Width of the decoder."""
+    guidance: Literal["masks", "scribbles"] = "masks"
+    """What is remembered with a frame and an object's mask: the mask of the other objects, to track, or the object's
+    positive and negative scribbles, to be corrected by them."""
 
     def __post_init__(self) -> None:
-        if self.backbone not in BACKBONES:
-            raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}, got {self.backbone!r}")
+        for name, choices in {"backbone": BACKBONES, "guidance": GUIDANCE}.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
 
     @classmethod
-    def small(cls) -> STMConfig:
+    def small(cls, guidance: Literal["masks", "scribbles"] = "masks") -> STMConfig:
         """The ResNet-18 variant of the default weights."""
-        return cls(backbone="resnet18", key_channels=64, value_channels=128, decoder_channels=64)
+        return cls("resnet18", key_channels=64, value_channels=128, decoder_channels=64, guidance=guidance)
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> STMConfig:
@@ -50,12 +54,14 @@ class STMConfig:
         def rows(name: str, default: int) -> int:
             return len(tensors[name]) if name in tensors and tensors[name].ndim else default
 
+        has_scribbles = any(f"Encoder_M.{name}.weight" in tensors for name in ("conv1_p", "conv1_n"))
         has_basic_blocks = "Encoder_Q.res2.0.conv2.weight" in tensors and "Encoder_Q.res2.0.conv3.weight" not in tensors
         return cls(
             backbone="resnet18" if has_basic_blocks else cls.backbone,
             key_channels=rows("KV_Q_r4.Key.weight", cls.key_channels),
             value_channels=rows("KV_Q_r4.Value.weight", cls.value_channels),
             decoder_channels=rows("Decoder.convFM.weight", cls.decoder_channels),
+            guidance="scribbles" if has_scribbles else "masks",
         )
 
 
@@ -76,14 +82,16 @@ class STM(nn.Module):
     The objects of all clips form one batch of K; `objects_per_clip` says how many belong to each of the B frames.
     Attribute names are those of the released checkpoint.
 
-    Source: Oh et al., Video Object Segmentation using Space-Time Memory Networks, ICCV 2019.
+    Source: Oh et al., Video Object Segmentation using Space-Time Memory Networks, ICCV 2019; guided by scribbles:
+    Oh et al., A Unified Model for Semi-supervised and Interactive Video Object Segmentation using Space-time Memory
+    Networks, DAVIS Challenge 2019.
     """
 
     def __init__(self, config: STMConfig | None = None):
         super().__init__()
         self.config = config = config or STMConfig()
         deepest = stage_channels(config.backbone)[-1]
-        self.Encoder_M = MemoryEncoder(config.backbone)
+        self.Encoder_M = MemoryEncoder(config.backbone, config.guidance)
         self.Encoder_Q = QueryEncoder(config.backbone)
         self.KV_M_r4 = KeyValue(deepest, config.key_channels, config.value_channels)
         self.KV_Q_r4 = KeyValue(deepest, config.key_channels, config.value_channels)
@@ -118,6 +126,28 @@ class STM(nn.Module):
         model.requires_grad_(False)
         return model.eval().to(device, dtype or default_dtype(device), memory_format=torch.channels_last)
 
+    @classmethod
+    def from_tracking(cls, model: STM) -> STM:
+        """A network guided by scribbles with the weights, mode, device and dtype of one guided by masks.
+
+        Until it is trained further it takes a positive scribble for a piece of the object's mask, and a negative one
+        for a piece of another object.
+        """
+        model.expect_guidance("masks")
+        parameter = next(model.parameters())
+        with torch.device("meta"):
+            guided = cls(replace(model.config, guidance="scribbles"))
+        guided.load_state_dict(scribble_tensors(model.state_dict()), assign=True)
+        guided.requires_grad_(parameter.requires_grad).train(model.training)
+        return guided.to(memory_format=torch.channels_last)
+
+    def expect_guidance(self, guidance: Literal["masks", "scribbles"]) -> None:
+        """Raise a ValueError if the network is guided by something else."""
+        if self.config.guidance != guidance:
+            raise ValueError(
+                f"model: expected a network guided by {guidance}, got one guided by {self.config.guidance}"
+            )
+
     def memorize(
         self, frames: Tensor, masks: Tensor, other_masks: Tensor, objects_per_clip: list[int]
     ) -> tuple[Tensor, Tensor]:
@@ -131,8 +161,33 @@ class STM(nn.Module):
 
         Returns:
             Key `[K, C, H/16, W/16]` and value `[K, V, H/16, W/16]`.
+
+        Raises:
+            ValueError: the network is guided by scribbles.
         """
-        return self.KV_M_r4(self.Encoder_M(frames, masks, other_masks, objects_per_clip))
+        self.expect_guidance("masks")
+        return self.KV_M_r4(self.Encoder_M(frames, torch.stack([masks, other_masks], 1), objects_per_clip))
+
+    def memorize_scribbles(
+        self, frames: Tensor, masks: Tensor, positive: Tensor, negative: Tensor, objects_per_clip: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of frames with the scribbles drawn on them.
+
+        Args:
+            frames: `[B, 3, H, W]` RGB in 0…1, H and W multiples of 16.
+            masks: `[K, H, W]` soft mask of each object as it stands, 0…1; 0.5 everywhere where there is none yet.
+            positive: `[K, H, W]` 1 on the scribbles of the object, else 0.
+            negative: `[K, H, W]` 1 on the scribbles of background and other objects, else 0.
+            objects_per_clip: B counts with sum K.
+
+        Returns:
+            Key `[K, C, H/16, W/16]` and value `[K, V, H/16, W/16]`.
+
+        Raises:
+            ValueError: the network is guided by masks.
+        """
+        self.expect_guidance("scribbles")
+        return self.KV_M_r4(self.Encoder_M(frames, torch.stack([masks, positive, negative], 1), objects_per_clip))
 
     def encode_query(self, frames: Tensor) -> Query:
         """Key, value and decoder maps of frames `[B, 3, H, W]`, RGB in 0…1, H and W multiples of 16."""
@@ -155,6 +210,19 @@ class STM(nn.Module):
         query_value = query.value.repeat_interleave(counts, 0, output_size=sum(objects_per_clip))
         logits = self.Decoder(torch.cat([memory_readout, query_value], 1), query.features, objects_per_clip)
         return torch.softmax(logits, 1)[:, 1]
+
+
+def scribble_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a network guided by scribbles that starts from those of one guided by masks.
+
+    Positive scribbles are seen as the object's mask was, negative ones as that of the other objects.
+    """
+    names = {
+        "Encoder_M.conv1_m.weight": "Encoder_M.conv1_p.weight",
+        "Encoder_M.conv1_o.weight": "Encoder_M.conv1_n.weight",
+    }
+    started = {name: value.clone() for name, value in tensors.items() if name != "Encoder_M.conv1_o.weight"}
+    return started | {names[name]: value.clone() for name, value in tensors.items() if name in names}
 
 
 def as_positions(feature_map: Tensor) -> Tensor:
