@@ -1,4 +1,4 @@
-# demo · test · lint · bench: each makes .venv first if it is missing. A first run downloads PyTorch; later ones start at once.
+# demo · test · lint · bench · bench-quick: each makes .venv first if it is missing. A first run downloads PyTorch; later ones start at once.
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,7 +10,7 @@ READY := .venv/.ready-$(KIND)
 # tests run side by side, each on one core
 WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$(( cores < 8 ? cores : 8 )))
 
-.PHONY: demo test lint bench venv
+.PHONY: demo test lint bench bench-quick venv
 .NOTPARALLEL:
 
 demo: $(READY)
@@ -25,7 +25,10 @@ lint: $(READY)
 	@$(BIN)/lint-imports --no-logo
 
 bench: $(READY)
-	@$(BIN)/python bench/track.py $(ARGS)
+	@$(BIN)/python -m pytest -q --benchmark-quiet --benchmark-json=bench/results/suite.json bench/suite $(ARGS)
+
+bench-quick: $(READY)
+	@$(BIN)/python -m pytest -q --benchmark-quiet --quick bench/suite $(ARGS)
 
 venv: $(READY)
 
