@@ -80,6 +80,10 @@ class MemoryRule:
 EVICTIONS = ("fifo", "importance")
 PAGE_MULTIPLE = 128
 """Pages of so many positions, or a multiple, are read fastest."""
+PAGE_POSITIONS = 1024
+"""Pages of fewer are read more slowly, of more no faster: small frames share a page."""
+PAGES_OF_BUDGET = 32
+"""As many pages, or more, make up a budget: one that is not full wastes little of it."""
 USAGE_DECAY = 0.95
 """What a frame's use counts for at the next read: half of it after 14 reads."""
 
@@ -156,7 +160,7 @@ class SpaceTimeMemory:
 
     Args:
         rule: which frames are remembered.
-        limited: whether frames may have to be evicted, so that pages hold one frame each.
+        limit: bytes on the device within which frames have to stay, by which pages are measured; None is no limit.
         weighed: whether to note how much every frame is used.
         value_dtype: as in `PagedMemory`.
         read_options: those of `PagedMemory.read`.
@@ -166,12 +170,12 @@ class SpaceTimeMemory:
         self,
         rule: MemoryRule,
         *,
-        limited: bool = False,
+        limit: int | None = None,
         weighed: bool = False,
         value_dtype: torch.dtype | None = None,
         **read_options: Any,
     ):
-        self.rule, self.limited, self.weighed, self.read_options = rule, limited, weighed, read_options
+        self.rule, self.limit, self.weighed, self.read_options = rule, limit, weighed, read_options
         self.value_dtype = value_dtype
         self.pages: PagedMemory | None = None
         self.frames: list[_Frame] = []
@@ -198,14 +202,19 @@ class SpaceTimeMemory:
         """Make ready for frames with keys `[n, C, h, w]` and values `[n, V, h, w]`, in their dtype, where they are."""
         if self.pages is None:
             self.positions = key.shape[-2] * key.shape[-1]
-            page = {"page_size": -(-self.positions // PAGE_MULTIPLE) * PAGE_MULTIPLE} if self.limited else {}
+            value_dtype = self.value_dtype or value.dtype
+            page = {}
+            if self.limit is not None:
+                position = len(key) * (key.shape[1] * value.dtype.itemsize + value.shape[1] * value_dtype.itemsize)
+                share = min(self.limit // PAGES_OF_BUDGET // position, PAGE_POSITIONS) // PAGE_MULTIPLE
+                page["page_size"] = max(share, -(-self.positions // PAGE_MULTIPLE)) * PAGE_MULTIPLE
             self.pages = PagedMemory(
                 len(key),
                 key.shape[1],
                 value.shape[1],
                 **page,
                 dtype=value.dtype,
-                value_dtype=self.value_dtype,
+                value_dtype=value_dtype,
                 device=value.device,
             )
 
@@ -277,7 +286,7 @@ class MemoryBank:
     def add_objects(self, count: int) -> None:
         """Take in objects that enter the video together."""
         limits = {
-            "limited": self.budget.device is not None,
+            "limit": self.budget.device,
             "weighed": self.budget.total is not None and self.budget.eviction == "importance",
         }
         self.memories.append(SpaceTimeMemory(self.rule, **limits, **self.read_options))

@@ -117,6 +117,15 @@ def test_the_host_takes_what_the_device_does_not():
     torch.testing.assert_close(bank.read(query_key), everything.read(query_key))
 
 
+@pytest.mark.parametrize("frames, pages", [(32, 1), (64, 2), (1000, 8)])
+def test_small_frames_share_the_pages_of_a_large_budget(frames, pages):
+    bank = filled(MemoryBudget(device=frames * FRAME), 100 * frames // 7)
+    assert bank.memories[0].pages.page_nbytes == pages * FRAME
+    # 9 positions a frame: all pages but the last are full of frames
+    assert frames * 128 // 9 - pages * 128 // 9 < len(held(bank)[0]) <= frames * 128 // 9
+    assert bank.most["device"] <= frames * FRAME
+
+
 def test_a_budget_too_small_says_what_would_do():
     with pytest.raises(ValueError, match=rf"memory budget: expected at least {format_size(FRAME)} for 1 objects"):
         filled(MemoryBudget(device=FRAME - 1), 1)
@@ -163,7 +172,7 @@ def test_a_large_budget_changes_no_mask(small_model, clip):
 def test_a_small_budget_tracks_on(small_model, clip):
     frames, labels = clip
     video = np.concatenate([frames] * 3)
-    tracker = Tracker(small_model, memory="every:1", budget=MemoryBudget(device=2**30))
+    tracker = Tracker(small_model, memory="every:1", budget=MemoryBudget(device=2**21))
     assert len(list(tracker.track(video, {0: labels[0]}))) == len(video)
     page = tracker.bank.memories[0].pages.page_nbytes
     assert tracker.bank.most["device"] > page and tracker.bank.evicted == 0
