@@ -1,4 +1,5 @@
-# demo · test · lint · bench · bench-quick: each makes .venv first if it is missing. A first run downloads PyTorch; later ones start at once.
+# demo · test · lint · bench · bench-quick · package: each makes .venv first if it is missing. A first run downloads PyTorch; later
+# ones start at once.
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,7 +11,7 @@ READY := .venv/.ready-$(KIND)
 # tests run side by side, each on one core
 WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$(( cores < 8 ? cores : 8 )))
 
-.PHONY: demo test lint bench bench-quick venv
+.PHONY: demo test lint bench bench-quick package venv
 .NOTPARALLEL:
 
 demo: $(READY)
@@ -29,6 +30,9 @@ bench: $(READY)
 
 bench-quick: $(READY)
 	@$(BIN)/python -m pytest -q --benchmark-quiet --quick bench/suite $(ARGS)
+
+package: $(READY)
+	@.ci/package dist
 
 venv: $(READY)
 

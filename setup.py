@@ -13,7 +13,10 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["stm_kernels", "stm_kernels.*", "stm_model", "stm_model.*"]),
-    package_data={"stm_model": ["weights/*.safetensors", "weights/*.jsonl", "weights/*.md"]},
+    package_data={
+        "stm_kernels": ["py.typed"],
+        "stm_model": ["py.typed", "weights/*.safetensors", "weights/*.jsonl", "weights/*.md"],
+    },
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",
@@ -29,7 +32,7 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "dev": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "import-linter"],
+        "dev": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "import-linter", "mypy", "build"],
         "train": ["tensorboard"],
         "app": ["gradio"],
     },
