@@ -71,10 +71,12 @@ def test_every_package_and_weight_is_shipped():
     packages = find_packages(str(ROOT), include=["stm_kernels*", "stm_model*"])
     for file in [*ROOT.glob("stm_kernels/**/*.py"), *ROOT.glob("stm_model/**/*.py")]:
         assert ".".join(file.parent.relative_to(ROOT).parts) in packages, file
-    patterns = _setup_arguments()["package_data"]["stm_model"]
-    shipped = {file for pattern in patterns for file in ROOT.glob(f"stm_model/{pattern}")}
+    patterns = _setup_arguments()["package_data"]
+    shipped = {
+        file for package in patterns for pattern in patterns[package] for file in ROOT.glob(f"{package}/{pattern}")
+    }
     weights = {file for file in ROOT.glob("stm_model/weights/*") if not file.name.startswith(".")}
-    assert weights == shipped
+    assert weights | {ROOT / package / "py.typed" for package in ("stm_kernels", "stm_model")} == shipped
 
 
 @pytest.mark.parametrize(
