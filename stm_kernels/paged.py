@@ -177,6 +177,34 @@ class PagedMemory:
         self._pages.truncate(0)
         self._pages.write(0, key, value)
 
+    def state(self) -> dict[str, Any]:
+        """All that is held, page by page, as it is held, for `torch.save`: nothing but the last page is copied, so write
+        it before the memory changes.
+        """
+        return {
+            "pages": self._pages.filled(),
+            "on_device": len(self._pages.on_device),
+            "value_unit": self._pages.value_unit,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Hold what a memory of the same form held at its `state`, to the bit and where it lay, and nothing else.
+
+        Raises:
+            ValueError: its form is not this memory's.
+        """
+        forms = [(self.batch, *form) for form in zip(self._pages.channels, self._pages.dtypes)]
+        for page in state["pages"]:
+            if (found := [(len(tensor), tensor.shape[-1], tensor.dtype) for tensor in page]) != forms:
+                raise ValueError(f"state: expected keys and values of (B, channels, dtype) {forms}, got {found}")
+        self.drop(len(self))
+        self.free_unused()
+        self._pages.value_unit = state["value_unit"]
+        limit, self.device_pages = self.device_pages, state["on_device"]
+        for key, value in state["pages"]:
+            self._pages.write(len(self), key.to(self.device), value.to(self.device))
+        self.device_pages = limit
+
     def _check_range(self, start: int, count: int) -> None:
         if not 0 <= start <= len(self):
             raise ValueError(f"start: expected 0 to {len(self)}, got {start}")

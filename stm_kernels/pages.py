@@ -107,6 +107,15 @@ class Pages:
             self._staging = _Staging([self.new_page() for _ in range(2)])
         return Parts(parts[: len(self.on_device)], parts[len(self.on_device) :], self.expanded, self._staging)
 
+    def filled(self) -> list[Page]:
+        """The filled part of every page in use as it is held; a page that is not full is copied."""
+        pages = []
+        for start in range(0, self.length, self.page_size):
+            held, count = self._page(start // self.page_size), self.length - start
+            # whoever writes a view writes all that it is a view of
+            pages.append(held if count >= self.page_size else tuple(tensor[:, :count].clone() for tensor in held))
+        return pages
+
     def _page(self, index: int) -> Page:
         devices = len(self.on_device)
         return self.on_device[index] if index < devices else self.on_host[index - devices]

@@ -357,3 +357,30 @@ def test_values_beyond_the_first_ones_are_cut_off_not_lost():
     assert memory.snapshot()["value"].flatten().tolist() == pytest.approx([1, -1, 3, 4], rel=2**-4)
     with pytest.raises(TypeError, match="value_dtype: expected a floating-point type, got torch.int8"):
         PagedMemory(1, C, V, value_dtype=torch.int8)
+
+
+@pytest.mark.parametrize("value_dtype", [None, torch.float8_e4m3fn])
+@pytest.mark.parametrize("device_pages", [None, 0, 3])
+def test_a_state_is_loaded_to_the_bit_and_where_it_lay(tmp_path, device, value_dtype, device_pages):
+    problem = make_problem(B, 9, 50, C, V, dtype=torch.float16, device=device)
+    options = {"dtype": torch.float16, "value_dtype": value_dtype, "device": device}
+    memory, other = (PagedMemory(B, C, V, page_size=8, device_pages=limit, **options) for limit in (device_pages, 1))
+    memory.append(problem.memory_key, problem.memory_value)
+    memory.drop(9)
+    memory.free_unused()
+    file = tmp_path / "memory.pt"
+    torch.save(memory.state(), file)
+    # 41 positions of 5 full pages and one that is nearly empty
+    assert file.stat().st_size < 41 * B * (C * 2 + V * (1 if value_dtype else 2)) + 8192
+    other.append(problem.memory_key, problem.memory_value)
+    other.load_state(torch.load(file, weights_only=True))
+    assert len(other) == 41 and other.device_pages == 1
+    assert (other.device_nbytes, other.host_nbytes) == (memory.device_nbytes, memory.host_nbytes)
+    for held, loaded in zip(memory.state()["pages"], other.state()["pages"], strict=True):
+        assert all(one.view(torch.uint8).equal(two.view(torch.uint8)) for one, two in zip(held, loaded, strict=True))
+    # what comes later is held in the same unit
+    for grown in (memory, other):
+        grown.append(problem.memory_key[:, :9], problem.memory_value[:, :9])
+    assert other.read(problem.query_key).equal(memory.read(problem.query_key))
+    with pytest.raises(ValueError, match=r"state: expected keys and values of \(B, channels, dtype\)"):
+        PagedMemory(B, C, V + 1, page_size=8, dtype=torch.float16).load_state(memory.state())
