@@ -178,8 +178,8 @@ class PagedMemory:
         self._pages.write(0, key, value)
 
     def state(self) -> dict[str, Any]:
-        """All that is held, page by page, as it is held, for `torch.save`: nothing but the last page is copied, so write
-        it before the memory changes.
+        """All that is held, page by page as it is held, for `torch.save`: only the last page is copied, so write it
+        before the memory changes.
         """
         return {
             "pages": self._pages.filled(),

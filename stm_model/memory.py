@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from stm_kernels import PagedMemory
+from stm_model.budget import MemoryBudget, budget_page, format_size
 from stm_model.network import as_positions
 
 
@@ -77,67 +77,8 @@ class MemoryRule:
         return max(kept + temporary, kept - self.keeps(frame_count - 2, False) + earlier)
 
 
-EVICTIONS = ("fifo", "importance")
-PAGE_MULTIPLE = 128
-"""Pages of so many positions, or a multiple, are read fastest."""
-PAGE_POSITIONS = 1024
-"""Pages of fewer are read more slowly, of more no faster: small frames share a page."""
-PAGES_OF_BUDGET = 32
-"""As many pages, or more, make up a budget: one that is not full wastes little of it."""
 USAGE_DECAY = 0.95
 """What a frame's use counts for at the next read: half of it after 14 reads."""
-
-
-@dataclass(frozen=True)
-class MemoryBudget:
-    """How much may be remembered, and what is forgotten for it. Without limits everything is kept."""
-
-    device: int | None = None
-    """Bytes of keys and values on the device that reads them; None is as many as it can hold."""
-    host: int | None = None
-    """Further bytes in the host's memory; None is no limit where `device` has none, else 0."""
-    eviction: str = "fifo"
-    """What goes where both are full: the oldest frame (fifo), or the one that reads weigh least (importance). Frames
-    with a given mask and the previous frame stay."""
-
-    def __post_init__(self) -> None:
-        for name in ("device", "host"):
-            if getattr(self, name) is not None and getattr(self, name) < 0:
-                raise ValueError(f"{name} budget: expected at least 0 bytes, got {getattr(self, name)}")
-        if self.eviction not in EVICTIONS:
-            raise ValueError(f"eviction: expected one of {', '.join(EVICTIONS)}, got {self.eviction!r}")
-
-    @property
-    def total(self) -> int | None:
-        """Bytes in all; None is no limit."""
-        return None if self.device is None else self.device + (self.host or 0)
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """What a video's tracking will remember at most."""
-
-    frames: int
-    """Frames in memory at once."""
-    objects: int
-    """Objects, each of which has keys and values of its own."""
-    size: tuple[int, int]
-    """Height and width at which the network sees them, in pixels."""
-    frame_bytes: int
-    """Bytes of one frame's keys and values."""
-    budget: MemoryBudget
-    """The limit."""
-
-    def __str__(self) -> str:
-        whole = self.frames * self.frame_bytes
-        text = (
-            f"{self.frames} frames of {self.size[0]}×{self.size[1]} pixels and {self.objects} objects: "
-            f"{format_size(whole)}, {format_size(self.frame_bytes)} a frame"
-        )
-        total = self.budget.total
-        if total is None or whole <= total:
-            return text
-        return f"{text}; the budget of {format_size(total)} holds about {total // self.frame_bytes} of them"
 
 
 @dataclass
@@ -202,21 +143,18 @@ class SpaceTimeMemory:
         """Make ready for frames with keys `[n, C, h, w]` and values `[n, V, h, w]`, in their dtype, where they are."""
         if self.pages is None:
             self.positions = key.shape[-2] * key.shape[-1]
-            value_dtype = self.value_dtype or value.dtype
-            page = {}
-            if self.limit is not None:
-                position = len(key) * (key.shape[1] * value.dtype.itemsize + value.shape[1] * value_dtype.itemsize)
-                share = min(self.limit // PAGES_OF_BUDGET // position, PAGE_POSITIONS) // PAGE_MULTIPLE
-                page["page_size"] = max(share, -(-self.positions // PAGE_MULTIPLE)) * PAGE_MULTIPLE
-            self.pages = PagedMemory(
-                len(key),
-                key.shape[1],
-                value.shape[1],
-                **page,
-                dtype=value.dtype,
-                value_dtype=value_dtype,
-                device=value.device,
-            )
+            self._make_pages(len(key), key.shape[1], value.shape[1], key.dtype, key.device)
+
+    def _make_pages(
+        self, objects: int, key_channels: int, value_channels: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        value_dtype = self.value_dtype or dtype
+        page = {}
+        if self.limit is not None:
+            position_bytes = objects * (key_channels * dtype.itemsize + value_channels * value_dtype.itemsize)
+            page["page_size"] = budget_page(self.limit, self.positions, position_bytes)
+        sizes = objects, key_channels, value_channels
+        self.pages = PagedMemory(*sizes, **page, dtype=dtype, value_dtype=value_dtype, device=device)
 
     def remember(self, frame_index: int, mask_given: bool, certain: bool, key: Tensor, value: Tensor) -> None:
         """Add a frame: key `[n, C, h, w]` and value `[n, V, h, w]` of the n objects."""
@@ -252,6 +190,24 @@ class SpaceTimeMemory:
             rearrange(readout, "n (h w) v -> n v h w", h=height, w=width),
             rearrange(similarity, "n (h w) -> n h w", h=height, w=width),
         )
+
+    def state(self) -> dict[str, Any]:
+        """All it holds, as `PagedMemory.state`."""
+        return {
+            "frames": [[frame.index, frame.given, frame.used, frame.reads] for frame in self.frames],
+            "positions": self.positions,
+            "temporary": self._temporary,
+            "pages": self.pages.state() if self.frames else None,
+        }
+
+    def load_state(self, state: dict[str, Any], device: torch.device) -> None:
+        """Hold what another one held at its `state`, on a device."""
+        self.frames = [_Frame(*frame) for frame in state["frames"]]
+        self.positions, self._temporary = state["positions"], state["temporary"]
+        if state["pages"] is not None:
+            key, value = state["pages"]["pages"][0]
+            self._make_pages(len(key), key.shape[2], value.shape[2], key.dtype, device)
+            self.pages.load_state(state["pages"])
 
     def _weigh(self, queries: Tensor, lse: Tensor) -> None:
         implementation = self.read_options.get("implementation", "auto")
@@ -324,18 +280,35 @@ class MemoryBank:
             if not wants:
                 continue
             memory.prepare(key[part], value[part])
-            self._make_room(memory)
+            self._make_room(memory, frame_index)
             memory.remember(frame_index, any(given[part]), all(certain[part]), key[part], value[part])
             for place in ("device", "host"):
                 held = sum(getattr(m.pages, f"{place}_nbytes") for m in self.memories if m.pages is not None)
                 self.most[place] = max(self.most[place], held)
 
+    def state(self) -> dict[str, Any]:
+        """All that is remembered, as `PagedMemory.state`."""
+        return {
+            "memories": [memory.state() for memory in self.memories],
+            "counts": list(self.counts),
+            "evicted": self.evicted,
+            "most": dict(self.most),
+        }
+
+    def load_state(self, state: dict[str, Any], device: torch.device) -> None:
+        """Remember what another bank of the same settings did at its `state`, on a device, and nothing else."""
+        self.memories, self.counts = [], []
+        for count, memory in zip(state["counts"], state["memories"], strict=True):
+            self.add_objects(count)
+            self.memories[-1].load_state(memory, device)
+        self.evicted, self.most = state["evicted"], dict(state["most"])
+
     def _parts(self) -> list[slice]:
         starts = np.cumsum([0, *self.counts]).tolist()
         return [slice(start, stop) for start, stop in zip(starts, starts[1:])]
 
-    def _make_room(self, memory: SpaceTimeMemory) -> None:
-        """Evict frames until one more of a memory fits."""
+    def _make_room(self, memory: SpaceTimeMemory, frame_index: int) -> None:
+        """Evict frames until this one fits into a memory, but not from others that have just taken it in."""
         budget = self.budget
         if budget.device is None:
             return
@@ -345,7 +318,7 @@ class MemoryBank:
                  other, place)
                 for other in self.memories
                 for place, frame in enumerate(other.frames)
-                if not frame.given
+                if not frame.given and frame.index != frame_index
             ]  # fmt: skip
             if not candidates:
                 raise ValueError(
@@ -362,27 +335,3 @@ class MemoryBank:
             other.pages.device_nbytes for other in self.memories if other.pages is not None and other is not memory
         )
         memory.pages.device_pages = max(0, budget.device - others) // memory.pages.page_nbytes
-
-
-UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size like `2GiB`, `500 MB` or `4096`.
-
-    Raises:
-        ValueError: it is none.
-    """
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text.strip())
-    unit = match and next((size for name, size in UNITS.items() if name.lower() == (match[2] or "B").lower()), None)
-    if not unit:
-        raise ValueError(f"expected a size like 2GiB, 500MB or a number of bytes, got {text!r}")
-    return int(float(match[1]) * unit)
-
-
-def format_size(size: int) -> str:
-    """A number of bytes in the unit that people read: `1.5 GiB`."""
-    for name in ("GiB", "MiB", "KiB"):
-        if size >= UNITS[name]:
-            return f"{size / UNITS[name]:.1f} {name}"
-    return f"{size} bytes"

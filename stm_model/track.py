@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from stm_model import STM, Tracker
+from stm_model.budget import MemoryBudget, parse_size
 from stm_model.checkpoint import network_size
 from stm_model.media import FrameFolder, VideoFile, open_video, read_masks
-from stm_model.memory import MemoryBudget, parse_size
 from stm_model.pictures import resize_mask
 from stm_model.run import OUTPUTS, Run, one_line
 
@@ -41,11 +41,13 @@ def track_video(
     config = dataclasses.replace(config, size=network_size(config.size, config.checkpoint, video.size))
     tracker = make_tracker(config, load)
     run = Run("track", config.out, tracker, config)
-    plan = tracker.plan(video.size, video.frame_count, masks)
-    if announce and not config.json:
+    # a video of unknown length is tracked all the same
+    plan = None if video.frame_count is None else tracker.plan(video.size, video.frame_count, masks)
+    if announce and plan and not config.json:
         print(f"remembers   {plan}", flush=True)
     code = run.track(video, masks, count=video.frame_count, fps=video.fps, write_overlay=config.overlay, title=title)
-    run.summary["memory"] = {"planned": str(plan), "most_bytes": tracker.bank.most, "evicted": tracker.bank.evicted}
+    run.summary["memory"] = {"planned": plan and str(plan)}
+    run.summary["memory"] |= {"most_bytes": tracker.bank.most, "evicted": tracker.bank.evicted}
     return run, code
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stm_kernels import memory_read
-from stm_model.memory import MemoryBank, MemoryBudget, MemoryPlan, MemoryRule, format_size
+from stm_model.budget import MemoryBudget
+from stm_model.frames import VOID, by, check_frame, check_mask, objects_in
+from stm_model.memory import MemoryBank, MemoryRule
 from stm_model.network import STM, STRIDE, fold_batch_norm, other_object_masks, soft_aggregate
-
-VOID = 255
-"""The label of pixels nobody knows."""
+from stm_model.plan import MemoryPlan, plan_memory
 
 UNCERTAIN = 0.8
 """A certainty below which an object counts as lost: so low that on held-out videos few frames fall below it, and those
@@ -114,7 +114,7 @@ class Tracker:
             frame_count = len(frames)
         rule = MemoryRule.parse(self.memory, frame_count) if isinstance(self.memory, str) else self.memory
         masks = {int(index): check_mask(mask, index) for index, mask in masks.items()}
-        if not any(((mask > 0) & (mask < VOID)).any() for mask in masks.values()):
+        if not any(objects_in(mask) for mask in masks.values()):
             raise ValueError("masks: expected at least one labelled object (1…254), got none")
         return self._track(frames, masks, rule)
 
@@ -127,23 +127,14 @@ class Tracker:
             masks: as in `track`.
 
         Raises:
-            ValueError: the budget does not hold the first and the previous frame.
+            ValueError: the budget does not hold the frames with a given mask and the previous one.
         """
         rule = MemoryRule.parse(self.memory, frame_count) if isinstance(self.memory, str) else self.memory
-        objects = len(set().union(*(np.unique(mask).tolist() for mask in masks.values())) - {0, VOID})
-        height, width = (-(-side // STRIDE) for side in network_size(frame_size, self.size))
-        config, parameter = self.model.config, next(self.model.parameters())
-        value_dtype = self.value_dtype or parameter.dtype
-        position = config.key_channels * parameter.dtype.itemsize + config.value_channels * value_dtype.itemsize
-        frame_bytes = objects * height * width * position
-        frames = rule.most_frames(frame_count)
-        least = min(frames, 2) * frame_bytes
-        if self.budget.total is not None and self.budget.total < least:
-            raise ValueError(
-                f"memory budget: expected at least {format_size(least)} for the first and the previous frame of "
-                f"{objects} objects, got {format_size(self.budget.total)}"
-            )
-        return MemoryPlan(frames, objects, (height * STRIDE, width * STRIDE), frame_bytes, self.budget)
+        size = tuple(side + -side % STRIDE for side in network_size(frame_size, self.size))
+        config, dtype = self.model.config, next(self.model.parameters()).dtype
+        value_dtype = self.value_dtype or dtype
+        position = config.key_channels * dtype.itemsize + config.value_channels * value_dtype.itemsize
+        return plan_memory(rule, self.budget, masks, frame_count, size, position)
 
     def _track(
         self, frames: Iterable[np.ndarray], masks: dict[int, np.ndarray], rule: MemoryRule
@@ -181,15 +172,15 @@ class _Video:
         self.frame_size = frame.shape[:2]
         if mask is not None and mask.shape != self.frame_size:
             raise ValueError(
-                f"mask of frame {index}: expected {_by(self.frame_size)} pixels (height×width) like its frame, "
-                f"got {_by(mask.shape)}"
+                f"mask of frame {index}: expected {by(self.frame_size)} pixels (height×width) like its frame, "
+                f"got {by(mask.shape)}"
             )
         image = self._prepare(frame)
         probabilities = self._segment(image)
         given: set[int] = set()
         if mask is not None:
             # of the mask as given: an object too small for the network's size is still an object
-            given = set(np.unique(mask).tolist()) - {0, VOID}
+            given = objects_in(mask)
             probabilities = self._apply_mask(probabilities, self._resize_mask(mask), given)
         self.certainty = _certainty(probabilities)
         self.previous = (index, image, probabilities, given)
@@ -300,35 +291,3 @@ def pad_to_stride(maps: Tensor) -> tuple[Tensor, tuple[int, int]]:
     rows, columns = (-maps.shape[-2]) % STRIDE, (-maps.shape[-1]) % STRIDE
     top, left = rows // 2, columns // 2
     return F.pad(maps, (left, columns - left, top, rows - top)), (top, left)
-
-
-def check_frame(frame: np.ndarray, index: int, size: tuple[int, int] | None) -> np.ndarray:
-    """Raise a ValueError unless a frame is uint8 `[H, W, 3]` of the size of those before it."""
-    if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
-        form = f"{frame.dtype} {list(frame.shape)}" if hasattr(frame, "dtype") else type(frame).__name__
-        raise ValueError(f"frame {index}: expected a uint8 array [H, W, 3], got {form}")
-    if 0 in frame.shape:
-        raise ValueError(f"frame {index}: expected at least one pixel, got {list(frame.shape)}")
-    if size is not None and frame.shape[:2] != size:
-        raise ValueError(
-            f"frame {index}: expected {_by(size)} pixels (height×width) like frame 0, got {_by(frame.shape)}"
-        )
-    return frame
-
-
-def check_mask(mask: np.ndarray | Tensor, index: int) -> np.ndarray:
-    """A label map as uint8 `[H, W]`; raise a ValueError that says why it is none."""
-    array = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
-    if array.ndim != 2:
-        raise ValueError(f"mask of frame {index}: expected [H, W], got {list(array.shape)}")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise ValueError(f"mask of frame {index}: expected label values, got NaN or infinity")
-    if array.dtype.kind not in "biuf" or (array.dtype.kind == "f" and (array != np.round(array)).any()):
-        raise ValueError(f"mask of frame {index}: expected whole label values 0…255, got {array.dtype}")
-    if array.size and (array.min() < 0 or array.max() > 255):
-        raise ValueError(f"mask of frame {index}: expected labels 0…255, got {array.min()}…{array.max()}")
-    return array.astype(np.uint8)
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return f"{shape[0]}×{shape[1]}"

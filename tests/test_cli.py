@@ -206,6 +206,13 @@ def test_what_a_run_will_remember_is_said_before_and_after(track, tmp_path):
     assert memory["most_bytes"]["device"] >= 7 * kib * 1024 and memory["most_bytes"]["host"] == 0
 
 
+def test_a_video_of_unknown_length_is_tracked_without_a_plan(track, monkeypatch):
+    monkeypatch.setattr(media.VideoFile, "frame_count", property(lambda self: None, lambda self, count: None), False)
+    code, out, err = track("--json")
+    assert (code, err) == (0, "") and json.loads(out)["memory"]["planned"] is None
+    assert json.loads(out)["frames"] == FRAMES
+
+
 def test_the_summary_says_where_an_object_is_likely_lost(track, clip, tmp_path, monkeypatch):
     import stm_model.tracker
 
@@ -233,11 +240,11 @@ def test_a_budget_is_kept(track, tmp_path, eviction):
 
 
 def test_a_budget_that_cannot_work_is_refused_before_the_run(track, tmp_path):
-    least = f"{2 * 15 * 2 * 32 * 4 / 1024:.1f} KiB"
-    result = track("--memory-budget", "1000", "--dtype", "float32")
-    assert _refused(
-        result, f"memory budget: expected at least {least} for the first and the previous frame", "1000 bytes"
-    )
+    # a page of 128 positions, 2 objects, 16 + 16 channels of 4 bytes
+    least = f"{128 * 2 * 32 * 4 / 1024:.1f} KiB for 2 objects and the frames that must stay"
+    for budget, said in {"1000": "1000 bytes", str(2 * 15 * 2 * 32 * 4): "7.5 KiB"}.items():
+        result = track("--memory-budget", budget, "--dtype", "float32")
+        assert _refused(result, f"memory budget: expected at least {least}, got {said}")
     assert _refused(track("--memory-budget", "lots"), "--memory-budget: expected a size like 2GiB", "'lots'")
     assert _refused(track("--host-budget", "-5"), "--host-budget: expected a size like 2GiB", "'-5'")
     assert not (tmp_path / "out").exists()

@@ -6,7 +6,8 @@ import torch
 
 from stm_kernels import memory_usage
 from stm_model import Tracker
-from stm_model.memory import MemoryBank, MemoryBudget, MemoryRule, format_size, parse_size
+from stm_model.budget import MemoryBudget, format_size, parse_size
+from stm_model.memory import MemoryBank, MemoryRule
 
 C, V, SIDE = 4, 6, 3
 FRAME = 128 * (C + V) * 4
