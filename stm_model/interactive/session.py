@@ -1,0 +1,345 @@
+"""An interactive session: scribbles in, masks of the whole video out, in any number of rounds; no user interface."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stm_model.interactive.scribbles import check_scribbles, rasterize, scribble_maps
+from stm_model.interactive.segmenter import Annotation, Memory, Segmenter
+from stm_model.interactive.session_file import describe_video, read_session, write_session
+from stm_model.interactive.state import NO_MASKS, FrameMasks, State, blend_weights, mix, unpack_bits
+from stm_model.network import STM
+from stm_model.tracker import Tracker
+
+Progress = Callable[[int, int], Any]
+"""Called with the frames done and the frames in all. What it raises stops the work and leaves the session as it was."""
+
+
+class ScribbleSession:
+    """Segments a video from scribbles, in rounds.
+
+    Args:
+        model: a network guided by scribbles.
+        frames: the video, uint8 `[H, W, 3]`, all of one size; anything with a length that gives a frame for an index.
+        size: shorter side in pixels at which the network runs; None is the frames' own.
+        memory_limit: bytes that the features of frames may take between rounds; those beyond are computed anew.
+        blend: mix a round's masks with those before it, see `state.blend_weights`; without it a round replaces them.
+
+    Raises:
+        ValueError: the network is guided by masks, there are no frames, or the size makes no sense.
+
+    Source: Oh et al., A Unified Model for Semi-supervised and Interactive Video Object Segmentation using Space-time
+    Memory Networks, DAVIS Challenge 2019, section 3.2.
+    """
+
+    def __init__(
+        self,
+        model: STM,
+        frames: Sequence[np.ndarray],
+        *,
+        size: int | None = None,
+        memory_limit: int = 2 * 2**30,
+        blend: bool = True,
+    ):
+        self._segmenter = Segmenter(model, frames, size, memory_limit)
+        self.frames, self.blend = frames, blend
+        self.frame_size, self.network_size = self._segmenter.frame_size, self._segmenter.size
+        self._history, self._position = [State()], 0
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, model: STM, frames: Sequence[np.ndarray], **options: Any) -> ScribbleSession:
+        """A session as it was saved, undo and redo included.
+
+        Args:
+            path: a file of `save`.
+            model, frames, options: as for a new session; of the same video and size.
+
+        Raises:
+            SessionFileError: no session, or one of another video or size; the message says what differs.
+        """
+        session = cls(model, frames, **options)
+        session.restore(path)
+        return session
+
+    @property
+    def state(self) -> State:
+        """What the session stands at."""
+        return self._history[self._position]
+
+    @property
+    def objects(self) -> tuple[int, ...]:
+        """Labels of the objects, in the order they were drawn."""
+        return self.state.objects
+
+    @property
+    def rounds(self) -> int:
+        """Rounds run."""
+        return self.state.rounds
+
+    @property
+    def annotated_frames(self) -> tuple[int, ...]:
+        """Frames with scribbles or painted masks: those that are remembered."""
+        return self.state.annotated
+
+    @property
+    def encoded_frames(self) -> int:
+        """How often a frame was encoded as a query."""
+        return self._segmenter.encoded_frames
+
+    @property
+    def steps(self) -> tuple[tuple[str, ...], int]:
+        """What was done, first to last, and which of it is the present state."""
+        return tuple(state.action for state in self._history), self._position
+
+    def add_scribbles(self, frame_index: int, scribbles: Sequence[Mapping[str, Any]]) -> None:
+        """Draw on a frame; nothing is computed. A label that was not drawn before is a new object.
+
+        Args:
+            frame_index: the frame.
+            scribbles: {"path": [[x, y], …] in 0…1, "object_id": label, 0 for background}, as in DAVIS' JSON.
+
+        Raises:
+            ScribbleError: a point outside the frame, or something else that `check_scribbles` refuses.
+            ValueError: no such frame, or no scribbles.
+        """
+        self._check_index(frame_index)
+        check_scribbles(scribbles)
+        if not scribbles:
+            raise ValueError(f"scribbles of frame {frame_index}: expected at least one, got none")
+        plain = tuple(
+            {"path": np.asarray(scribble["path"], float).tolist(), "object_id": scribble["object_id"]}
+            for scribble in scribbles
+        )
+        self._step(self.state.with_scribbles(frame_index, plain))
+
+    def paint(self, frame_index: int, mask: np.ndarray, object_id: int = 1) -> None:
+        """Say what the mask of an object is on a frame; it stays so until scribbles correct it.
+
+        Args:
+            frame_index: the frame.
+            mask: bool `[H, W]` of the frame's size.
+            object_id: label; one that was not seen before is a new object.
+
+        Raises:
+            ValueError: no such frame, another size or type of mask, or no label of an object.
+        """
+        self._check_index(frame_index)
+        mask = np.asarray(mask)
+        if mask.dtype != bool or mask.shape != tuple(self.frame_size):
+            raise ValueError(f"mask: expected bool {list(self.frame_size)}, got {mask.dtype} {list(mask.shape)}")
+        check_scribbles([{"path": [[0, 0]], "object_id": object_id}])
+        if object_id == 0:
+            raise ValueError("object_id: expected the label of an object, got 0, the background")
+        painted = torch.from_numpy(mask)[None, None].float()
+        if self.network_size != self.frame_size:
+            painted = F.interpolate(painted, self.network_size, mode="bilinear", antialias=True)
+        before = self.state.masks.get(frame_index, NO_MASKS)
+        masks = before.with_objects((object_id,), painted[0].clamp(0, 1))
+        self._step(self.state.with_paint(frame_index, object_id, mask, masks))
+
+    def run(self, progress: Progress | None = None) -> None:
+        """Segment the video from all that is annotated: one round.
+
+        Args:
+            progress: called as frames are done.
+
+        Raises:
+            ValueError: no object was drawn yet.
+        """
+        state, count = self.state, len(self.frames)
+        memory = self._remember(state)
+        weights = np.ones(count)
+        if self.blend and state.fresh:
+            weights = blend_weights(count, state.fresh, frozenset(state.annotated) - state.fresh)
+        # a frame that keeps its masks is not segmented, unless an object enters that it does not have yet
+        asked = [
+            index
+            for index in range(count)
+            if weights[index] > 0 or index not in state.masks or len(state.masks[index].objects) < len(state.objects)
+        ]
+        masks = dict(state.masks)
+        for done, (index, new) in enumerate(self._segmenter.segment(memory, asked), start=1):
+            masks[index] = self._settle(state, index, new, weights[index])
+            if progress is not None:
+                progress(done, len(asked))
+        rounds = state.rounds + 1
+        self._step(replace(state, action=f"round {rounds}", masks=masks, fresh=frozenset(), rounds=rounds))
+
+    def preview(self, frame_index: int) -> np.ndarray:
+        """What a round would make of one frame: labels uint8 `[H, W]`. The session stays as it is.
+
+        Raises:
+            ValueError: no such frame, or no object was drawn yet.
+        """
+        self._check_index(frame_index)
+        state = self.state
+        ((_, new),) = self._segmenter.segment(self._remember(state), [frame_index])
+        return self._labels(state, frame_index, self._settle(state, frame_index, new, 1.0))
+
+    def track_from(
+        self,
+        frame_index: int,
+        tracking_model: STM,
+        direction: Literal["both", "forward", "backward"] = "both",
+        progress: Progress | None = None,
+    ) -> None:
+        """Follow the objects of one frame through the video, away from it, by a network guided by masks.
+
+        Objects that are not on that frame stay as they are, where the others leave them room.
+
+        Args:
+            frame_index: the frame whose masks are right.
+            tracking_model: the network of `Tracker`.
+            direction: to the video's end, to its start, or both.
+            progress: called as frames are done.
+
+        Raises:
+            ValueError: no such frame, no object on it, another direction, or a network guided by scribbles.
+        """
+        self._check_index(frame_index)
+        ways = {"forward": [1], "backward": [-1], "both": [1, -1]}
+        if direction not in ways:
+            raise ValueError(f"direction: expected one of {', '.join(ways)}, got {direction!r}")
+        state, labels = self.state, self.labels(frame_index)
+        if not labels.any():
+            raise ValueError(f"frame {frame_index}: expected an object to track, got an empty mask")
+        tracker = Tracker(tracking_model, size=min(self.network_size))
+        last = len(self.frames) - 1
+        paths = [range(frame_index, last + 1) if way > 0 else range(frame_index, -1, -1) for way in ways[direction]]
+        total, done, masks = sum(len(path) - 1 for path in paths), 0, dict(state.masks)
+        for path in paths:
+            results = tracker.track((np.asarray(self.frames[index]) for index in path), {0: labels}, len(path))
+            for index, result in zip(path, results):
+                if index == frame_index:
+                    continue
+                tracked = F.interpolate(result.probabilities[None].cpu(), self.network_size, mode="area")[0]
+                masks[index] = state.masks.get(index, NO_MASKS).with_objects(result.objects, tracked[1:])
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+        self._step(replace(state, action=f"tracked {direction} from frame {frame_index}", masks=masks))
+
+    def labels(self, frame_index: int) -> np.ndarray:
+        """Labels of a frame as it stands, uint8 `[H, W]`; 0 everywhere before the first round."""
+        self._check_index(frame_index)
+        return self._labels(self.state, frame_index, self.state.masks.get(frame_index, NO_MASKS))
+
+    def masks(self) -> np.ndarray:
+        """Labels of all frames, uint8 `[T, H, W]`."""
+        return np.stack([self.labels(index) for index in range(len(self.frames))])
+
+    def probabilities(self, frame_index: int) -> Tensor:
+        """Probabilities of a frame at the network's size, float32 `[n + 1, h, w]`: background, then `objects`."""
+        self._check_index(frame_index)
+        probabilities = torch.zeros(1 + len(self.objects), *self.network_size)
+        masks = self.state.masks.get(frame_index, NO_MASKS)
+        probabilities[[0, *(1 + self.objects.index(label) for label in masks.objects)]] = masks.unpack(
+            self.network_size
+        )
+        return probabilities
+
+    def undo(self) -> None:
+        """Go back to before the last step. Raises a ValueError where there is none."""
+        if not self._position:
+            raise ValueError("nothing to undo")
+        self._position -= 1
+
+    def redo(self) -> None:
+        """Take back the last undo. Raises a ValueError where there is none."""
+        if self._position == len(self._history) - 1:
+            raise ValueError("nothing to redo")
+        self._position += 1
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the session with all its steps to one file, whole or not at all."""
+        write_session(path, describe_video(self.frames, self.network_size), self._history, self._position)
+
+    def restore(self, path: str | os.PathLike) -> None:
+        """Go on from a file of `save`; errors as in `load`, after which the session is as it was."""
+        self._history, self._position = read_session(path, describe_video(self.frames, self.network_size))
+
+    def export(self, folder: str | os.PathLike, fps: Fraction | float = 24, progress: Progress | None = None) -> None:
+        """Write masks/00000.png … (palette PNGs) and overlay.mp4.
+
+        Args:
+            folder: where to; missing, or empty.
+            fps: frames a second of the overlay.
+            progress: called as frames are done.
+
+        Raises:
+            ValueError: the folder is not empty.
+        """
+        # here alone, so that a session runs without PyAV
+        from stm_model.media import VideoWriter
+        from stm_model.pictures import overlay, write_mask
+
+        folder = Path(folder)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder}: expected a new or an empty folder")
+        (folder / "masks").mkdir(parents=True, exist_ok=True)
+        with VideoWriter(folder / "overlay.mp4", fps) as video:
+            for index in range(len(self.frames)):
+                labels = self.labels(index)
+                write_mask(folder / "masks" / f"{index:05d}.png", labels)
+                video.write(overlay(np.asarray(self.frames[index]), labels))
+                if progress is not None:
+                    progress(index + 1, len(self.frames))
+
+    def _step(self, state: State) -> None:
+        self._history = [*self._history[: self._position + 1], state]
+        self._position += 1
+
+    def _check_index(self, frame_index: int) -> None:
+        if isinstance(frame_index, bool) or not isinstance(frame_index, (int, np.integer)):
+            raise TypeError(f"frame_index: expected a whole number, got {frame_index!r}")
+        if not 0 <= frame_index < len(self.frames):
+            raise ValueError(f"frame_index: expected 0 to {len(self.frames) - 1}, got {frame_index}")
+
+    def _remember(self, state: State) -> Memory:
+        if not state.objects:
+            raise ValueError("no object yet: draw a scribble on one first")
+        return self._segmenter.remember([self._annotation(state, index) for index in state.annotated])
+
+    def _annotation(self, state: State, index: int) -> Annotation:
+        scribbles, masks = state.scribbles.get(index, ()), state.masks.get(index, NO_MASKS)
+        drawing = rasterize(scribbles, self.network_size)
+        positive, negative = (torch.from_numpy(maps) for maps in scribble_maps(drawing, state.objects))
+        soft = torch.full((len(state.objects), *self.network_size), 0.5)
+        soft[[state.objects.index(label) for label in masks.objects]] = masks.unpack(self.network_size)[1:]
+        known = tuple(label in masks.objects or bool((drawing == label).any()) for label in state.objects)
+        paths = tuple((scribble["object_id"], str(scribble["path"])) for scribble in scribbles)
+        return Annotation(index, soft, positive, negative, known, (state.objects, paths, masks))
+
+    def _settle(self, state: State, index: int, new: Tensor, weight: float) -> FrameMasks:
+        """A frame's masks after a round: what is new, mixed with what was, and painted masks as they are."""
+        old = state.masks.get(index)
+        if old is not None and weight < 1:
+            new = mix(new, state.objects, old, weight)
+        masks = FrameMasks.pack(state.objects, new[1:])
+        painted = tuple(state.painted.get(index, ()))
+        if painted:
+            given = old.unpack(self.network_size)[[1 + old.objects.index(label) for label in painted]]
+            masks = masks.with_objects(painted, given)
+        return masks
+
+    def _labels(self, state: State, index: int, masks: FrameMasks) -> np.ndarray:
+        probabilities = masks.unpack(self.network_size)
+        if self.network_size != self.frame_size:
+            probabilities = F.interpolate(probabilities[None], self.frame_size, mode="bilinear")[0]
+        # max, not argmax, which takes ten times as long over a strided axis on a CPU
+        labels = np.array([0, *masks.objects], dtype=np.uint8)[probabilities.max(0).indices.numpy()]
+        for label, packed in state.painted.get(index, {}).items():
+            painted = unpack_bits(packed, self.frame_size)
+            labels[(labels == label) & ~painted] = 0
+            labels[painted] = label
+        return labels

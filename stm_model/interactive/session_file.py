@@ -1,0 +1,158 @@
+"""A session in one file: a zip of `session.json`, which has every step, and of the masks that the steps name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from stm_model.files import whole
+from stm_model.interactive.scribbles import MOST_LABEL, check_scribbles
+from stm_model.interactive.state import FrameMasks, State, unpack_bits
+from stm_model.pictures import by
+
+VERSION = 1
+MOST_BYTES = 2 * 2**30
+"""What a session file may unpack to; one of 300 frames and 8 rounds takes a few megabytes."""
+CHECKED_FRAMES = 5
+"""Frames of the video, evenly spread, whose checksums are kept."""
+
+
+class SessionFileError(ValueError):
+    """A file that is no session, or one of another video; the message says what differs."""
+
+
+def describe_video(frames: Sequence[np.ndarray], size: tuple[int, int]) -> dict[str, Any]:
+    """What a session file says of its video.
+
+    Args:
+        frames: uint8 `[H, W, 3]`.
+        size: height and width at which the network sees them.
+    """
+    places = sorted({round(place * (len(frames) - 1) / (CHECKED_FRAMES - 1)) for place in range(CHECKED_FRAMES)})
+    sums = {str(place): hashlib.sha256(np.ascontiguousarray(frames[place])).hexdigest() for place in places}
+    return {
+        "frames": len(frames),
+        "pixels": list(np.shape(frames[0])[:2]),
+        "network pixels": list(size),
+        "checksums": sums,
+    }
+
+
+def write_session(path: str | os.PathLike, video: Mapping[str, Any], history: Sequence[State], position: int) -> None:
+    """Write every step of a session, whole or not at all.
+
+    Args:
+        path: the file.
+        video: by `describe_video`.
+        history: the states, first to last.
+        position: which of them is the present one.
+    """
+    blobs: dict[str, bytes] = {}
+
+    def keep(content: bytes) -> str:
+        name = hashlib.sha256(content).hexdigest()
+        blobs[name] = content
+        return name
+
+    states = [_to_json(state, keep) for state in history]
+    content = {"version": VERSION, "video": video, "position": position, "states": states}
+    with whole(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+        archive.writestr("session.json", json.dumps(content), zipfile.ZIP_DEFLATED)
+        for name, blob in blobs.items():
+            archive.writestr(f"masks/{name}", blob)
+
+
+def _to_json(state: State, keep) -> dict[str, Any]:
+    painted = state.painted.items()
+    return {
+        "action": state.action,
+        "objects": list(state.objects),
+        "rounds": state.rounds,
+        "fresh": sorted(state.fresh),
+        "scribbles": {str(frame): list(scribbles) for frame, scribbles in state.scribbles.items()},
+        "painted": {str(frame): {str(label): keep(mask) for label, mask in masks.items()} for frame, masks in painted},
+        "masks": {str(frame): [list(masks.objects), keep(masks.packed)] for frame, masks in state.masks.items()},
+    }
+
+
+def read_session(path: str | os.PathLike, video: Mapping[str, Any]) -> tuple[list[State], int]:
+    """Read what `write_session` wrote.
+
+    Args:
+        path: the file.
+        video: by `describe_video`, that the session must be of.
+
+    Returns:
+        The states and the place of the present one.
+
+    Raises:
+        SessionFileError: not such a file, a damaged one, or one of another video.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > MOST_BYTES:
+                raise SessionFileError(f"{path}: unpacks to more than {MOST_BYTES} bytes")
+            content = json.loads(archive.read("session.json"))
+            _check_video(path, content, video)
+            blobs = {name.removeprefix("masks/"): archive.read(name) for name in archive.namelist()}
+        states = [_from_json(state, blobs, content["video"]) for state in content["states"]]
+        position = content["position"]
+        if not 0 <= position < len(states):
+            raise SessionFileError(f"{path}: step {position} of {len(states)}")
+    except (SessionFileError, FileNotFoundError):
+        raise
+    except (zipfile.BadZipFile, zlib.error, UnicodeDecodeError, json.JSONDecodeError, NotImplementedError) as error:
+        raise SessionFileError(f"{path}: not a session, or a damaged one ({error})") from error
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise SessionFileError(f"{path}: a damaged session ({type(error).__name__}: {error})") from error
+    return states, position
+
+
+def _check_video(path: str | os.PathLike, content: Any, video: Mapping[str, Any]) -> None:
+    if content["version"] != VERSION:
+        raise SessionFileError(f"{path}: a session of version {content['version']}; expected {VERSION}")
+    saved = content["video"]
+    if saved["frames"] != video["frames"]:
+        raise SessionFileError(f"{path}: its video has {saved['frames']} frames, this one {video['frames']}")
+    for name, what in (("pixels", "its video"), ("network pixels", "its network")):
+        if list(saved[name]) != list(video[name]):
+            raise SessionFileError(f"{path}: {what} has {by(saved[name])} pixels, this one {by(video[name])}")
+    different = [place for place, sum_ in video["checksums"].items() if saved["checksums"].get(place) != sum_]
+    if different:
+        raise SessionFileError(f"{path}: of another video: frames {', '.join(different)} differ")
+
+
+def _from_json(content: Any, blobs: Mapping[str, bytes], video: Mapping[str, Any]) -> State:
+    count, pixels, network_pixels = video["frames"], tuple(video["pixels"]), tuple(video["network pixels"])
+    objects = tuple(content["objects"])
+    if len(set(objects)) != len(objects) or not set(objects) <= set(range(1, MOST_LABEL + 1)):
+        raise ValueError(f"objects: {objects}")
+    scribbles = {int(frame): tuple(given) for frame, given in content["scribbles"].items()}
+    for given in scribbles.values():
+        check_scribbles(given, objects)
+    painted = {
+        int(frame): {int(label): blobs[name] for label, name in masks.items()}
+        for frame, masks in content["painted"].items()
+    }
+    masks = {int(frame): FrameMasks(tuple(labels), blobs[name]) for frame, (labels, name) in content["masks"].items()}
+    fresh, rounds = frozenset(content["fresh"]), content["rounds"]
+    for frame in {*scribbles, *painted, *masks, *fresh}:
+        if not 0 <= frame < count:
+            raise ValueError(f"frame {frame} of {count}")
+    for given in masks.values():
+        if not set(given.objects) <= set(objects):
+            raise ValueError(f"masks of objects {given.objects}, but the objects are {objects}")
+        given.unpack(network_pixels)
+    for given in painted.values():
+        for label, packed in given.items():
+            objects.index(label)
+            unpack_bits(packed, pixels)
+    return State(str(content["action"]), objects, scribbles, painted, masks, fresh, int(rounds))

@@ -1,0 +1,38 @@
+import numpy as np
+import pytest
+import torch
+from drawing import middle, stroke
+
+from stm_model import STM
+from stm_model.data.synthetic import procedural_clip
+from stm_model.interactive.session import ScribbleSession
+
+
+@pytest.fixture(scope="session")
+def clip() -> tuple[np.ndarray, np.ndarray]:
+    """Eight small frames with two objects, and their masks."""
+    return procedural_clip(frames=8, size=(70, 90), objects=2, seed=3)
+
+
+@pytest.fixture(scope="session")
+def tracking_model() -> STM:
+    """The network in the package that is guided by masks."""
+    return STM.load(device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def scribble_model(tracking_model) -> STM:
+    """One guided by scribbles that was not trained to be: its masks are no good, but neither empty nor full."""
+    return STM.from_tracking(tracking_model)
+
+
+@pytest.fixture(scope="session")
+def two_rounds(scribble_model, clip):
+    """A session of two rounds, the second of which adds an object; not to be changed."""
+    frames, truths = clip
+    session = ScribbleSession(scribble_model, frames)
+    session.add_scribbles(1, [middle(truths[1], 1), stroke(0, (0.02, 0.02), (0.3, 0.02))])
+    session.run()
+    session.add_scribbles(6, [middle(truths[6], 2)])
+    session.run()
+    return session
