@@ -1,9 +1,9 @@
 """Time and memory per tracked frame: python bench/track.py [--out bench/results/<device>/track.json]
 
 The tracker as it runs by default against the same tracker the way public STM code computes: float32, contiguous NCHW,
-batch norm as a layer of its own, the memory concatenated for every frame, the whole affinity at once. ResNet-50
-network, 2 objects, memories of 1, 5 and 20 frames; both in one process, their frames timed in alternation. Peak memory
-comes from one fresh process per version and memory size.
+batch norm as a layer of its own, the memory concatenated for every frame, the whole affinity at once, the frame's
+maps expanded to every object and decoded with each. ResNet-50 network, 2 objects, memories of 1, 5 and 20 frames; both
+in one process, their frames timed in alternation. Peak memory comes from one fresh process per version and memory size.
 """
 
 from __future__ import annotations
@@ -21,23 +21,39 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from stm_model import STM, Tracker
 from stm_model.data.synthetic import procedural_clip
 from stm_model.memory import MemoryRule
+from stm_model.network import Query
+from stm_model.network.encoders import FrameFeatures
 from stm_model.training.state import initialize
 
 OBJECTS = 2
 VERSIONS = ("naive", "default")
 
 
+class PublicNetwork(STM):
+    """A network that decodes as public code does."""
+
+    def segment(self, memory_readout: Tensor, query: Query, objects_per_clip: list[int]) -> Tensor:
+        """As `STM.segment`, with the maps of the one frame expanded to all objects before the decoder."""
+        objects = len(memory_readout)
+        features = FrameFeatures(*(maps.expand(objects, -1, -1, -1) for maps in query.features))
+        value = query.value.expand(objects, -1, -1, -1)
+        return super().segment(memory_readout, Query(query.key, value, features), [1] * objects)
+
+
 def build_tracker(version: str, device: str, memory: MemoryRule | str, weights: STM | None = None) -> Tracker:
-    """The default tracker, or the naive one: float32, NCHW, separate batch norm, whole affinity."""
+    """The default tracker, or the naive one: float32, NCHW, separate batch norm, whole affinity, expanded maps."""
     model = weights if weights is not None else random_network()
     if version == "naive":
-        model = model.float().to(device, memory_format=torch.contiguous_format)
-        tracker = Tracker(model, memory=memory, implementation="reference")
-        tracker.model = model
+        public = PublicNetwork(model.config)
+        public.load_state_dict(model.state_dict())
+        public = public.requires_grad_(False).eval().float().to(device, memory_format=torch.contiguous_format)
+        tracker = Tracker(public, memory=memory, implementation="reference")
+        tracker.model = public
         return tracker
     from stm_model.runtime import default_dtype
 
