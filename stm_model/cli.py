@@ -239,12 +239,20 @@ def _take_preset(argv: list[str], presets: tuple[str, ...]) -> tuple[str, list[s
 
 
 def evaluate(argv: Sequence[str]) -> int:
-    """`stm evaluate`; see stm_model.evaluation.evaluate.EvaluateConfig."""
+    """`stm evaluate`; see stm_model.evaluation.evaluate.EvaluateConfig, and InteractiveConfig beside it."""
     from stm_model.evaluation.evaluate import EvaluateConfig, describe
     from stm_model.evaluation.evaluate import evaluate as run_evaluation
     from stm_model.ranks import OtherRankFailed, Ranks
 
-    config = _parse(EvaluateConfig, "stm evaluate", argv)
+    interactive, rest = _take_option(list(argv), "--dataset", "davis-interactive")
+    if interactive:
+        from stm_model.evaluation.interactive import InteractiveConfig
+        from stm_model.evaluation.interactive import describe_interactive as describe
+        from stm_model.evaluation.interactive import evaluate_interactive as run_evaluation
+
+        config = _parse(InteractiveConfig, "stm evaluate --dataset davis-interactive", rest)
+    else:
+        config = _parse(EvaluateConfig, "stm evaluate", argv)
     try:
         summary = run_evaluation(config)
     except OtherRankFailed:
@@ -252,6 +260,15 @@ def evaluate(argv: Sequence[str]) -> int:
     if Ranks().first:
         print(json.dumps(summary, indent=1) if config.json else describe(summary))
     return 0
+
+
+def _take_option(argv: list[str], name: str, value: str) -> tuple[bool, list[str]]:
+    """Whether an option has a value, and the other arguments."""
+    for position in range(len(argv)):
+        for given in ([f"{name}={value}"], [name, value]):
+            if argv[position : position + len(given)] == given:
+                return True, argv[:position] + argv[position + len(given) :]
+    return False, argv
 
 
 def info(argv: Sequence[str]) -> int:

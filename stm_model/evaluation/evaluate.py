@@ -9,6 +9,7 @@ import dataclasses
 import platform
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -47,7 +48,8 @@ class EvaluateConfig:
     data: Path
     """The dataset's folder."""
     dataset: Literal["davis2016", "davis2017", "youtube_vos", "lvos"] = "davis2016"
-    """The benchmark: its folders, what it gives and what it scores."""
+    """The benchmark: its folders, what it gives and what it scores. davis-interactive has options of its own: stm
+    evaluate --dataset davis-interactive --help."""
     split: str | None = None
     """List or folder of the split; None is val for DAVIS, valid elsewhere."""
     resolution: str | None = None
@@ -127,7 +129,7 @@ def _finish(config: EvaluateConfig, dataset: Dataset, masks: Path, speed: Speed 
     """Score, and write tables, JSON, overlays and the report."""
     scores = score(dataset, masks, binary=config.binary, workers=config.workers)
     floor = score(dataset, None, workers=config.workers)
-    summary = _facts(config, dataset) | {
+    summary = facts(config, dataset) | {
         "scores": summarize(dataset.name, scores),
         "floor": summarize(dataset.name, floor),
         "speed": speed_record(speed) if speed else None,
@@ -153,7 +155,7 @@ def _finish(config: EvaluateConfig, dataset: Dataset, masks: Path, speed: Speed 
 def _study(config: EvaluateConfig, dataset: Dataset, ranks: Ranks) -> dict[str, Any]:
     study = STUDIES[config.study]
     rows = run_study(study, dataset, tracking_settings(config), config.out, ranks, config.workers)
-    summary = _facts(config, dataset) | {"study": config.study, "variants": rows}
+    summary = facts(config, dataset) | {"study": config.study, "variants": rows}
 
     def write() -> None:
         from stm_model.evaluation.figures import draw_study
@@ -201,13 +203,7 @@ def _prepare(config: EvaluateConfig) -> Dataset:
     dataset = open_dataset(config.dataset, config.data, config.split, config.resolution, config.videos)
     if (config.study or config.results) and not any(video.scored for video in dataset.videos):
         raise ValueError(f"{config.dataset}: the ground truth of the split {dataset.split} is not here to score by")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out: {out} is a file; expected a folder")
-    if out.is_dir() and any(out.iterdir()) and not config.overwrite:
-        raise ValueError(f"out: {out} is not empty; choose another folder, or add --overwrite")
-    for name, path in (("data", config.data), ("results", config.results)):
-        if path is not None and (out.resolve() == path.resolve() or out.resolve() / "masks" in _lineage(path)):
-            raise ValueError(f"out: {out} would overwrite the {name}; choose another folder")
+    check_out(out, config.overwrite, {"data": config.data, "results": config.results})
     if config.results is None:
         _check_settings(config)
     else:
@@ -218,32 +214,53 @@ def _prepare(config: EvaluateConfig) -> Dataset:
 
         if find_spec("av") is None:
             raise ValueError("overlay: writing videos needs PyAV, which is not installed")
-    if (out / SUMMARY).is_file():
-        shutil.rmtree(out / "masks", ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / SUMMARY, _facts(config, dataset) | {"stopped": "unfinished"})
+    begin(out, facts(config, dataset))
     return dataset
 
 
 def _check_settings(config: EvaluateConfig) -> None:
-    if config.device is not None:
-        try:
-            torch.empty(1, device=config.device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device: {config.device} cannot be used here ({str(error).splitlines()[0]})") from error
     MemoryRule.parse(config.memory, frame_count=1)
-    if config.size is not None and config.size < STRIDE:
-        raise ValueError(f"size: expected at least {STRIDE} pixels, got {config.size}")
-    if config.checkpoint is not None and not config.checkpoint.is_file():
-        raise FileNotFoundError(f"checkpoint: no such file: {config.checkpoint}")
+    check_network(config.checkpoint, config.device, config.size)
+
+
+def check_out(out: Path, overwrite: bool, inputs: Mapping[str, Path | None]) -> None:
+    """Refuse a folder for results that holds something, is a file, or holds what is read; `inputs` by argument."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: {out} is a file; expected a folder")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise ValueError(f"out: {out} is not empty; choose another folder, or add --overwrite")
+    for name, path in inputs.items():
+        if path is not None and (out.resolve() == path.resolve() or out.resolve() / "masks" in _lineage(path)):
+            raise ValueError(f"out: {out} would overwrite the {name}; choose another folder")
+
+
+def check_network(checkpoint: Path | None, device: str | None, size: int | None) -> None:
+    """Refuse a device, a size or a file that no network can run with, before hours are spent."""
+    if device is not None:
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device: {device} cannot be used here ({str(error).splitlines()[0]})") from error
+    if size is not None and size < STRIDE:
+        raise ValueError(f"size: expected at least {STRIDE} pixels, got {size}")
+    if checkpoint is not None and not checkpoint.is_file():
+        raise FileNotFoundError(f"checkpoint: no such file: {checkpoint}")
+
+
+def begin(out: Path, known: Mapping[str, Any]) -> None:
+    """Clear the masks of an earlier evaluation, and write what is known of this one, as unfinished."""
+    if (out / SUMMARY).is_file():
+        shutil.rmtree(out / "masks", ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / SUMMARY, {**known, "stopped": "unfinished"})
 
 
 def _lineage(path: Path) -> set[Path]:
     return {path.resolve(), *path.resolve().parents}
 
 
-def _facts(config: EvaluateConfig, dataset: Dataset) -> dict[str, Any]:
-    """Where a figure comes from."""
+def facts(config: Any, dataset: Dataset) -> dict[str, Any]:
+    """Where a figure comes from; the settings are a dataclass with at least `device` and `dtype`."""
     device = torch.device(config.device) if config.device else default_device()
     on_gpu = device.type == "cuda"
     return {

@@ -74,7 +74,7 @@ def draw_bars(scores: Sequence[ObjectScore], floor: Mapping[str, float], path: P
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
     if len(videos) > len(rows):
         axes.set_xlabel(f"the {len(rows)} lowest of {len(videos)} videos")
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_over_time(scores: Sequence[ObjectScore], path: Path) -> None:
@@ -100,7 +100,7 @@ def draw_over_time(scores: Sequence[ObjectScore], path: Path) -> None:
         panel.remove()
     figure.supxlabel("frame")
     figure.supylabel("J")
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_attributes(means: Mapping[str, tuple[float, int]], path: Path) -> None:
@@ -111,7 +111,7 @@ def draw_attributes(means: Mapping[str, tuple[float, int]], path: Path) -> None:
     axes.barh(range(len(rows)), [mean for _, (mean, _) in rows], color=LINES[1])
     axes.set_yticks(range(len(rows)), [f"{name} ({count})" for name, (_, count) in rows])
     axes.set(xlim=(0, 1), xlabel="mean J (number of videos)")
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_study(study: Study, rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
@@ -121,7 +121,7 @@ def draw_study(study: Study, rows: Mapping[str, Mapping[str, Any]], path: Path) 
     else:
         figure = _panels(rows, bars=study.figure == "bars")
     figure.suptitle(study.title)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _percentiles(rows: Mapping[str, Mapping[str, Any]]) -> Figure:
@@ -177,7 +177,8 @@ def _panels(rows: Mapping[str, Mapping[str, Any]], bars: bool) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure, whole or not at all."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.title.set_fontsize(10)

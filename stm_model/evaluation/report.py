@@ -67,16 +67,25 @@ def write_report(evaluation: Evaluation, out: Path, overlays: Mapping[str, Path]
         sections += _worst(evaluation, folder, binary)
     sections += [_sheet(evaluation, folder, binary), _links(overlays, out), _origin(evaluation)]
     title = f"{evaluation.dataset.name}, {evaluation.dataset.split}"
-    page = (
+    partial = out / ".report.partial.html"
+    partial.write_text(page(title, sections), encoding="utf-8")
+    partial.replace(out / "report.html")
+
+
+def page(title: str, sections: Iterable[str]) -> str:
+    """A whole page of sections; empty ones are left out."""
+    return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body>\n"
         + "\n".join(section for section in sections if section)
         + "\n</body></html>\n"
     )
-    partial = out / ".report.partial.html"
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(out / "report.html")
+
+
+def picture(path: Path, caption: str) -> str:
+    """A picture that lies in the page, with what it shows."""
+    return _figure([_data_url(path)], caption)
 
 
 def _head(evaluation: Evaluation) -> str:
@@ -132,13 +141,13 @@ def _drawn(evaluation: Evaluation, folder: Path) -> list[str]:
     figures.draw_bars(scores, floor, folder / "videos.png")
     figures.draw_over_time(scores, folder / "over_time.png")
     sections = [
-        f"<h2>Video by video</h2>{_figure([_data_url(folder / 'videos.png')], 'J and F of every video')}",
-        f"<h2>Over time</h2>{_figure([_data_url(folder / 'over_time.png')], 'J by frame, the lowest video first')}",
+        f"<h2>Video by video</h2>{picture(folder / 'videos.png', 'J and F of every video')}",
+        f"<h2>Over time</h2>{picture(folder / 'over_time.png', 'J by frame, the lowest video first')}",
     ]
     if attributes := attribute_means(evaluation.dataset.videos, scores):
         figures.draw_attributes(attributes, folder / "attributes.png")
         caption = "mean J of the videos that have an attribute, in the dataset's words"
-        sections.append(f"<h2>Attributes</h2>{_figure([_data_url(folder / 'attributes.png')], caption)}")
+        sections.append(f"<h2>Attributes</h2>{picture(folder / 'attributes.png', caption)}")
     return sections
 
 
