@@ -1,6 +1,7 @@
 """Errors of the public reads: one line that names the argument, what was expected and what came."""
 
 import math
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -9,6 +10,18 @@ IMPLEMENTATIONS = ("auto", "triton", "chunked", "reference")
 SIMILARITIES = ("dot", "l2")
 # nearer to 1, a float32 sum could not tell nearly all from all
 MOST_SKIPPED = 1 - 2**-16
+
+
+class ReadOptions(TypedDict, total=False):
+    """The settings of `memory_read` by which the form of its result stays the same."""
+
+    scale: float | None
+    similarity: str
+    key_bias: Tensor | None
+    lengths: Tensor | None
+    top_k: int | None
+    skip: float
+    implementation: str
 
 
 def check_tensors(ndim: int = 3, **tensors: Tensor) -> None:

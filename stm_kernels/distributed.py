@@ -1,6 +1,7 @@
 """The read of one memory sharded over processes: each reads its shard, and the parts are merged by log-sum-exp."""
 
 import math
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
@@ -58,6 +59,12 @@ class DistributedMemory:
         self._length += key.shape[1]
         self._appended += 1
 
+    @overload
+    def read(self, query_key: Tensor, *, scale: float | None = None, implementation: str = "auto") -> Tensor: ...
+    @overload
+    def read(
+        self, query_key: Tensor, *, scale: float | None = None, return_lse: bool, implementation: str = "auto"
+    ) -> Any: ...
     def read(
         self, query_key: Tensor, *, scale: float | None = None, return_lse: bool = False, implementation: str = "auto"
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -79,6 +86,27 @@ class DistributedMemory:
         return _results(out, lse, self.group, return_lse)
 
 
+@overload
+def distributed_memory_read(
+    query_key: Tensor,
+    memory_key: Tensor,
+    memory_value: Tensor,
+    *,
+    scale: float | None = None,
+    implementation: str = "auto",
+    group: dist.ProcessGroup | None = None,
+) -> Tensor: ...
+@overload
+def distributed_memory_read(
+    query_key: Tensor,
+    memory_key: Tensor,
+    memory_value: Tensor,
+    *,
+    scale: float | None = None,
+    return_lse: bool,
+    implementation: str = "auto",
+    group: dist.ProcessGroup | None = None,
+) -> Any: ...
 def distributed_memory_read(
     query_key: Tensor,
     memory_key: Tensor,

@@ -66,8 +66,8 @@ def _outputs(affinity: Affinity, memory_value: Tensor, top_k: int, skip: float) 
     """Empty tensors in the form of what `read_operator` returns."""
     B, M, N = affinity.sizes
     if top_k:
-        choice = torch.sym_min(top_k, N) if isinstance(N, torch.SymInt) else min(top_k, N)
-        choice = memory_value.new_empty(B, M, choice, dtype=torch.int32)
+        count = torch.sym_min(top_k, N) if isinstance(N, torch.SymInt) else min(top_k, N)
+        choice = memory_value.new_empty(B, M, count, dtype=torch.int32)
     elif skip:
         blocks = (M + SKIP_QUERIES - 1) // SKIP_QUERIES, (N + SKIP_POSITIONS - 1) // SKIP_POSITIONS
         choice = memory_value.new_empty(B, *blocks, dtype=torch.uint8)
@@ -101,8 +101,8 @@ def backward_operator(
     """
     affinity = Affinity(query_key, memory_key, scale, key_bias, lengths)
     if min(*query_key.shape, *memory_value.shape) == 0:
-        grads = tuple(torch.zeros_like(tensor) for tensor in (query_key, memory_key, memory_value))
-        return *grads, _empty_grad_key_bias(query_key, key_bias).zero_()
+        by_query, by_key, by_value = map(torch.zeros_like, (query_key, memory_key, memory_value))
+        return by_query, by_key, by_value, _empty_grad_key_bias(query_key, key_bias).zero_()
     on_gpu = resolve_implementation(implementation, query_key) == "triton"
     if top_k:
         grads = top_k_read_backward(grad_out, grad_lse, affinity, memory_value, out, lse, choice)
@@ -112,8 +112,8 @@ def backward_operator(
         grads = triton_read_backward(grad_out, grad_lse, affinity, memory_value, out, lse, skipped, choice)
     else:
         grads = chunked_read_backward(grad_out, grad_lse, affinity, memory_value, out, lse, skipped, choice)
-    *grads, grad_key_bias = grads
-    return *grads, _empty_grad_key_bias(query_key, key_bias) if grad_key_bias is None else grad_key_bias
+    by_query, by_key, by_value, by_bias = grads
+    return by_query, by_key, by_value, _empty_grad_key_bias(query_key, key_bias) if by_bias is None else by_bias
 
 
 @backward_operator.register_fake

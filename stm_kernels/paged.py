@@ -1,6 +1,7 @@
 """A memory that grows by pages: appending copies the new positions and nothing else."""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from stm_kernels.affinity import PAGE_MULTIPLE, Affinity, wide_dtype
 from stm_kernels.checks import check_agreement, check_tensors, checked_affinity, checked_choice
 from stm_kernels.merge import merge_reads
 from stm_kernels.operator import resolve_implementation
-from stm_kernels.pages import Page, Pages
+from stm_kernels.pages import Page, Pages, Parts
 from stm_kernels.read import memory_usage, read_with_float64_lse, top_k_of_parts
 
 
@@ -211,6 +212,32 @@ class PagedMemory:
         if not 0 <= count <= len(self) - start:
             raise ValueError(f"count: expected 0 to {len(self) - start} positions, got {count}")
 
+    @overload
+    def read(
+        self,
+        query_key: Tensor,
+        *,
+        scale: float | None = None,
+        similarity: str = "dot",
+        top_k: int | None = None,
+        skip: float = 0.0,
+        return_lse: Literal[False] = False,
+        return_skipped: Literal[False] = False,
+        implementation: str = "auto",
+    ) -> Tensor: ...
+    @overload
+    def read(
+        self,
+        query_key: Tensor,
+        *,
+        scale: float | None = None,
+        similarity: str = "dot",
+        top_k: int | None = None,
+        skip: float = 0.0,
+        return_lse: bool = False,
+        return_skipped: bool = False,
+        implementation: str = "auto",
+    ) -> Any: ...
     def read(
         self,
         query_key: Tensor,
@@ -253,16 +280,19 @@ class PagedMemory:
         self, query_key: Tensor, *, top_k: int | None = None, implementation: str = "auto", **options: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`read` with all it can return, and its log-sum-exp in float64, to merge it with other reads."""
-        parts = self._pages.parts() if len(self) else [self._nothing()]
+        parts: Parts | list[Page] = self._pages.parts() if len(self) else [self._nothing()]
         if implementation == "reference":
             # a page from the host is lent for one turn only
-            parts = [tuple(torch.cat(tensors, 1) for tensors in zip(*((k.clone(), v.clone()) for k, v in parts)))]
+            keys, values = zip(*((key.clone(), value.clone()) for key, value in parts))
+            parts = [(torch.cat(keys, 1), torch.cat(values, 1))]
         if len(parts) == 1:
             (page,) = parts
             return read_with_float64_lse(query_key, *page, top_k=top_k, implementation=implementation, **options)
         if top_k is not None:
             return top_k_of_parts(query_key, parts, top_k=top_k, implementation=implementation, **options)
-        merged, rest = None, parts
+        assert isinstance(parts, Parts)
+        merged: tuple[Tensor, Tensor, Tensor] | None = None
+        rest: Iterable[Page] = parts
         if len(parts.on_device) > 1 and self._one_launch_reads(query_key, implementation, **options):
             merged, rest = self._read_in_one_launch(query_key, parts.on_device, **options), parts.streamed()
         dtype = None
@@ -272,6 +302,7 @@ class PagedMemory:
             # merged in float32 or wider, so that the read is rounded once, not once a page
             part = (out.to(wide_dtype(dtype)), lse, skipped)
             merged = part if merged is None else _merged(merged, part)
+        assert merged is not None
         return merged[0].to(dtype or query_key.dtype), *merged[1:]
 
     def usage(
@@ -292,8 +323,10 @@ class PagedMemory:
         Returns:
             `[B, N]` in float32 (float64 for float64 inputs).
         """
-        options = {"lse": lse, "scale": scale, "similarity": similarity, "implementation": implementation}
-        usages = [memory_usage(query_key, key, **options) for key, _ in self._pages.parts()]
+        usages = [
+            memory_usage(query_key, key, lse=lse, scale=scale, similarity=similarity, implementation=implementation)
+            for key, _ in self._pages.parts()
+        ]
         return torch.cat(usages, 1) if usages else query_key.new_zeros(self.batch, 0, dtype=wide_dtype(query_key.dtype))
 
     def _one_launch_reads(self, query_key: Tensor, implementation: str, similarity: str = "dot", **others: Any) -> bool:
@@ -325,7 +358,8 @@ class PagedMemory:
             addresses = [[tensor.data_ptr() for tensor in tensors] for tensors in zip(*held)]
             self._table = torch.tensor(addresses, device=self.device)
         length = sum(key.shape[1] for key, _ in pages)
-        table = PageTable(*self._table, self.page_size, length)
+        keys, values = self._table
+        table = PageTable(keys, values, self.page_size, length)
         out, lse, skipped, _ = triton_read(Affinity(query_key, key, scale), value, skip, table)
         return out, lse, skipped
 

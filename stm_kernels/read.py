@@ -1,19 +1,44 @@
 """The public read: shapes, errors and the choice of implementation."""
 
 import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from stm_kernels.affinity import wide_dtype
-from stm_kernels.checks import check_agreement, check_rows, check_tensors, checked_affinity, checked_choice
+from stm_kernels.affinity import as_dot_product
+from stm_kernels.checks import ReadOptions, check_agreement, check_rows, check_tensors, checked_affinity, checked_choice
 from stm_kernels.merge import merge_reads
 from stm_kernels.operator import autocast_inputs, read_operator, select_operator, usage_operator
 from stm_kernels.reference import reference_read, reference_usage
 from stm_kernels.topk import weighted_read
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+@overload
+def memory_read(
+    query_key: Tensor,
+    memory_key: Tensor,
+    memory_value: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    return_skipped: Literal[False] = False,
+    **options: "Unpack[ReadOptions]",
+) -> Tensor: ...
+@overload
+def memory_read(
+    query_key: Tensor,
+    memory_key: Tensor,
+    memory_value: Tensor,
+    *,
+    return_lse: bool = False,
+    return_skipped: bool = False,
+    **options: "Unpack[ReadOptions]",
+) -> Any: ...
 def memory_read(
     query_key: Tensor,
     memory_key: Tensor,
@@ -113,7 +138,7 @@ def read_with_float64_lse(
             query_key, memory_key, memory_value, scale, similarity, key_bias, lengths, top_k or None
         )
         return out, lse.double(), torch.zeros_like(lse, dtype=torch.float32)
-    scale, key_bias, lengths, shift = _as_dot_product(query_key, memory_key, scale, similarity, key_bias, lengths)
+    scale, key_bias, lengths, shift = as_dot_product(query_key, memory_key, scale, similarity, key_bias, lengths)
     out, lse, skipped, _ = read_operator(
         query_key, memory_key, memory_value, key_bias, lengths, scale, top_k, skip, implementation
     )
@@ -125,7 +150,7 @@ def read_with_float64_lse(
 
 def top_k_of_parts(
     query_key: Tensor,
-    parts: list[tuple[Tensor, Tensor]],
+    parts: Iterable[tuple[Tensor, Tensor]],
     *,
     top_k: int,
     scale: float | None = None,
@@ -133,7 +158,7 @@ def top_k_of_parts(
     skip: float = 0.0,
     implementation: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`read_with_float64_lse` of the `top_k` best of a memory in parts: keys and values of each, one after the other.
+    """`read_with_float64_lse` of the `top_k` best of a memory in parts: keys and values of each, gone through twice.
 
     Each part selects; the best of all selections are the best of all, and are weighed part by part.
 
@@ -143,31 +168,32 @@ def top_k_of_parts(
     if query_key.requires_grad and torch.is_grad_enabled():
         raise ValueError("query_key: expected no gradients of top_k in several pages, got requires_grad=True")
     top_k, _ = checked_choice(top_k, skip)
-    best, ends = None, [0]
+    best: list[Tensor] = []
+    ends = [0]
     for memory_key, memory_value in parts:
         check_tensors(query_key=query_key, memory_key=memory_key, memory_value=memory_value)
         query, memory_key = autocast_inputs(query_key, memory_key)
         factor = checked_affinity(query, memory_key, scale, similarity, None, None, implementation)
         check_agreement(query, memory_key=memory_key)
-        factor, key_bias, _, shift = _as_dot_product(query, memory_key, factor, similarity, None, None)
+        factor, key_bias, _, shift = as_dot_product(query, memory_key, factor, similarity, None, None)
         positions, logits = select_operator(query, memory_key, key_bias, None, factor, top_k, implementation)
         selected = [positions + ends[-1], logits]
         ends.append(ends[-1] + memory_key.shape[1])
-        if best is not None:
+        if best:
             # of equal ones the earlier stands first, and a stable sort keeps it there
             positions, logits = (torch.cat(pair, 2) for pair in zip(best, selected))
             logits, order = logits.sort(dim=2, descending=True, stable=True)
             selected = [positions.gather(2, order[..., :top_k]), logits[..., :top_k]]
         best = selected
     positions, logits = best
-    merged = None
+    merged: tuple[Tensor, ...] = ()
     for start, stop, (_, memory_value) in zip(ends, ends[1:], parts):
         (memory_value,) = autocast_inputs(memory_value)
         elsewhere = (positions < start) | (positions >= stop)
         here = (positions - start).masked_fill_(elsewhere, 0)
         out, lse = weighted_read(memory_value, here, logits.masked_fill(elsewhere, -math.inf))
         part = out.to(torch.promote_types(out.dtype, torch.float32)), lse
-        merged = part if merged is None else merge_reads(*map(torch.stack, zip(merged, part)))
+        merged = merge_reads(*map(torch.stack, zip(merged, part))) if merged else part
     lse = merged[1] if shift is None else merged[1] - shift
     return merged[0].to(out.dtype), lse, torch.zeros_like(lse, dtype=torch.float32)
 
@@ -214,44 +240,32 @@ def memory_usage(
     key_bias, lse = (None if tensor is None else tensor.detach() for tensor in (key_bias, lse))
     if implementation == "reference":
         return reference_usage(query_key, memory_key, scale, similarity, key_bias, lengths, top_k or None)
-    scale, key_bias, lengths, shift = _as_dot_product(query_key, memory_key, scale, similarity, key_bias, lengths)
+    scale, key_bias, lengths, shift = as_dot_product(query_key, memory_key, scale, similarity, key_bias, lengths)
     if lse is not None:
         lse = lse.double() if shift is None else lse.double() + shift
     return usage_operator(query_key, memory_key, key_bias, lengths, lse, scale, top_k, implementation)
 
 
-def _as_dot_product(
+@overload
+def space_time_memory_read(
     query_key: Tensor,
     memory_key: Tensor,
-    scale: float,
-    similarity: str,
-    key_bias: Tensor | None,
-    lengths: Tensor | None,
-) -> tuple[float, Tensor | None, Tensor | None, Tensor | None]:
-    """Scale, bias and lengths as the operators take them, and what to take from their log-sum-exp `[B, M]`.
-
-    -scale · |q - k|² is 2 · scale · q · k - scale · |k|² - scale · |q|²: a dot product, a bias of the position, and a
-    shift of the whole row, which the softmax does not see.
-    """
-    wide = wide_dtype(query_key.dtype)
-    shift = None
-    if key_bias is not None:
-        key_bias = key_bias.to(wide).contiguous()
-    if lengths is not None:
-        lengths = lengths.to(torch.int32).contiguous()
-    if similarity == "l2":
-        visible = memory_key.to(wide)
-        if lengths is not None:
-            # a gradient of 0 times NaN is NaN
-            behind = torch.arange(memory_key.shape[1], device=lengths.device) >= lengths[:, None]
-            visible = visible.masked_fill(behind[:, :, None], 0.0)
-        square = visible.square().sum(2) * -scale
-        key_bias = square if key_bias is None else square + key_bias
-        shift = query_key.double().square().sum(2) * scale
-        scale = 2 * scale
-    return scale, key_bias, lengths, shift
-
-
+    memory_value: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    return_skipped: Literal[False] = False,
+    **options: "Unpack[ReadOptions]",
+) -> Tensor: ...
+@overload
+def space_time_memory_read(
+    query_key: Tensor,
+    memory_key: Tensor,
+    memory_value: Tensor,
+    *,
+    return_lse: bool = False,
+    return_skipped: bool = False,
+    **options: "Unpack[ReadOptions]",
+) -> Any: ...
 def space_time_memory_read(
     query_key: Tensor,
     memory_key: Tensor,

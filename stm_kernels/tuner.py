@@ -106,7 +106,7 @@ def forward_candidates(
     from stm_kernels.gpu.tuning import COPY_ENGINES, ForwardTiles, forward_tiles, padded
 
     default = forward_tiles(architecture, dtype, C, V, skips=skips, descriptors=descriptors)
-    fetched: dict[str, list[tuple[int, ...]]] = {}
+    fetched: dict[str, list[tuple[int, int, int, int, int]]] = {}
     if architecture == INTERPRETER:
         shapes = [(64, 32, 64, 4, 1), (32, 64, 16, 4, 1)]
     elif dtype == torch.float32:
