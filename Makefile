@@ -24,6 +24,7 @@ lint: $(READY)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet . || { $(BIN)/ruff format --check .; exit 1; }
 	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/mypy --no-error-summary
 
 bench: $(READY)
 	@$(BIN)/python -m pytest -q --benchmark-quiet --benchmark-json=bench/results/suite.json bench/suite $(ARGS)

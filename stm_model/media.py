@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -150,8 +151,8 @@ class VideoFile:
                     raise _Break(reason(error)) from error
                 started = started or bool(frames)
                 yield from map(_upright, frames)
-            if started and clock.short():
-                raise _Break(f"it ends at {float(clock.end):.2f} s of {float(clock.expected):.2f} s")
+            if started and (shortfall := clock.shortfall()):
+                raise _Break(shortfall)
 
 
 class _Break(Exception):
@@ -162,7 +163,10 @@ class _Clock:
     """Compares where a stream ends with where its file says it ends: FFmpeg takes a cut mkv or avi for a short one."""
 
     def __init__(self, container, stream, fps: Fraction):
-        self.fps, self.start, self.end, self.expected = fps, None, None, None
+        self.fps = fps
+        self.start: Fraction | None = None
+        self.end: Fraction | None = None
+        self.expected: Fraction | None = None
         if tag := re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", "")):
             self.expected = int(tag[1]) * 3600 + int(tag[2]) * 60 + Fraction(tag[3])
         elif container.format.name == "avi" and stream.frames:
@@ -177,11 +181,14 @@ class _Clock:
             self.start = start if self.start is None else min(start, self.start)
             self.end = end if self.end is None else max(end, self.end)
 
-    def short(self) -> bool:
-        if self.end is None or self.expected is None:
-            return False
+    def shortfall(self) -> str | None:
+        """What is missing, if the stream ends early."""
+        if self.start is None or self.end is None or self.expected is None:
+            return None
         # some files count from their first frame, some from zero
-        return max(self.end, self.end - self.start) < self.expected - Fraction(1, 10) - 2 / self.fps
+        if max(self.end, self.end - self.start) >= self.expected - Fraction(1, 10) - 2 / self.fps:
+            return None
+        return f"it ends at {float(self.end):.2f} s of {float(self.expected):.2f} s"
 
 
 def _held_back(stream, bad_packet) -> list:
@@ -247,7 +254,7 @@ def _frame_indices(files: list[Path], video: VideoFile | FrameFolder | None) -> 
         if index is None:
             wanted = "the name of a frame of the video" if by_name else "a name that ends in the frame's number"
             raise MediaError(f"{file}: expected {wanted}")
-        if count is not None and index >= count:
+        if video is not None and count is not None and index >= count:
             raise MediaError(f"{file}: a mask for frame {index}, but {video.path} has {count} frames, 0 to {count - 1}")
         indices.append(index)
     return indices
@@ -270,7 +277,8 @@ class VideoWriter:
         self._fps = Fraction(fps).limit_denominator(1001)
         self._codec = codec or ("libx264" if "libx264" in av.codecs_available else "mpeg4")
         self._partial = self.path.with_name(f".{self.path.stem}.partial.mp4")
-        self._container = self._stream = None
+        self._container: Any = None
+        self._stream: Any = None
 
     def write(self, frame: np.ndarray) -> None:
         """Append one frame; all have the size of the first."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,7 +82,7 @@ class Tracker:
             MemoryRule.parse(memory, frame_count=1)
         if size is not None and size < STRIDE:
             raise ValueError(f"size: expected at least {STRIDE} pixels, got {size}")
-        self.read_options = {"top_k": top_k, "skip": skip, "implementation": implementation}
+        self.read_options: dict[str, Any] = {"top_k": top_k, "skip": skip, "implementation": implementation}
         # a setting that makes no sense is refused here, not at the second frame
         memory_read(*torch.zeros(3, 1, 0, 1), **self.read_options)
         self.model, self.memory, self.size = fold_batch_norm(model), memory, size
@@ -110,13 +111,13 @@ class Tracker:
         Raises:
             ValueError: there are no frames; a frame or mask has the wrong form; no mask names an object.
         """
-        if frame_count is None and hasattr(frames, "__len__"):
+        if frame_count is None and isinstance(frames, Sized):
             frame_count = len(frames)
         rule = MemoryRule.parse(self.memory, frame_count) if isinstance(self.memory, str) else self.memory
-        masks = {int(index): check_mask(mask, index) for index, mask in masks.items()}
-        if not any(objects_in(mask) for mask in masks.values()):
+        checked = {int(index): check_mask(mask, index) for index, mask in masks.items()}
+        if not any(objects_in(mask) for mask in checked.values()):
             raise ValueError("masks: expected at least one labelled object (1…254), got none")
-        return self._track(frames, masks, rule)
+        return self._track(frames, checked, rule)
 
     def plan(self, frame_size: tuple[int, int], frame_count: int, masks: Mapping[int, np.ndarray]) -> MemoryPlan:
         """What tracking a video will remember at most, before it is tracked.
@@ -130,11 +131,11 @@ class Tracker:
             ValueError: the budget does not hold the frames with a given mask and the previous one.
         """
         rule = MemoryRule.parse(self.memory, frame_count) if isinstance(self.memory, str) else self.memory
-        size = tuple(side + -side % STRIDE for side in network_size(frame_size, self.size))
+        height, width = (side + -side % STRIDE for side in network_size(frame_size, self.size))
         config, dtype = self.model.config, next(self.model.parameters()).dtype
         value_dtype = self.value_dtype or dtype
         position = config.key_channels * dtype.itemsize + config.value_channels * value_dtype.itemsize
-        return plan_memory(rule, self.budget, masks, frame_count, size, position)
+        return plan_memory(rule, self.budget, masks, frame_count, (height, width), position)
 
     def _track(
         self, frames: Iterable[np.ndarray], masks: dict[int, np.ndarray], rule: MemoryRule
@@ -204,14 +205,14 @@ class _Video:
         pixels = torch.from_numpy(np.ascontiguousarray(frame)).to(self.device)
         # plain order here, so that the weights alone decide the memory format of the convolutions
         image = pixels.permute(2, 0, 1)[None].contiguous().float() / 255
-        size = network_size(self.frame_size, self.size)
+        size = network_size(frame.shape[:2], self.size)
         if size != image.shape[-2:]:
             image = F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True).clamp_(0, 1)
         return image
 
     def _resize_mask(self, mask: np.ndarray) -> Tensor:
         labels = torch.from_numpy(np.ascontiguousarray(mask)).to(self.device)
-        size = network_size(self.frame_size, self.size)
+        size = network_size(mask.shape, self.size)
         if size == mask.shape:
             return labels
         return F.interpolate(labels[None, None].float(), size, mode="nearest-exact")[0, 0].to(torch.uint8)
@@ -233,8 +234,9 @@ class _Video:
 
     def _remember_previous(self) -> None:
         """Put the previous frame, with its soft masks, into the memories that want it."""
-        index, image, probabilities, given = self.previous
-        given = [label in given for label in self.objects]
+        assert self.previous is not None
+        index, image, probabilities, labels = self.previous
+        given = [label in labels for label in self.objects]
         certain = [not self.skip_uncertain or value >= UNCERTAIN for value in self.certainty]
         wanted = self.bank.wanted(index, given, certain)
         if not any(wanted):

@@ -37,14 +37,14 @@ def statistics(values: Sequence[float]) -> Statistics:
     Source: Perazzi et al., CVPR 2016, section 5; the quarters as in the DAVIS 2017 evaluation, where neighbours share
     a frame.
     """
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or not len(values):
-        raise ValueError(f"values: expected at least one value a frame, got shape {list(values.shape)}")
+    series = np.asarray(values, dtype=np.float64)
+    if series.ndim != 1 or not len(series):
+        raise ValueError(f"values: expected at least one value a frame, got shape {list(series.shape)}")
     # halves round up, as there
-    bounds = np.floor(np.linspace(1, len(values), DECAY_PARTS + 1) + 0.5).astype(np.int64) - 1
-    first, last = values[bounds[0] : bounds[1] + 1], values[bounds[-2] : bounds[-1] + 1]
+    bounds = np.floor(np.linspace(1, len(series), DECAY_PARTS + 1) + 0.5).astype(np.int64) - 1
+    first, last = series[bounds[0] : bounds[1] + 1], series[bounds[-2] : bounds[-1] + 1]
     return Statistics(
-        float(values.mean()), float((values > RECALL_THRESHOLD).mean()), float(first.mean() - last.mean())
+        float(series.mean()), float((series > RECALL_THRESHOLD).mean()), float(first.mean() - last.mean())
     )
 
 
@@ -90,9 +90,9 @@ def contour_accuracy(prediction: np.ndarray, truth: np.ndarray, void: np.ndarray
     prediction, truth = _without_void(prediction, truth, void)
     reach = math.ceil(BOUNDARY_TOLERANCE * math.hypot(*truth.shape))
     box = _box_around(prediction, truth)
-    predicted, true = _contour(prediction[box]), _contour(truth[box])
-    stride = predicted.shape[1] + reach
-    predicted, true = _to_bits(predicted, stride), _to_bits(true, stride)
+    contours = _contour(prediction[box]), _contour(truth[box])
+    stride = contours[0].shape[1] + reach
+    predicted, true = (_to_bits(contour, stride) for contour in contours)
     if not predicted or not true:
         return float(predicted == true)
     precision = (predicted & _dilate(true, reach, stride)).bit_count() / predicted.bit_count()

@@ -22,6 +22,9 @@ class FrameFeatures(NamedTuple):
 class _Encoder(nn.Module):
     """Stem and residual stages shared by both encoders; the names are those of the released checkpoint."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, backbone: str):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
@@ -68,7 +71,7 @@ class MemoryEncoder(_Encoder):
 
         The K objects belong to the B frames in order, `objects_per_clip` each.
         """
-        weight = torch.cat([self.get_submodule(name).weight for name in self.guides], 1)
+        weight = torch.cat([self.get_parameter(f"{name}.weight") for name in self.guides], 1)
         x = F.conv2d(guides.to(weight.dtype), weight, stride=2, padding=3)
         x += per_object(self._stem(frames), objects_per_clip)
         return self.res4(self.res3(self.res2(self.maxpool(self.relu(self.bn1(x))))))

@@ -57,7 +57,10 @@ def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
 
 
-BACKBONES = {"resnet18": (BasicBlock, (2, 2, 2)), "resnet50": (Bottleneck, (3, 4, 6))}
+BACKBONES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int]]] = {
+    "resnet18": (BasicBlock, (2, 2, 2)),
+    "resnet50": (Bottleneck, (3, 4, 6)),
+}
 """Block type and number of blocks of the three stages an encoder uses (1/4, 1/8 and 1/16 of the frame)."""
 
 
@@ -70,10 +73,12 @@ def stage_channels(backbone: str) -> tuple[int, int, int]:
 def build_stages(backbone: str) -> tuple[nn.Sequential, nn.Sequential, nn.Sequential]:
     """The residual stages res2, res3 and res4 behind a 64-channel stem at 1/4 of the frame."""
     block, depths = BACKBONES[backbone]
-    stages, in_channels = [], 64
+    stages: list[nn.Sequential] = []
+    in_channels = 64
     for channels, depth, stride in zip((64, 128, 256), depths, (1, 2, 2), strict=True):
         blocks = [block(in_channels, channels, stride)]
         in_channels = channels * block.expansion
         blocks += [block(in_channels, channels, 1) for _ in range(depth - 1)]
         stages.append(nn.Sequential(*blocks))
-    return tuple(stages)
+    res2, res3, res4 = stages
+    return res2, res3, res4

@@ -38,7 +38,7 @@ class STMConfig:
     positive and negative scribbles, to be corrected by them."""
 
     def __post_init__(self) -> None:
-        for name, choices in {"backbone": BACKBONES, "guidance": GUIDANCE}.items():
+        for name, choices in (("backbone", [*BACKBONES]), ("guidance", [*GUIDANCE])):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
 
@@ -124,7 +124,7 @@ class STM(nn.Module):
         check_tensors(model.state_dict(), tensors, path)
         model.load_state_dict(tensors, assign=True)
         model.requires_grad_(False)
-        return model.eval().to(device, dtype or default_dtype(device), memory_format=torch.channels_last)
+        return _channels_last(model.eval().to(device, dtype or default_dtype(device)))
 
     @classmethod
     def from_tracking(cls, model: STM) -> STM:
@@ -139,7 +139,7 @@ class STM(nn.Module):
             guided = cls(replace(model.config, guidance="scribbles"))
         guided.load_state_dict(scribble_tensors(model.state_dict()), assign=True)
         guided.requires_grad_(parameter.requires_grad).train(model.training)
-        return guided.to(memory_format=torch.channels_last)
+        return _channels_last(guided)
 
     def expect_guidance(self, guidance: Literal["masks", "scribbles"]) -> None:
         """Raise a ValueError if the network is guided by something else."""
@@ -223,6 +223,10 @@ def scribble_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
     started = {name: value.clone() for name, value in tensors.items() if name != "Encoder_M.conv1_o.weight"}
     return started | {names[name]: value.clone() for name, value in tensors.items() if name in names}
+
+
+def _channels_last(model: STM) -> STM:
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's types leave it out
 
 
 def as_positions(feature_map: Tensor) -> Tensor:
