@@ -22,6 +22,8 @@ class Clip(NamedTuple):
     """`[T, H, W]` uint8; 0 is background, 1…n are objects, 255 is void: nobody knows."""
     unreadable: tuple[str, ...] = ()
     """What was wrong with the files that had to be passed over for this clip."""
+    seed: int = 0
+    """What chance decides in training on this clip is a function of it."""
 
     @property
     def objects(self) -> int:
@@ -123,5 +125,5 @@ class FollowedClips(Dataset):
             clip = self.clips[seed + (attempt << 40)]
             unreadable += clip.unreadable
             if clip.objects:
-                return clip._replace(unreadable=unreadable)
+                return clip._replace(unreadable=unreadable, seed=seed)
         raise ValueError(f"no object in the first frame of {self.ATTEMPTS} clips drawn in a row: are the masks empty?")

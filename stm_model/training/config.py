@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from stm_model.checkpoint import DEFAULT_WEIGHTS
 from stm_model.network import STRIDE, STMConfig
 
 
@@ -30,6 +31,9 @@ class TrainConfig:
     """Weights to start from, a released .pth or our .safetensors; None for random ones."""
     network: Literal["small", "released"] = "small"
     """Shape of the network: ResNet-18 as in the package's weights, or the released STM's ResNet-50."""
+    rounds: int = 0
+    """Simulated rounds of scribbles that the frames of a clip are segmented in, by a network guided by scribbles. 0
+    trains one that tracks from the mask of the first frame."""
     steps: int = 10000
     """Optimiser steps."""
     batch: int = 8
@@ -101,6 +105,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         least = {"steps": 1, "batch": 1, "accumulate": 1, "frames": 2, "crop": STRIDE, "workers": 0}
         least |= dict.fromkeys(("validate_every", "save_every", "log_every"), 1) | {"picture_every": 0, "warmup": 0}
+        least["rounds"] = 0
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"{name}: expected at least {value}, got {getattr(self, name)}")
@@ -129,7 +134,8 @@ class TrainConfig:
     @property
     def network_shape(self) -> STMConfig:
         """The shape of the network to train."""
-        return STMConfig.small() if self.network == "small" else STMConfig()
+        guidance = "scribbles" if self.rounds else "masks"
+        return STMConfig.small(guidance) if self.network == "small" else STMConfig(guidance=guidance)
 
     @property
     def settings(self) -> dict:
@@ -177,6 +183,22 @@ class PaperConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
+class InteractiveConfig(TrainConfig):
+    """Train a network guided by scribbles, for `stm interact`, from the weights of one that tracks.
+
+    Source: Oh et al., DAVIS Challenge 2019, sections 2.4 and 3.2.
+    """
+
+    init: Path | None = DEFAULT_WEIGHTS
+    rounds: int = 3
+    steps: int = 4000
+    batch: int = 4
+    max_skip: tuple[int, int] = (25, 25)
+    warmup: int = 100
+    freeze_batch_norm: float = 0.0
+
+
+@dataclass(frozen=True)
 class SmokeConfig(TrainConfig):
     """A minute on a CPU: one procedural clip learned by heart, to see that training works."""
 
@@ -193,5 +215,10 @@ class SmokeConfig(TrainConfig):
     picture_every: int = 50
 
 
-PRESETS: dict[str, type[TrainConfig]] = {"small": SmallConfig, "paper": PaperConfig, "smoke": SmokeConfig}
+PRESETS: dict[str, type[TrainConfig]] = {
+    "small": SmallConfig,
+    "paper": PaperConfig,
+    "interactive": InteractiveConfig,
+    "smoke": SmokeConfig,
+}
 """Settings by name; `small` are the defaults."""

@@ -34,7 +34,7 @@ def segment_clips(
     Returns:
         T − 1 lists of B logit maps `[n + 1, H, W]`, float32, background first.
     """
-    run = _recomputed if recompute else _called
+    run = recomputed if recompute else called
     objects = [clip.objects for clip in clips]
     counts = torch.tensor(objects, device=clips[0].frames.device)
     frames = torch.stack([clip.frames for clip in clips])
@@ -57,11 +57,13 @@ def segment_clips(
     return predictions
 
 
-def _called(function: Callable, *arguments):
+def called(function: Callable, *arguments):
+    """Call a function; the other way to is `recomputed`."""
     return function(*arguments)
 
 
-def _recomputed(function: Callable, *arguments):
+def recomputed(function: Callable, *arguments):
+    """Call a function without keeping its activations: they are computed again in the backward pass."""
     return checkpoint(function, *arguments, use_reentrant=False)
 
 
@@ -75,6 +77,10 @@ class ClipLoss(nn.Module):
 
     def forward(self, clips: list[Clip]) -> Tensor:
         return clip_loss(self.model, clips, self.dice_weight, self.implementation, self.recompute)
+
+    def predict(self, clip: Clip) -> list[Tensor]:
+        """Logit maps `[n + 1, H, W]` of the frames of a clip after its first."""
+        return [logits for (logits,) in segment_clips(self.model, [clip], self.implementation)]
 
 
 def clip_loss(
@@ -90,11 +96,16 @@ def clip_loss(
     """
     predictions = segment_clips(model, clips, implementation, recompute)
     losses = [
-        cross_entropy(logits, clip.labels[time]) + dice_weight * dice_loss(logits, clip.labels[time])
+        frame_loss(logits, clip.labels[time], dice_weight)
         for time, frame_logits in enumerate(predictions, start=1)
         for logits, clip in zip(frame_logits, clips, strict=True)
     ]
     return torch.stack(losses).mean()
+
+
+def frame_loss(logits: Tensor, labels: Tensor, dice_weight: float) -> Tensor:
+    """Cross entropy plus the weighted Dice term of one frame; logits `[n + 1, H, W]`, labels `[H, W]`."""
+    return cross_entropy(logits, labels) + dice_weight * dice_loss(logits, labels)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -124,7 +135,7 @@ def _encode_queries(model: STM, frames: Tensor, recompute: bool) -> list[Query]:
     """The queries of frames `[B, T, 3, H, W]`, for each point in time those of all clips."""
     if recompute:
         # one after the other: what is computed again together is held together
-        return [Query(*_recomputed(model.encode_query, frame)) for frame in frames.unbind(1)]
+        return [Query(*recomputed(model.encode_query, frame)) for frame in frames.unbind(1)]
     query = model.encode_query(rearrange(frames, "b t c h w -> (t b) c h w"))
     size = len(frames)
     features = zip(*(maps.split(size) for maps in query.features), strict=True)

@@ -12,13 +12,18 @@ from torch import Tensor
 from torch import distributed as dist
 from tqdm import tqdm
 
-from stm_model.data.clips import Clip
+from stm_model.data.augment import visible_objects
+from stm_model.data.clips import Clip, clip_of
 from stm_model.data.video import Sequence
 from stm_model.evaluation.metrics import sequence_scores
 from stm_model.network import STM
 from stm_model.pictures import contact_sheet, overlay, write_image
-from stm_model.tracker import Tracker
+from stm_model.tracker import Tracker, pad_to_stride
 from stm_model.training.config import TrainConfig
+from stm_model.training.rounds import segment_rounds
+
+CORRECTED_FRAMES, CORRECTIONS = 10, 3
+"""Frames of a video, evenly spread, and rounds of scribbles on them, which score a network guided by scribbles."""
 
 
 class Report:
@@ -65,13 +70,14 @@ class Report:
         Args:
             step: number in the picture's name.
             clip: of T frames.
-            predictions: T − 1 logit maps `[n + 1, H, W]`.
+            predictions: logit maps `[n + 1, H, W]` of its last frames; frames before them are shown with the truth.
         """
         if not self.active:
             return
         frames = (clip.frames * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         truths = clip.labels.cpu().numpy()
-        predicted = [truths[0], *(logits.argmax(0).to(torch.uint8).cpu().numpy() for logits in predictions)]
+        given = truths[: len(truths) - len(predictions)]
+        predicted = [*given, *(logits.argmax(0).to(torch.uint8).cpu().numpy() for logits in predictions)]
         rows = [overlay(frame, labels) for shown in (truths, predicted) for frame, labels in zip(frames, shown)]
         (self.folder / "pictures").mkdir(exist_ok=True)
         write_image(self.folder / "pictures" / f"{step:06d}.png", contact_sheet(rows, columns=len(frames)))
@@ -86,21 +92,38 @@ def _tensorboard(folder: Path):
 
 
 def validate(model: STM, sequences: list[Sequence], rank: int = 0, processes: int = 1) -> dict[str, float]:
-    """Mean J and F of the tracker over the objects of videos, first and last frame left out.
+    """Mean J and F over the objects of videos, first and last frame left out.
 
-    The processes share the videos out; all get the same result.
+    A network guided by masks tracks them; one guided by scribbles gets a few rounds of them on a few frames. The
+    processes share the videos out; all get the same result.
     """
     totals = torch.zeros(3, dtype=torch.float64)
     for sequence in tqdm(sequences[rank::processes], desc="validate", leave=False, disable=rank > 0):
-        frames, truths = sequence.load()
-        results = Tracker(model).track(frames, {0: truths[0]})
-        for region, contour in sequence_scores([result.labels for result in results], truths).values():
+        labels, truths = (_tracked if model.config.guidance == "masks" else _corrected)(model, sequence)
+        for region, contour in sequence_scores(labels, truths).values():
             totals += torch.tensor([region, contour, 1], dtype=torch.float64)
     if processes > 1:
         totals = totals.to(next(model.parameters()).device)
         dist.all_reduce(totals)
     region, contour, count = totals.tolist()
     return {"J": region / count, "F": contour / count}
+
+
+def _tracked(model: STM, sequence: Sequence) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Labels and truth of all frames, from the first one's mask."""
+    frames, truths = sequence.load()
+    return [result.labels for result in Tracker(model).track(frames, {0: truths[0]})], truths
+
+
+@torch.no_grad()
+def _corrected(model: STM, sequence: Sequence) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Labels and truth of a few frames after a few rounds of scribbles on them."""
+    indices = np.unique(np.linspace(0, len(sequence.frame_paths) - 1, CORRECTED_FRAMES).round().astype(int))
+    clip = clip_of(*zip(*(sequence.load_pair(index) for index in indices)))
+    clip = visible_objects(Clip(pad_to_stride(clip.frames)[0], pad_to_stride(clip.labels)[0]))
+    clip = clip._replace(frames=clip.frames.to(next(model.parameters()).device))
+    (logits,) = segment_rounds(model, [clip], CORRECTIONS)[-1]
+    return list(logits.argmax(1).to(torch.uint8).cpu().numpy()), list(clip.labels.numpy())
 
 
 def warn(message: str) -> None:

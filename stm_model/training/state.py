@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stm_model.checkpoint import check_tensors, read_tensors, write_tensors
-from stm_model.network import STM, STMConfig
+from stm_model.network import STM, STMConfig, scribble_tensors
 from stm_model.network.decoder import ResBlock
 from stm_model.runtime import default_dtype
 from stm_model.training.config import TrainConfig
@@ -42,6 +42,8 @@ class TrainState:
             initialize(self.model)
         else:
             tensors = read_tensors(config.init)
+            if config.network_shape.guidance == "scribbles" and STMConfig.of_tensors(tensors).guidance == "masks":
+                tensors = scribble_tensors(tensors)
             check_tensors(self.model.state_dict(), tensors, config.init)
             self.model.load_state_dict(tensors)
         self.model.to(device, memory_format=torch.channels_last)

@@ -22,8 +22,9 @@ from stm_model.data.clips import Clip
 from stm_model.runtime import default_device, default_dtype
 from stm_model.training.config import TrainConfig
 from stm_model.training.datasets import batches, training_clips, validation_sequences
-from stm_model.training.loss import ClipLoss, segment_clips
+from stm_model.training.loss import ClipLoss
 from stm_model.training.report import Report, mean, validate, warn
+from stm_model.training.rounds import RoundsLoss
 from stm_model.training.schedule import schedule
 from stm_model.training.state import TrainState
 
@@ -60,7 +61,13 @@ class _Training:
         self.device = next(state.model.parameters()).device
         dtype = getattr(torch, config.dtype) if config.dtype else default_dtype(self.device)
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
-        self.loss: nn.Module = ClipLoss(state.model, config.dice, config.implementation, config.recompute)
+        reading = (config.implementation, config.recompute)
+        self.loss: nn.Module = (
+            RoundsLoss(state.model, config.rounds, config.dice, *reading)
+            if config.rounds
+            else ClipLoss(state.model, config.dice, *reading)
+        )
+        self.predict = self.loss.predict
         if processes > 1:
             self.loss = DistributedDataParallel(
                 self.loss, device_ids=[self.device] if self.device.type == "cuda" else None
@@ -146,8 +153,8 @@ class _Training:
         if self.rank:
             return
         with torch.no_grad(), self.autocast:
-            predictions = segment_clips(self.state.model, [clip], self.config.implementation)
-        self.report.picture(step, clip, [logits[0] for logits in predictions])
+            predictions = self.predict(clip)
+        self.report.picture(step, clip, predictions)
 
 
 def _on(device: torch.device, clip: Clip) -> Clip:

@@ -152,7 +152,9 @@ def losses_of(folder) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
-def test_a_killed_run_resumed_equals_an_unbroken_one(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_a_killed_run_resumed_equals_an_unbroken_one(config, rounds, tmp_path, monkeypatch):
+    config = dataclasses.replace(config, rounds=rounds)
     whole = train(config)
     broken = dataclasses.replace(config, out=tmp_path / "broken")
 
@@ -161,7 +163,8 @@ def test_a_killed_run_resumed_equals_an_unbroken_one(config, tmp_path, monkeypat
 
     from stm_model.training import train as module
 
-    original, calls = module.ClipLoss.forward, []
+    loss = module.RoundsLoss if rounds else module.ClipLoss
+    original, calls = loss.forward, []
 
     def die_at_the_fourth(self, clips):
         calls.append(1)
@@ -169,10 +172,10 @@ def test_a_killed_run_resumed_equals_an_unbroken_one(config, tmp_path, monkeypat
             raise Killed
         return original(self, clips)
 
-    monkeypatch.setattr(module.ClipLoss, "forward", die_at_the_fourth)
+    monkeypatch.setattr(loss, "forward", die_at_the_fourth)
     with pytest.raises(Killed):
         train(broken)
-    monkeypatch.setattr(module.ClipLoss, "forward", original)
+    monkeypatch.setattr(loss, "forward", original)
     resumed = train(broken)
     assert losses_of(whole.parent) == losses_of(resumed.parent)
     steps = [json.loads(line)["step"] for line in (resumed.parent / "metrics.jsonl").read_text().splitlines()]
@@ -181,7 +184,7 @@ def test_a_killed_run_resumed_equals_an_unbroken_one(config, tmp_path, monkeypat
     assert one.keys() == other.keys()
     for name in one:
         assert torch.equal(one[name], other[name]), name
-    assert STM.load(resumed, device="cpu").config == STMConfig.small()
+    assert STM.load(resumed, device="cpu").config == config.network_shape
 
 
 def test_a_run_is_not_continued_with_other_settings(config):
@@ -195,6 +198,7 @@ def test_a_run_is_not_continued_with_other_settings(config):
     [
         ({"crop": 50}, "crop: expected a multiple of 16 pixels, got 50"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"rounds": -1}, "rounds: expected at least 0, got -1"),
         ({"frames": 1}, "frames: expected at least 2, got 1"),
         ({"procedural": 1.5}, "procedural: expected a share from 0 to 1, got 1.5"),
         ({"paste": 0.6, "replace": 0.6}, "paste, distract, replace: expected shares with a sum of at most 1"),
