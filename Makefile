@@ -11,7 +11,7 @@ READY := .venv/.ready-$(KIND)
 # tests run side by side, each on one core
 WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$(( cores < 8 ? cores : 8 )))
 
-.PHONY: demo test lint bench bench-quick package venv
+.PHONY: demo test lint bench bench-quick package test-newest-triton venv
 .NOTPARALLEL:
 
 demo: $(READY)
@@ -31,6 +31,19 @@ bench: $(READY)
 
 bench-quick: $(READY)
 	@$(BIN)/python -m pytest -q --benchmark-quiet --quick bench/suite $(ARGS)
+
+# the kernels in the interpreter of the newest Triton; everything else is that of .venv
+NEWEST := .venv-newest-triton
+SITE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+
+test-newest-triton: $(NEWEST)/.ready
+	@OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -q -n $(WORKERS) tests/kernels -k triton --ignore tests/kernels/test_aot.py $(ARGS)
+
+$(NEWEST)/.ready: $(READY) constraints/newest-triton.txt
+	@$(BIN)/python -m venv --without-pip --clear $(NEWEST)
+	@$(BIN)/python $(SITE) > "$$($(NEWEST)/bin/python $(SITE))/shared.pth"
+	@$(BIN)/python -m pip --python $(NEWEST)/bin/python install -q --no-deps --ignore-installed -r constraints/newest-triton.txt
+	@touch $@
 
 package: $(READY)
 	@.ci/package dist
