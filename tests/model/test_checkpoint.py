@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stm_model import STM, STMConfig
-from stm_model.checkpoint import CheckpointError, read_tensors, write_tensors
+from stm_model.checkpoint import DEFAULT_INTERACTIVE_WEIGHTS, CheckpointError, read_tensors, write_tensors
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
@@ -65,7 +65,8 @@ def test_files_that_are_no_checkpoint(tmp_path):
         STM.load(tmp_path / "list.pth")
 
 
-def test_the_default_weights_are_small_and_load():
-    model = STM.load(device="cpu", dtype=torch.float32)
-    assert model.config == STMConfig.small()
+@pytest.mark.parametrize("path, guidance", [(None, "masks"), (DEFAULT_INTERACTIVE_WEIGHTS, "scribbles")])
+def test_the_default_weights_are_small_and_load(path, guidance):
+    model = STM.load(path, device="cpu", dtype=torch.float32)
+    assert model.config == STMConfig.small(guidance)
     assert all(value.isfinite().all() for value in model.state_dict().values())
