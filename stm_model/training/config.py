@@ -147,7 +147,7 @@ class TrainConfig:
 class SmallConfig(TrainConfig):
     """Train the network as the package's weights are: a small one, on a CPU, from little data made the most of.
 
-    These are the defaults; `--preset paper` and `--preset smoke` have others.
+    These are the defaults; the other presets have others.
     """
 
 
