@@ -12,7 +12,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from machine import clock
 from tqdm import tqdm
 from track import device_name
 
@@ -53,14 +53,6 @@ class Figures:
     """Mean over the objects of a sequence."""
 
 
-def clock(device: torch.device) -> float:
-    """Seconds: of processor time on a CPU, so that what else the machine does counts little; else of the clock."""
-    if device.type == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 @contextmanager
 def measured_reads(figures: Figures, device: torch.device):
     """Time every read of a memory, then look at what it left out; seconds of the reads, and of the looks."""
@@ -89,7 +81,7 @@ def left_out(memory: PagedMemory, query_key: torch.Tensor, skip: float) -> float
     """The share of blocks of queries and memory positions whose values are not read."""
     scale = query_key.shape[2] ** -0.5
     read = blocks = 0
-    for key, value in memory._parts():
+    for key, value in memory._pages.parts():
         kept = read_operator(query_key, key, value, None, None, scale, 0, skip, "auto")[3]
         read, blocks = read + int(kept.sum()), blocks + kept.numel()
     return 1 - read / blocks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,39 @@ def revision() -> str | None:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def clock(device: torch.device) -> float:
+    """Seconds: of processor time on a CPU, so that what else the machine does counts little; else of the clock."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class Peak:
+    """Most bytes held since `reset`, on a GPU by tensors, on a CPU by the process."""
+
+    def __init__(self, device: torch.device | str):
+        self.on_gpu = torch.device(device).type == "cuda"
+
+    def reset(self) -> int:
+        """Forget earlier peaks; the bytes held now."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            return torch.cuda.memory_allocated()
+        # 5 sets the kernel's high-water mark back to what the process holds now
+        Path("/proc/self/clear_refs").write_text("5")
+        return self._of_process("VmRSS")
+
+    def read(self) -> int:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated()
+        return self._of_process("VmHWM")
+
+    @staticmethod
+    def _of_process(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))

@@ -21,6 +21,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from machine import Peak
 from torch import Tensor
 from track import device_name
 
@@ -52,34 +53,6 @@ class Case:
     """Whether activations are recomputed."""
     network: str = "small"
     """`small` or `released`."""
-
-
-class Peak:
-    """Most bytes held since `reset`, on a GPU by tensors, on a CPU by the process."""
-
-    def __init__(self, device: str):
-        self.on_gpu = torch.device(device).type == "cuda"
-
-    def reset(self) -> int:
-        """Forget earlier peaks; the bytes held now."""
-        if self.on_gpu:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            return torch.cuda.memory_allocated()
-        # 5 sets the kernel's high-water mark back to what the process holds now
-        Path("/proc/self/clear_refs").write_text("5")
-        return self._of_process("VmRSS")
-
-    def read(self) -> int:
-        if self.on_gpu:
-            torch.cuda.synchronize()
-            return torch.cuda.max_memory_allocated()
-        return self._of_process("VmHWM")
-
-    @staticmethod
-    def _of_process(name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def measure(case: Case, device: str) -> dict[str, float]:

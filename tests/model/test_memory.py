@@ -1,5 +1,7 @@
 """The memories of a video within a budget."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -180,6 +182,28 @@ def test_a_small_budget_tracks_on(small_model, clip):
     tracker = Tracker(small_model, memory="every:1", budget=MemoryBudget(device=page))
     assert len(list(tracker.track(video, {0: labels[0]}))) == len(video)
     assert tracker.bank.evicted > 0 and tracker.bank.most == {"device": page, "host": 0}
+
+
+@pytest.mark.parametrize("eviction", ["fifo", "importance"])
+def test_nothing_grows_with_the_video_under_a_budget(small_model, clip, eviction):
+    frames, labels = clip
+    tracker = Tracker(small_model, memory="every:1", budget=MemoryBudget(device=2**17, eviction=eviction))
+    held, tensors = [], {}
+    for result in tracker.track((frames[index % 8] for index in range(60)), {0: labels[0]}):
+        held.append(tracker.bank.memories[0].pages.nbytes if tracker.bank.evicted else 0)
+        if (index := result.index) in (20, 59):
+            del result
+            tensors[index] = live_bytes()
+    assert held[20] and len(set(held[20:])) == 1 and tensors[20] == tensors[59]
+
+
+def live_bytes() -> int:
+    """Of all tensors that anyone still refers to."""
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) is torch.Tensor:
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(storages.values())
 
 
 def test_what_a_video_will_take():
