@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from stm_model.frames import VOID, by, check_frame, check_mask, objects_in
 from stm_model.memory import MemoryBank, MemoryRule
 from stm_model.network import STM, STRIDE, fold_batch_norm, other_object_masks, soft_aggregate
 from stm_model.plan import MemoryPlan, plan_memory
+from stm_model.resume import array_digest, check_same
 
 UNCERTAIN = 0.8
 """A certainty below which an object counts as lost: so low that on held-out videos few frames fall below it, and those
@@ -90,12 +92,15 @@ class Tracker:
         self.budget, self.skip_uncertain = budget or MemoryBudget(), skip_uncertain
         self.bank: MemoryBank | None = None
         """The memory of the video that is tracked, or was last."""
+        self._video: _Video | None = None
 
     def track(
         self,
         frames: Iterable[np.ndarray],
         masks: Mapping[int, np.ndarray | Tensor],
         frame_count: int | None = None,
+        *,
+        resume: Mapping[str, Any] | None = None,
     ) -> Iterator[FrameResult]:
         """Segment a video frame by frame, as the frames come.
 
@@ -104,12 +109,15 @@ class Tracker:
             masks: frame index → label map `[H, W]`: 0 says nothing, 1…254 are objects, 255 is void. A label that was
                 not seen before is a new object; one that was replaces the prediction of that object.
             frame_count: number of frames, if known; only the rule `uniform:K` needs it.
+            resume: what `checkpoint` returned, to go on from there: the frames before it are passed over, the results
+                after it are, on a CPU to the bit, those of a run that was never stopped.
 
         Yields:
             A result for every frame, in order. Before the first mask everything is background.
 
         Raises:
-            ValueError: there are no frames; a frame or mask has the wrong form; no mask names an object.
+            ValueError: there are no frames; a frame or mask has the wrong form; no mask names an object; a setting, the
+                weights, the masks or the frames are not those that the checkpoint was made with.
         """
         if frame_count is None and isinstance(frames, Sized):
             frame_count = len(frames)
@@ -117,7 +125,48 @@ class Tracker:
         checked = {int(index): check_mask(mask, index) for index, mask in masks.items()}
         if not any(objects_in(mask) for mask in checked.values()):
             raise ValueError("masks: expected at least one labelled object (1…254), got none")
-        return self._track(frames, checked, rule)
+        bank = MemoryBank(rule, self.budget, value_dtype=self.value_dtype, **self.read_options)
+        video = _Video(self.model, bank, checked, self.size, self.skip_uncertain)
+        if resume is not None:
+            check_same(resume["made_with"], self._made_with(video, resume["video"]["index"]))
+            video.load_state(resume["video"])
+        self.bank, self._video = bank, video
+        return self._track(frames, video)
+
+    def checkpoint(self) -> dict[str, Any]:
+        """All that `track` needs to go on after the result that it gave last, for `torch.save`.
+
+        What is remembered is not copied: write it before asking for the next result.
+
+        Raises:
+            ValueError: no frame is tracked yet.
+        """
+        if self._video is None or self._video.previous is None:
+            raise ValueError("checkpoint: expected a frame to be tracked before, got none")
+        made_with = self._made_with(self._video, self._video.previous[0])
+        return {"made_with": made_with, "video": self._video.state()}
+
+    def _made_with(self, video: _Video, frame_index: int) -> dict[str, Any]:
+        """All that the results up to a frame depend on, but the frames."""
+        kept = video.bank.rule.kept
+        return {
+            "memory": str(self.memory),
+            "remembered frames": sorted(kept) if isinstance(kept, frozenset) else None,
+            "size": self.size,
+            "device budget": self.budget.device,
+            "host budget": self.budget.host,
+            "eviction": self.budget.eviction,
+            "skip_uncertain": self.skip_uncertain,
+            "dtype": str(next(self.model.parameters()).dtype),
+            "value_dtype": str(self.value_dtype),
+            **self.read_options,
+            "weights": self._weights_digest,
+            "masks": array_digest({index: mask for index, mask in video.masks.items() if index <= frame_index}),
+        }
+
+    @cached_property
+    def _weights_digest(self) -> str:
+        return array_digest(self.model.state_dict())
 
     def plan(self, frame_size: tuple[int, int], frame_count: int, masks: Mapping[int, np.ndarray]) -> MemoryPlan:
         """What tracking a video will remember at most, before it is tracked.
@@ -137,20 +186,20 @@ class Tracker:
         position = config.key_channels * dtype.itemsize + config.value_channels * value_dtype.itemsize
         return plan_memory(rule, self.budget, masks, frame_count, (height, width), position)
 
-    def _track(
-        self, frames: Iterable[np.ndarray], masks: dict[int, np.ndarray], rule: MemoryRule
-    ) -> Iterator[FrameResult]:
-        self.bank = MemoryBank(rule, self.budget, value_dtype=self.value_dtype, **self.read_options)
-        video = _Video(self.model, self.bank, self.size, self.skip_uncertain)
-        index = -1
+    def _track(self, frames: Iterable[np.ndarray], video: _Video) -> Iterator[FrameResult]:
+        index, done = -1, -1 if video.previous is None else video.previous[0]
         for index, frame in enumerate(frames):
+            if index == done:
+                check_same({"frames": video.frame_digest}, {"frames": array_digest({index: frame})})
+            if index <= done:
+                continue
             # entered and left for every frame: a generator must not hold the mode while its caller runs
             with torch.inference_mode():
-                result = video.step(index, check_frame(frame, index, video.frame_size), masks.get(index))
+                result = video.step(index, check_frame(frame, index, video.frame_size))
             yield result
-        if index < 0:
-            raise ValueError("frames: expected at least one, got none")
-        late = sorted(mask_index for mask_index in masks if mask_index > index)
+        if index < max(done, 0):
+            raise ValueError(f"frames: expected at least {'one' if done < 0 else done + 1}, got {index + 1 or 'none'}")
+        late = sorted(mask_index for mask_index in video.masks if mask_index > index)
         if late:
             warnings.warn(f"masks of frames {late} were not used: the video ended at frame {index}", stacklevel=2)
 
@@ -158,19 +207,52 @@ class Tracker:
 class _Video:
     """The state of one video being tracked."""
 
-    def __init__(self, model: STM, bank: MemoryBank, size: int | None, skip_uncertain: bool):
-        self.model, self.size, self.skip_uncertain = model, size, skip_uncertain
+    def __init__(
+        self, model: STM, bank: MemoryBank, masks: dict[int, np.ndarray], size: int | None, skip_uncertain: bool
+    ):
+        self.model, self.masks, self.size, self.skip_uncertain = model, masks, size, skip_uncertain
         self.device = next(model.parameters()).device
         self.frame_size: tuple[int, int] | None = None
         self.objects: list[int] = []
         self.bank = bank
         self.previous: tuple[int, Tensor, Tensor, set[int]] | None = None
+        self.frame: np.ndarray | None = None
+        # of the frame that a checkpoint was made at
+        self.frame_digest: str | None = None
         # of the objects segmented in the last frame
         self.familiarity: list[float] = []
+        self.certainty: list[float] = []
 
-    def step(self, index: int, frame: np.ndarray, mask: np.ndarray | None) -> FrameResult:
+    def state(self) -> dict[str, Any]:
+        """All that going on after the last frame needs, as `PagedMemory.state`."""
+        index, image, probabilities, given = self.previous
+        return {
+            "index": index,
+            "frame": self.frame_digest or array_digest({index: self.frame}),
+            "frame_size": list(self.frame_size),
+            "image": image,
+            "probabilities": probabilities,
+            "given": sorted(given),
+            "objects": list(self.objects),
+            "familiarity": list(self.familiarity),
+            "certainty": list(self.certainty),
+            "bank": self.bank.state(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Be where another one was at its `state`."""
+        image, probabilities = (state[name].to(self.device, copy=True) for name in ("image", "probabilities"))
+        self.previous = (state["index"], image, probabilities, set(state["given"]))
+        self.frame_digest, self.frame_size = state["frame"], tuple(state["frame_size"])
+        self.objects, self.familiarity, self.certainty = (
+            list(state[name]) for name in ("objects", "familiarity", "certainty")
+        )
+        self.bank.load_state(state["bank"], self.device)
+
+    def step(self, index: int, frame: np.ndarray) -> FrameResult:
         """Segment the next frame."""
-        self.frame_size = frame.shape[:2]
+        self.frame, self.frame_digest, self.frame_size = frame, None, frame.shape[:2]
+        mask = self.masks.get(index)
         if mask is not None and mask.shape != self.frame_size:
             raise ValueError(
                 f"mask of frame {index}: expected {by(self.frame_size)} pixels (height×width) like its frame, "
