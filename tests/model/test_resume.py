@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import stm_model.tracker as tracker_module
 from stm_model import Tracker
 from stm_model.budget import MemoryBudget
 
@@ -47,8 +48,10 @@ def saved(tracker, path):
 
 
 @pytest.mark.parametrize("case", SETTINGS)
-def test_it_goes_on_from_any_frame(small_model, clip, tmp_path, case):
+def test_it_goes_on_from_any_frame(small_model, clip, tmp_path, monkeypatch, case):
     (frames, labels), options = clip, SETTINGS[case]
+    # between what this network is certain of, so that some frames are kept and some are not
+    monkeypatch.setattr(tracker_module, "UNCERTAIN", 0.395)
     masks, unbroken, checkpoints = masks_of(labels), [], []
     tracker = Tracker(small_model, **options)
     for result in tracker.track(frames, masks):
