@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import re
 import shlex
 import traceback
@@ -16,16 +15,13 @@ from typing import Any
 from tqdm import tqdm
 
 from stm_model import STM
-from stm_model.checkpoint import network_size
 from stm_model.files import write_json
 from stm_model.media import open_video
 from stm_model.ranks import Ranks
 from stm_model.run import INTERRUPTED, is_out_of_memory, is_output_of, one_line, plain_settings
-from stm_model.track import load_model, make_tracker, track_video
+from stm_model.track import finished, load_model, make_tracker, track_video
 
 COMMAND = "track list"
-SAME_RESULTS = frozenset({"out", "device", "overwrite", "json"})
-"""Settings that a result does not depend on."""
 
 
 @dataclass(frozen=True)
@@ -142,10 +138,9 @@ def _prepare(config: Any, load: Callable[..., STM]) -> list[Job]:
         raise ValueError(f"--out {config.out}: holds something else than results of a list; choose another folder")
     jobs = []
     for entry in listed:
-        own = dataclasses.replace(config, video=entry.video, mask=entry.mask, out=config.out / entry.name)
-        earlier = None if config.overwrite else _earlier(own)
-        # what may not be overwritten is refused by now
-        jobs.append(Job(entry.name, dataclasses.replace(own, overwrite=True), earlier))
+        own = {"video": entry.video, "mask": entry.mask, "out": config.out / entry.name}
+        own = dataclasses.replace(config, **own, resume=not config.overwrite)
+        jobs.append(Job(entry.name, own, None if config.overwrite else finished(own)))
     make_tracker(config, load)
     jobs = [
         job if job.earlier else dataclasses.replace(job, frames=_length(job.config.video))
@@ -154,24 +149,6 @@ def _prepare(config: Any, load: Callable[..., STM]) -> list[Job]:
     config.out.mkdir(parents=True, exist_ok=True)
     _write_summary(config, jobs, {}, "unfinished")
     return jobs
-
-
-def _earlier(config: Any) -> dict[str, Any] | None:
-    """The summary of an earlier run that finished this video; None if there is none."""
-    if not is_output_of("track", config.out):
-        raise ValueError(f"{config.out}: holds something else than results; choose another --out, or add --overwrite")
-    file = config.out / "summary.json"
-    summary = json.loads(file.read_text()) if file.is_file() else {"stopped": "unfinished"}
-    if summary["stopped"] is not None:
-        return None
-    asked = plain_settings(config) | {"size": network_size(config.size, config.checkpoint, summary["size"])}
-    for name, value in asked.items():
-        if name not in SAME_RESULTS and (found := summary["settings"].get(name)) != value:
-            raise ValueError(
-                f"{config.out}: was tracked with --{name.replace('_', '-')} {found}, now it is {value}; choose another "
-                "--out, or add --overwrite"
-            )
-    return summary
 
 
 def _length(video: Path) -> int:

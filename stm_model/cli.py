@@ -105,6 +105,11 @@ class TrackConfig:
     overwrite: bool = False
     """Replace earlier results in a folder that is not empty; other files in it stay. Without it a list goes on with the
     videos that are not done."""
+    resume: bool = False
+    """Go on with a run that was stopped, from its last checkpoint in the --out folder; without one it starts anew. A
+    list always does."""
+    checkpoint_every: float = 60.0
+    """Seconds from one checkpoint to the next, more where writing takes over 2 % of them; 0 writes none."""
     json: bool = False
     """Print the summary as JSON, alone on stdout."""
 
@@ -191,8 +196,12 @@ def track(argv: Sequence[str]) -> int:
     config = _parse(TrackConfig, "stm track", argv)
     if config.mask is None:
         return _track_list(config)
-    from stm_model.track import track_video
+    from stm_model.track import finished, track_video
 
+    if config.resume and not config.overwrite and (summary := finished(config)):
+        done = f"{summary['frames']} frames are tracked and in {config.out}: nothing is left to do"
+        print(json.dumps(summary, indent=2) if config.json else done)
+        return 0
     run, code = track_video(config)
     return run.report(code, config.json)
 

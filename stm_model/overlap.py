@@ -28,12 +28,8 @@ class Ahead(Generic[Item]):
     """
 
     def __init__(self, source: Iterable[Item]):
-        self.last: Item | None = None
-        """The item handed out last."""
         self.busy = 0.0
         """Seconds the source took for its items."""
-        self.waited = 0.0
-        """Seconds the iteration waited for items."""
         self._queue: queue.Queue = queue.Queue(HELD)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._fetch, args=(source,), name="ahead", daemon=True)
@@ -44,14 +40,11 @@ class Ahead(Generic[Item]):
 
     def __iter__(self) -> Iterator[Item]:
         while True:
-            started = time.perf_counter()
             item = self._queue.get()
-            self.waited += time.perf_counter() - started
             if isinstance(item, _Ended):
                 if item.error is not None:
                     raise item.error
                 return
-            self.last = item
             yield item
 
     def __exit__(self, *_) -> None:
@@ -89,6 +82,7 @@ class Behind(Generic[Item]):
     def __init__(self, work: Callable[[Iterator[Item]], None]):
         self.busy = 0.0
         """Seconds the work took, without those in which it waited for an item."""
+        self._since = 0.0
         self._error: BaseException | None = None
         self._queue: queue.Queue = queue.Queue(HELD)
         self._thread = threading.Thread(target=self._use, args=(work,), name="behind", daemon=True)
@@ -102,6 +96,12 @@ class Behind(Generic[Item]):
         if self._error is not None:
             raise self._error
         self._queue.put(item)
+
+    def settle(self) -> None:
+        """Wait until all items put are used up; raises what `work` raised."""
+        self._queue.join()
+        if self._error is not None:
+            raise self._error
 
     def __exit__(self, kind, *_) -> None:
         try:
@@ -119,7 +119,7 @@ class Behind(Generic[Item]):
 
     def _use(self, work: Callable[[Iterator[Item]], None]) -> None:
         items = self._items()
-        started = time.perf_counter()
+        self._since = time.perf_counter()
         try:
             work(items)
         except BaseException as error:
@@ -127,13 +127,14 @@ class Behind(Generic[Item]):
             # nobody must wait for room in a queue that is no longer used up
             for _ in items:
                 pass
-        self.busy += time.perf_counter() - started
+        self.busy += time.perf_counter() - self._since
 
     def _items(self) -> Iterator[Item]:
         while True:
-            started = time.perf_counter()
+            self.busy += time.perf_counter() - self._since
             item = self._queue.get()
-            self.busy -= time.perf_counter() - started
+            self._since = time.perf_counter()
             if isinstance(item, _Ended):
                 return
             yield item
+            self._queue.task_done()

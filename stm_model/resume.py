@@ -27,15 +27,16 @@ class Checkpoint:
     Args:
         path: where it is.
         every: seconds from one to the next, more if writing takes more than `WRITING_SHARE` of them; 0 writes none.
+        video: the file or folder that is tracked.
 
     Raises:
         ValueError: `every` is negative.
     """
 
-    def __init__(self, path: Path, every: float):
+    def __init__(self, path: Path, every: float, video: Path):
         if not every >= 0:
             raise ValueError(f"checkpoint_every: expected at least 0 seconds, got {every}")
-        self.path, self.every = path, every
+        self.path, self.every, self.made_with = path, every, {"video": source_digest(video)}
         self._written, self._took = time.monotonic(), 0.0
 
     def due(self) -> bool:
@@ -52,7 +53,7 @@ class Checkpoint:
         started = time.monotonic()
         with whole(self.path) as partial:
             with open(partial, "wb") as file:
-                torch.save(content, file)
+                torch.save({"made_with": self.made_with} | content, file)
                 file.flush()
                 # else it may be there after a power failure, and the masks that it speaks of not
                 if hasattr(os, "sync"):
@@ -65,17 +66,19 @@ class Checkpoint:
         """What it holds; None if there is none. Tensors stay in the file until they are used.
 
         Raises:
-            ValueError: it is no checkpoint.
+            ValueError: it is no checkpoint, or one of another video.
         """
         if not self.path.exists():
             return None
         try:
-            return torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
+            content = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
         except MemoryError:
             raise
         except Exception as error:
             # a file that is none makes its reader fail in any way
             raise ValueError(f"{self.path}: can't be read as a checkpoint ({type(error).__name__})") from error
+        check_same(content["made_with"], self.made_with)
+        return content
 
 
 CONTENTS = ("video", "frames", "masks", "weights")

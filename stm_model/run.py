@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,12 @@ from stm_model.overlap import Ahead, Behind
 if TYPE_CHECKING:
     import numpy as np
 
+    from stm_model.resume import Checkpoint
     from stm_model.tracker import FrameResult, Tracker
 
 BAD_INPUT, INTERRUPTED = 2, 130
-OUTPUTS = ("masks", "overlay.mp4", "contact_sheet.png", "summary.json")
+CHECKPOINT = "checkpoint.pt"
+OUTPUTS = ("masks", "overlay.mp4", "contact_sheet.png", "summary.json", CHECKPOINT)
 
 
 class Run:
@@ -30,6 +32,8 @@ class Run:
 
     def __init__(self, command: str, out: Path, tracker: Tracker, settings: Any):
         self.out, self.tracker = out, tracker
+        # seconds of the run that this one goes on with
+        self._earlier: dict[str, float] = {}
         parameter = next(tracker.model.parameters())
         self.summary: dict[str, Any] = {
             "command": command,
@@ -56,28 +60,42 @@ class Run:
         fps,
         write_overlay: bool,
         title: str | None = "track",
+        checkpoint: Checkpoint | None = None,
+        saved: dict[str, Any] | None = None,
     ) -> int:
         """Track and write; the exit code. Whatever stops it half-way, the masks and the overlay so far stay.
 
-        `title` stands before the bar of progress; None shows no bar.
+        `title` stands before the bar of progress; None shows no bar. `checkpoint` is written when it is due; `saved` is
+        what an earlier run wrote there, to go on from it.
         """
         from tqdm import tqdm
 
         from stm_model.media import BrokenVideo
 
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.write_summary()  # a run that is killed is marked as unfinished
-        _clear_output(self.out)
-        (self.out / "masks").mkdir(exist_ok=True)
-        started, code, feed = time.perf_counter(), 0, Ahead(frames)
-        writer = Behind(lambda items: self._write(items, fps if write_overlay else None))
+        feed, writer = Ahead(frames), Behind(lambda items: self._write(items, fps if write_overlay else None))
         bar = tqdm(total=count, desc=title, unit="frame", delay=1, disable=True if title is None else None)
+        done = self._take_up(saved) if saved else 0
+        source = _Source(feed, done, lambda *frame: (writer.put((*frame, None, ())), bar.update()))
+        results = self.tracker.track(source, masks, frame_count=count, resume=saved and saved["tracker"])
+        self._clear(done)
+        started, code, timer = time.perf_counter(), 0, _Timer(results)
+
+        def seconds() -> dict[str, float]:
+            # the tracker pulls its frames itself: what it waits for them is not tracking
+            now = {"tracking": timer.seconds - source.waited, "waiting": source.waited, "decoding": feed.busy}
+            now |= {"writing": writer.busy, "wall": time.perf_counter() - started}
+            return {name: value + self._earlier.get(name, 0.0) for name, value in now.items()}
+
         try:
             with feed, writer, bar:
-                for result in _timed(self.tracker.track(feed, masks, frame_count=count), self.summary["seconds"]):
+                for result in timer:
                     self._note(result)
-                    writer.put((result.index, result.labels, result.objects, feed.last))
+                    writer.put((result.index, source.last, result.labels, result.objects))
                     bar.update()
+                    if checkpoint is not None and checkpoint.due():
+                        # it speaks of masks that are written
+                        writer.settle()
+                        checkpoint.write(self._state(seconds()))
             self.summary["stopped"] = None
         except (BrokenVideo, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
             if isinstance(error, RuntimeError) and not is_out_of_memory(error):
@@ -88,17 +106,44 @@ class Run:
             self.summary["stopped"] = "interrupted" if code == INTERRUPTED else one_line(error)
         if write_overlay:
             self.summary["files"]["overlay"] = str(self.out / "overlay.mp4")
-        self.summary["size"] = list(feed.last.shape[:2])
-        # the tracker pulls its frames itself: what it waits for them is not tracking
-        tracking = self.summary["seconds"]["tracking"] - feed.waited
-        wall = time.perf_counter() - started
-        self._measure(tracking=tracking, waiting=feed.waited, decoding=feed.busy, writing=writer.busy, wall=wall)
+        self._measure(seconds())
         return code
+
+    def _take_up(self, saved: dict[str, Any]) -> int:
+        """Be where an earlier run was when it wrote this; how many frames it had tracked."""
+        done = saved["summary"]["frames"]
+        for index in range(done):
+            if not self._mask_file(index).is_file():
+                raise ValueError(f"{self._mask_file(index)}: is gone, without it the run can't go on")
+        self.summary |= saved["summary"]
+        self._earlier = saved["seconds"]
+        return done
+
+    def _state(self, seconds: dict[str, float]) -> dict[str, Any]:
+        """What `_take_up` needs, and the tracker."""
+        summary = {name: self.summary[name] for name in ("frames", "objects", "size", "signals")}
+        return {"tracker": self.tracker.checkpoint(), "summary": summary, "seconds": seconds}
+
+    def _clear(self, done: int) -> None:
+        """Make ready for masks from frame `done` on: what an earlier run wrote goes, nothing else does."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        # says at any time whose results these are, and that a run that is killed is unfinished
+        self.write_summary()
+        masks = [file for file in (self.out / "masks").glob("*.png") if file.stem.isdigit() and int(file.stem) >= done]
+        partial = [*self.out.glob(".*.partial.*"), *self.out.glob("masks/.*.partial.*")]
+        others = ["overlay.mp4", "contact_sheet.png"] if done else ["overlay.mp4", "contact_sheet.png", CHECKPOINT]
+        for file in [*masks, *partial, *(self.out / name for name in others)]:
+            file.unlink(missing_ok=True)
+        (self.out / "masks").mkdir(exist_ok=True)
+
+    def _mask_file(self, index: int) -> Path:
+        return self.out / "masks" / f"{index:05d}.png"
 
     def _note(self, result: FrameResult) -> None:
         """Note how large and how certain each mask is, how familiar what it covers, and where it is likely lost."""
         from stm_model.tracker import UNCERTAIN
 
+        self.summary["size"] = list(result.labels.shape)
         signals = self.summary["signals"]
         values = zip(result.objects, result.certainty, result.familiarity, strict=True)
         for label, certainty, familiarity in values:
@@ -112,19 +157,22 @@ class Run:
             if certainty < UNCERTAIN:
                 noted["uncertain"].append(result.index)
 
-    def _write(self, items: Iterator[tuple[int, np.ndarray, tuple[int, ...], np.ndarray]], fps) -> None:
-        """Write the masks, and the overlay if it has a frame rate, of (index, labels, objects, frame) as they come."""
+    def _write(self, items: Iterator[tuple[int, np.ndarray, np.ndarray | None, tuple[int, ...]]], fps) -> None:
+        """Write the masks, and the overlay if it has a frame rate, of (index, frame, labels, objects) as they come; the
+        mask of a frame without labels is there.
+        """
         from stm_model.media import VideoWriter
-        from stm_model.pictures import overlay, write_mask
+        from stm_model.pictures import overlay, read_mask, write_mask
 
         with contextlib.nullcontext() if fps is None else VideoWriter(self.out / "overlay.mp4", fps) as video:
-            for index, labels, objects, frame in items:
-                write_mask(self.out / "masks" / f"{index:05d}.png", labels)
-                self.summary["frames"], self.summary["objects"] = index + 1, list(objects)
+            for index, frame, labels, objects in items:
+                if labels is not None:
+                    write_mask(self._mask_file(index), labels)
+                    self.summary["frames"], self.summary["objects"] = index + 1, list(objects)
                 if video is not None:
-                    video.write(overlay(frame, labels))
+                    video.write(overlay(frame, read_mask(self._mask_file(index)) if labels is None else labels))
 
-    def _measure(self, **seconds: float) -> None:
+    def _measure(self, seconds: dict[str, float]) -> None:
         import torch
 
         from stm_model.runtime import peak_process_memory
@@ -144,12 +192,16 @@ class Run:
             self._print()
         if code:
             kept = f"the masks of {self.summary['frames']} frames are kept in {self.out}"
+            if (self.out / CHECKPOINT).exists():
+                kept += "; --resume goes on"
             return fail(f"{self.summary['stopped']}; {kept}", code)
         return code
 
     def write_summary(self) -> None:
-        """Write summary.json."""
+        """Write summary.json; a run that is finished needs no checkpoint any more."""
         write_json(self.out / "summary.json", self.summary)
+        if self.summary["stopped"] is None:
+            (self.out / CHECKPOINT).unlink(missing_ok=True)
 
     def _print(self) -> None:
         summary, seconds = self.summary, self.summary["seconds"]
@@ -170,17 +222,47 @@ class Run:
             print(f"{name.replace('_', ' '):13} {path}")
 
 
-def _timed(results: Iterator, seconds: dict[str, float]) -> Iterator:
-    seconds["tracking"] = 0.0
-    while True:
-        started = time.perf_counter()
-        try:
-            result = next(results)
-        except StopIteration:
-            return
-        finally:
-            seconds["tracking"] += time.perf_counter() - started
-        yield result
+class _Source:
+    """The frames of a video on their way to the tracker; those that have a mask already are said to `again`."""
+
+    def __init__(self, frames: Iterable[np.ndarray], done: int, again: Callable[[int, np.ndarray], Any]):
+        self.frames, self.done, self.again = frames, done, again
+        self.last: np.ndarray | None = None
+        """The frame handed out last."""
+        self.waited = 0.0
+        """Seconds until frames came, and were taken by `again`."""
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        frames = enumerate(self.frames)
+        while True:
+            started = time.perf_counter()
+            try:
+                index, self.last = next(frames)
+                if index < self.done:
+                    self.again(index, self.last)
+            except StopIteration:
+                return
+            finally:
+                self.waited += time.perf_counter() - started
+            yield self.last
+
+
+class _Timer:
+    """Results of the tracker, and the seconds until they came."""
+
+    def __init__(self, results: Iterator[FrameResult]):
+        self.results, self.seconds = results, 0.0
+
+    def __iter__(self) -> Iterator[FrameResult]:
+        while True:
+            started = time.perf_counter()
+            try:
+                result = next(self.results)
+            except StopIteration:
+                return
+            finally:
+                self.seconds += time.perf_counter() - started
+            yield result
 
 
 def is_output_of(command: str, out: Path) -> bool:
@@ -192,15 +274,6 @@ def is_output_of(command: str, out: Path) -> bool:
         return json.loads((out / "summary.json").read_text())["command"] == command
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _clear_output(out: Path) -> None:
-    """Remove what an earlier run wrote into a folder, and nothing else."""
-    masks = [file for file in (out / "masks").glob("*.png") if file.stem.isdigit()]
-    partial = [*out.glob(".*.partial.*"), *out.glob("masks/.*.partial.*")]
-    # summary.json stays: it says at any time whose results these are
-    for file in [*masks, *partial, out / "overlay.mp4", out / "contact_sheet.png"]:
-        file.unlink(missing_ok=True)
 
 
 def plain_settings(settings: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,11 @@ from stm_model.budget import MemoryBudget, parse_size
 from stm_model.checkpoint import network_size
 from stm_model.media import FrameFolder, VideoFile, open_video, read_masks
 from stm_model.pictures import resize_mask
-from stm_model.run import OUTPUTS, Run, one_line
+from stm_model.resume import Checkpoint
+from stm_model.run import CHECKPOINT, OUTPUTS, Run, is_output_of, one_line, plain_settings
+
+SAME_RESULTS = frozenset({"out", "device", "overwrite", "json", "resume", "checkpoint_every"})
+"""Settings that a result does not depend on."""
 
 
 def track_video(
@@ -41,14 +46,52 @@ def track_video(
     config = dataclasses.replace(config, size=network_size(config.size, config.checkpoint, video.size))
     tracker = make_tracker(config, load)
     run = Run("track", config.out, tracker, config)
+    checkpoint = Checkpoint(config.out / CHECKPOINT, config.checkpoint_every, config.video)
+    saved = checkpoint.read() if config.resume else None
     # a video of unknown length is tracked all the same
     plan = None if video.frame_count is None else tracker.plan(video.size, video.frame_count, masks)
     if announce and plan and not config.json:
         print(f"remembers   {plan}", flush=True)
-    code = run.track(video, masks, count=video.frame_count, fps=video.fps, write_overlay=config.overlay, title=title)
-    run.summary["memory"] = {"planned": plan and str(plan)}
-    run.summary["memory"] |= {"most_bytes": tracker.bank.most, "evicted": tracker.bank.evicted}
+    if announce and saved and not config.json:
+        print(f"goes on     after {saved['summary']['frames']} frames", flush=True)
+    code = run.track(
+        video,
+        masks,
+        count=video.frame_count,
+        fps=video.fps,
+        write_overlay=config.overlay,
+        title=title,
+        checkpoint=checkpoint,
+        saved=saved,
+    )
+    bank = tracker.bank
+    run.summary["memory"] = {"planned": plan and str(plan), "most_bytes": bank.most, "evicted": bank.evicted}
     return run, code
+
+
+def finished(config: Any) -> dict[str, Any] | None:
+    """The summary of an earlier run that finished this video with these settings; None if none did.
+
+    Raises:
+        ValueError: the folder holds something else, or what other settings gave; the message names the first that
+            differs.
+    """
+    if not is_output_of("track", config.out):
+        raise ValueError(f"{config.out}: holds something else than results; choose another --out, or add --overwrite")
+    file = config.out / "summary.json"
+    summary = json.loads(file.read_text()) if file.is_file() else {"stopped": "unfinished"}
+    if summary["stopped"] is not None:
+        return None
+    asked = plain_settings(config) | {"size": network_size(config.size, config.checkpoint, summary["size"])}
+    for name, value in asked.items():
+        if name not in SAME_RESULTS and (found := summary["settings"].get(name)) != value:
+            raise ValueError(
+                f"{config.out}: was tracked with --{name.replace('_', '-')} {found}, now it is {value}; choose another "
+                "--out, or add --overwrite"
+            )
+    # a run that is killed at its very end leaves it
+    (config.out / CHECKPOINT).unlink(missing_ok=True)
+    return summary
 
 
 def make_tracker(config: Any, load: Callable[..., STM] | None = None) -> Tracker:
@@ -82,8 +125,12 @@ def check_output(config: Any) -> None:
     """Raise a ValueError where results would replace something they should not."""
     if config.out.exists() and not config.out.is_dir():
         raise ValueError(f"--out {config.out}: is a file; expected a folder")
-    if config.out.is_dir() and any(config.out.iterdir()) and not config.overwrite:
-        raise ValueError(f"--out {config.out}: is not empty; choose another folder, or add --overwrite")
+    if config.resume and config.overwrite:
+        raise ValueError("--resume goes on with what --overwrite replaces; choose one of them")
+    if config.resume:
+        finished(config)
+    elif config.out.is_dir() and any(config.out.iterdir()) and not config.overwrite:
+        raise ValueError(f"--out {config.out}: is not empty; choose another folder, or add --overwrite or --resume")
     ours = {(config.out / name).resolve() for name in OUTPUTS}
     for name in ("video", "mask"):
         path = getattr(config, name).resolve()

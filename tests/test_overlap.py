@@ -18,7 +18,7 @@ def test_items_come_in_order_and_few_are_held():
 
     with Ahead(source()) as items:
         for count, item in enumerate(items):
-            assert item == count == items.last
+            assert item == count
             time.sleep(0.01)  # long enough for a source without a bound to run to its end
             # those in the queue, the one in use and the one that waits for room
             assert len(fetched) <= count + HELD + 2
@@ -88,6 +88,33 @@ def test_few_wait_to_be_used_up():
             # those in the queue and the one in use
             assert item - len(used) <= HELD + 1
     assert used == list(range(20))
+
+
+def test_all_that_was_put_is_used_up_when_it_settles():
+    used = []
+
+    def slowly(items):
+        for item in items:
+            time.sleep(0.005)
+            used.append(item)
+
+    with Behind(slowly) as writer:
+        for count in (1, 3, 0, 9):
+            for item in range(count):
+                writer.put(item)
+            writer.settle()
+            assert len(used) == (1, 4, 4, 13)[(1, 3, 0, 9).index(count)]
+
+
+def test_what_the_work_raises_comes_out_when_it_settles():
+    def work(items):
+        next(items)
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"), Behind(work) as writer:
+        writer.put(1)
+        with pytest.raises(OSError, match="full"):
+            writer.settle()
 
 
 @pytest.mark.parametrize("put", [1, 50])
