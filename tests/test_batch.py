@@ -219,8 +219,8 @@ import os, signal, sys
 from stm_model import Tracker
 from stm_model.cli import main
 track = Tracker.track
-def dying(self, frames, masks, frame_count):
-    for result in track(self, frames, masks, frame_count):
+def dying(self, frames, masks, frame_count, resume):
+    for result in track(self, frames, masks, frame_count, resume=resume):
         if frame_count == 5 and result.index == 3:
             os.kill(os.getpid(), signal.{signal})
         yield result
