@@ -81,7 +81,7 @@ class Checkpoint:
         return content
 
 
-CONTENTS = ("video", "frames", "masks", "weights")
+CONTENTS = ("video", "masks", "weights")
 """What a checkpoint knows by a digest."""
 
 

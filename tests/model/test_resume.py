@@ -150,7 +150,7 @@ def test_other_masks_and_frames_are_refused(small_model, clip):
     # what is said of later frames is no part of it
     assert len(list(tracker.track(frames, {**masks, 6: labels[6]}, resume=checkpoint))) == 3
     for other in (frames[::-1], frames[1:], frames[:, ::-1]):
-        with pytest.raises(ValueError, match="^frames: not those that the checkpoint was made with"):
+        with pytest.raises(ValueError, match="^frames: frame 4 is not the one that the checkpoint was made at"):
             list(tracker.track(other, masks, resume=checkpoint))
     with pytest.raises(ValueError, match="^frames: expected at least 5, got 4"):
         list(tracker.track(frames[:4], masks, resume=checkpoint))
