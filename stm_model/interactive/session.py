@@ -157,7 +157,7 @@ class ScribbleSession:
             ValueError: no object was drawn yet.
         """
         state, count = self.state, len(self.frames)
-        memory = self._remember(state)
+        memory = self._refined_memory(state)
         weights = np.ones(count)
         if self.blend and state.fresh:
             weights = blend_weights(count, state.fresh, frozenset(state.annotated) - state.fresh)
@@ -183,7 +183,7 @@ class ScribbleSession:
         """
         self._check_index(frame_index)
         state = self.state
-        ((_, new),) = self._segmenter.segment(self._remember(state), [frame_index])
+        ((_, new),) = self._segmenter.segment(self._refined_memory(state), [frame_index])
         return self._labels(state, frame_index, self._settle(state, frame_index, new, 1.0))
 
     def track_from(
@@ -309,6 +309,16 @@ class ScribbleSession:
         if not state.objects:
             raise ValueError("no object yet: draw a scribble on one first")
         return self._segmenter.remember([self._annotation(state, index) for index in state.annotated])
+
+    def _refined_memory(self, state: State) -> Memory:
+        """What is remembered, frames drawn on since the last round with the masks that their scribbles make of them.
+
+        A mask says more about an object to other frames than scribbles do.
+        """
+        masks = dict(state.masks)
+        for index, new in self._segmenter.segment(self._remember(state), sorted(state.fresh)):
+            masks[index] = self._settle(state, index, new, 1.0)
+        return self._remember(replace(state, masks=masks))
 
     def _annotation(self, state: State, index: int) -> Annotation:
         scribbles, masks = state.scribbles.get(index, ()), state.masks.get(index, NO_MASKS)

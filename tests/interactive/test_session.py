@@ -85,6 +85,21 @@ def test_no_frame_is_encoded_twice(scribble_model):
     assert session.encoded_frames == 60
 
 
+def test_a_frame_is_remembered_with_the_mask_that_its_scribbles_make(session, clip):
+    scribble = middle(clip[1][1], 1)
+    session.add_scribbles(1, [scribble])
+    segmenter = session._segmenter
+    unknown = session._annotation(session.state, 1)
+    assert (unknown.masks == 0.5).all()
+    ((_, made),) = segmenter.segment(segmenter.remember([unknown]), [1])
+    kept = FrameMasks.pack((1,), made[1:]).unpack(session.network_size)[1:]
+    known = unknown._replace(masks=kept, version="known")
+    ((_, expected),) = segmenter.segment(segmenter.remember([known]), [6])
+    session.run()
+    packed = FrameMasks.pack((1,), expected[1:]).unpack(session.network_size)
+    torch.testing.assert_close(session.probabilities(6), packed, rtol=0, atol=1 / LEVELS)
+
+
 def test_features_beyond_the_limit_are_computed_again_to_the_same_masks(scribble_model, clip):
     frames, truths = clip
     sessions = [ScribbleSession(scribble_model, frames, memory_limit=limit) for limit in (0, 300_000, 2**30)]
@@ -94,7 +109,8 @@ def test_features_beyond_the_limit_are_computed_again_to_the_same_masks(scribble
         session.add_scribbles(1, [stroke(0, (0.1, 0.1), (0.3, 0.1))])
         session.run()
     nothing, some, everything_ = (session.encoded_frames for session in sessions)
-    assert nothing == 16 and 8 < some < 16 and everything_ == 8
+    # each round looks at the frame just drawn on, then at all
+    assert nothing == 18 and 8 < some < 18 and everything_ == 8
     assert all(session._segmenter.held_bytes <= session._segmenter.memory_limit for session in sessions)
     for session in sessions[:2]:
         # how many frames are encoded together may move a probability by a rounding
