@@ -285,7 +285,10 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     `torch.library.register_autocast` would tie a device to one dtype for good; autocast's dtype is the caller's choice.
     """
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # torch 2.11 cannot trace the question whether a device has autocast; those that are compiled for have it
+    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(device):
+        return tensors
+    if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
