@@ -22,6 +22,8 @@ BACKGROUND = 0.5
 """Share of clips in whose first round the background is scribbled on too."""
 OVERLOOKED = 0.25
 """Share of the objects, and of the backgrounds, whose errors a correction leaves alone."""
+AGAIN = 0.35
+"""Share of the rounds after the first without scribbles: what was drawn is remembered with the masks made of it."""
 WORST = 0.7
 """Share of the corrections that are made on the worst frame; the others are made on any."""
 
@@ -76,11 +78,13 @@ class Annotator:
         """int8 labels `[H, W]` of each frame that was scribbled on, -1 where no scribble is."""
 
     def scribble(self, predicted: np.ndarray | None) -> None:
-        """Draw on one frame, over what was drawn there before.
+        """Draw on one frame, over what was drawn there before, or let the network look again at all that is drawn.
 
         Args:
             predicted: labels uint8 `[T, H, W]`; None in the first round.
         """
+        if predicted is not None and self._chance() < AGAIN:
+            return
         index = 0 if predicted is None else self._frame(predicted)
         drawing = self.drawings.setdefault(index, np.full(self.truth.shape[1:], NONE, dtype=np.int8))
         truth, objects = self.truth[index], range(1, self.clip.objects + 1)

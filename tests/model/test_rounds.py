@@ -126,17 +126,20 @@ def test_the_first_scribbles_are_on_every_object_and_say_the_truth(clips):
 
 
 def test_corrections_are_where_the_prediction_is_wrong(clips):
+    truth, drawings = clips[1].labels.numpy(), []
+    wrong = np.roll(truth, 5, axis=2)
     for seed in range(20):
         annotator = Annotator(clips[1]._replace(seed=seed))
-        truth = clips[1].labels.numpy()
-        wrong = np.roll(truth, 5, axis=2)
         annotator.scribble(wrong)
-        ((index, drawing),) = annotator.drawings.items()
+        drawings += annotator.drawings.items()
+    assert 8 <= len(drawings) < 20, "some rounds are without scribbles"
+    for index, drawing in drawings:
         drawn = drawing >= 0
         assert (drawing[drawn] == truth[index][drawn]).all() and (wrong[index][drawn] != truth[index][drawn]).all()
     annotator = Annotator(clips[1])
-    annotator.scribble(truth)
-    assert all((drawing == -1).all() for drawing in annotator.drawings.values()), "nothing to correct"
+    for _ in range(4):
+        annotator.scribble(truth)
+    assert annotator.drawings and all((drawing == -1).all() for drawing in annotator.drawings.values())
 
 
 def test_the_worst_frame_is_scribbled_on_most(clips):
@@ -153,7 +156,7 @@ def test_the_worst_frame_is_scribbled_on_most(clips):
         annotator = Annotator(clips[1]._replace(seed=seed))
         annotator.scribble(predicted)
         chosen += annotator.drawings
-    assert 24 <= chosen.count(1) < 40 and {0, 1, 2} == set(chosen)
+    assert set(chosen) == {0, 1, 2} and chosen.count(1) > len(chosen) / 2
 
 
 def test_void_is_scribbled_on_by_nobody(clips):
