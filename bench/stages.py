@@ -86,7 +86,9 @@ class Pipeline:
 
     def __init__(self, version: str, arguments: argparse.Namespace, video: Path, mask: np.ndarray, out: Path):
         self.clock = Clock(arguments.device)
-        self.tracker = build_tracker(version, arguments.device, steady_memory(arguments.frames))
+        self.tracker = build_tracker(
+            version, arguments.device, steady_memory(arguments.frames), compiled=arguments.compile
+        )
         self.source = itertools.chain.from_iterable(open_video(video) for _ in itertools.count())
         self.waiting: list[np.ndarray] = []
         self.track = self.tracker.track((self.waiting.pop() for _ in itertools.count()), {0: mask})
@@ -208,11 +210,13 @@ def main(options: list[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=854)
     parser.add_argument("--frames", type=int, default=20, help="memory frames")
     parser.add_argument("--repeats", type=int, default=5, help="timed frames of each version")
+    parser.add_argument("--compile", action="store_true", help="compile the default tracker's network first")
     parser.add_argument("--out", type=Path, help="JSON file to write, with a picture beside it")
     arguments = parser.parse_args(options)
     size = (arguments.height, arguments.width)
     name = device_name(arguments.device)
     title = f"{name}; {size[0]}×{size[1]}, {OBJECTS} objects, {arguments.frames} memory frames, ResNet-50"
+    title += ", default compiled" if arguments.compile else ""
     frames, labels = procedural_clip(12, size, OBJECTS, seed=0)
     j = agreement(arguments, frames, labels[0])
     print(f"{title}\ndefault weights: masks of both versions agree to J ≥ {j:.4f}", flush=True)

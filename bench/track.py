@@ -45,7 +45,9 @@ class PublicNetwork(STM):
         return super().segment(memory_readout, Query(query.key, value, features), [1] * objects)
 
 
-def build_tracker(version: str, device: str, memory: MemoryRule | str, weights: STM | None = None) -> Tracker:
+def build_tracker(
+    version: str, device: str, memory: MemoryRule | str, weights: STM | None = None, compiled: bool = False
+) -> Tracker:
     """The default tracker, or the naive one: float32, NCHW, separate batch norm, whole affinity, expanded maps."""
     model = weights if weights is not None else random_network()
     if version == "naive":
@@ -58,7 +60,7 @@ def build_tracker(version: str, device: str, memory: MemoryRule | str, weights: 
     from stm_model.runtime import default_dtype
 
     model = model.to(device, default_dtype(device), memory_format=torch.channels_last)
-    return Tracker(model, memory=memory)
+    return Tracker(model, memory=memory, compiled=compiled)
 
 
 def random_network() -> STM:

@@ -81,6 +81,8 @@ class TrackConfig:
     """Where to run, like cpu or cuda:0; None takes the GPU if there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Number format of the network; None takes bfloat16 where the device computes it natively, else float32."""
+    compile: bool = False
+    """Compile the network first: a minute or more, then less time for each frame."""
     memory_budget: str | None = None
     """How much may be remembered on the device, like 2GiB; None keeps everything, on the host where the device is
     full."""

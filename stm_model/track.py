@@ -106,6 +106,7 @@ def make_tracker(config: Any, load: Callable[..., STM] | None = None) -> Tracker
         size=config.size,
         budget=budget,
         skip_uncertain=config.skip_uncertain,
+        compiled=config.compile,
         top_k=config.top_k,
         skip=config.skip,
     )

@@ -18,7 +18,7 @@ from stm_kernels import memory_read
 from stm_model.budget import MemoryBudget
 from stm_model.frames import VOID, by, check_frame, check_mask, objects_in
 from stm_model.memory import MemoryBank, MemoryRule
-from stm_model.network import STM, STRIDE, fold_batch_norm, other_object_masks, soft_aggregate
+from stm_model.network import STM, STRIDE, compile_parts, fold_batch_norm, other_object_masks, soft_aggregate
 from stm_model.plan import MemoryPlan, plan_memory
 from stm_model.resume import array_digest, check_same
 
@@ -60,10 +60,12 @@ class Tracker:
         budget: how much may be remembered; None keeps everything, on the host where the device is full.
         skip_uncertain: don't keep frames for good in which an object of the memory is `UNCERTAIN`.
         value_dtype: in which remembered values are held, if not in the model's, see `stm_kernels.PagedMemory`.
+        compiled: compile encoders and decoder: some minutes before the first results, then less time a frame.
         top_k, skip, implementation: how the memory is read, see `stm_kernels.memory_read`.
 
     Raises:
-        ValueError: the rule, the size or a setting of the read makes no sense, or the network is guided by scribbles.
+        ValueError: the rule, the size or a setting of the read makes no sense, the network is guided by scribbles, or
+            there is nothing to compile with.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Tracker:
         budget: MemoryBudget | None = None,
         skip_uncertain: bool = False,
         value_dtype: torch.dtype | None = None,
+        compiled: bool = False,
         top_k: int | None = None,
         skip: float = 0.0,
         implementation: str = "auto",
@@ -88,7 +91,9 @@ class Tracker:
         # a setting that makes no sense is refused here, not at the second frame
         memory_read(*torch.zeros(3, 1, 0, 1), **self.read_options)
         self.model, self.memory, self.size = fold_batch_norm(model), memory, size
-        self.value_dtype = value_dtype
+        if compiled:
+            self.model = compile_parts(self.model)
+        self.value_dtype, self.compiled = value_dtype, compiled
         self.budget, self.skip_uncertain = budget or MemoryBudget(), skip_uncertain
         self.bank: MemoryBank | None = None
         """The memory of the video that is tracked, or was last."""
@@ -162,6 +167,7 @@ class Tracker:
             "skip_uncertain": self.skip_uncertain,
             "dtype": str(next(self.model.parameters()).dtype),
             "value_dtype": str(self.value_dtype),
+            "compiled": self.compiled,
             **self.read_options,
             "weights": self._weights_digest,
             "masks": array_digest({index: mask for index, mask in video.masks.items() if index <= frame_index}),

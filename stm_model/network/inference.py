@@ -1,8 +1,10 @@
-"""The network as it runs when it only predicts: batch norm folded into the convolutions before it."""
+"""The network as it runs when it only predicts: batch norm folded into the convolutions before it, and compiled."""
 
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 
 import torch
 from torch import nn
@@ -30,6 +32,24 @@ def fold_batch_norm(model: STM) -> STM:
         if isinstance(module, Bottleneck):
             _fold(module, "bn3", "conv3")
     return folded
+
+
+def compile_parts(model: STM) -> STM:
+    """The network with its encoders and its decoder compiled, when they first run, for the sizes they meet.
+
+    Weights become constants: the network only predicts, and must not be changed any more. Another frame size or number
+    of objects compiles anew.
+
+    Raises:
+        ValueError: the network is on a CPU, and there is no C++ compiler.
+    """
+    compilers = (os.environ.get("CXX", "g++"), "g++", "clang++")
+    if next(model.parameters()).device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise ValueError("compiled: expected a C++ compiler (g++, clang++ or the one that CXX names), got none")
+    for part in ("encode_query", "memorize", "segment"):
+        compiled = torch.compile(getattr(model, part), dynamic=False, options={"freezing": True})
+        setattr(model, part, compiled)
+    return model
 
 
 def _fold(module: nn.Module, norm_name: str, *convolution_names: str) -> None:
