@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import runpy
 import subprocess
 import sys
 from datetime import timedelta
@@ -142,6 +143,14 @@ def test_an_example_runs_by_its_command():
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("changed lines: 9\n") and "gradient of query_key" in done.stdout
+
+
+# the training loop compiles for the machine, which takes as long as all other tests here
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("stcn", "training_loop")])
+def test_an_example_says_how_it_compares(examples, name, capsys):
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert "changed lines: " in said and "max |new - old|" in said
 
 
 @pytest.mark.parametrize("name", NAMES)
