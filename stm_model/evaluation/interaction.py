@@ -191,10 +191,16 @@ def score_frames(
 
 def summarize_samples(samples: Sequence[Sample], interactions: int) -> dict[str, float]:
     """Means over samples: J, F and J&F after rounds 1, 3 and the last, the area under J&F over time, J&F at 60 s."""
-    row = {}
-    for name, measure in (("J&F", "both"), ("J", "region"), ("F", "contour")):
-        for rounds in sorted({1, min(3, interactions), interactions}):
-            row[f"{name}@{rounds}"] = fmean(sample.after(rounds, measure) for sample in samples)
-    row["AUC"] = fmean(sample.area for sample in samples)
-    row["J&F@60s"] = fmean(sample.at_threshold for sample in samples)
-    return row
+    measures = {"J&F": "both", "J": "region", "F": "contour"}
+    after = {
+        name: {
+            f"{name}@{rounds}": fmean(sample.after(rounds, measure) for sample in samples)
+            for rounds in sorted({1, min(3, interactions), interactions})
+        }
+        for name, measure in measures.items()
+    }
+    over_time = {
+        "AUC": fmean(sample.area for sample in samples),
+        "J&F@60s": fmean(sample.at_threshold for sample in samples),
+    }
+    return after["J&F"] | over_time | after["J"] | after["F"]
