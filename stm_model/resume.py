@@ -51,14 +51,20 @@ class Checkpoint:
             OSError: as when the disk is full; the one before stays.
         """
         started = time.monotonic()
-        with whole(self.path) as partial:
-            with open(partial, "wb") as file:
+        try:
+            with whole(self.path) as partial, open(partial, "wb") as file:
                 torch.save({"made_with": self.made_with} | content, file)
                 file.flush()
                 # else it may be there after a power failure, and the masks that it speaks of not
                 if hasattr(os, "sync"):
                     os.sync()
                 os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:
+            # where a file cannot be written on, torch.save fails once more as it ends the file
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            raise OSError(cause.errno, cause.strerror, str(self.path)) from error
         self._written = time.monotonic()
         self._took = self._written - started
 

@@ -1,5 +1,6 @@
 """`stm track --resume`: a run that was killed goes on from its last checkpoint to what an unbroken one gives."""
 
+import contextlib
 import json
 import os
 import signal
@@ -270,24 +271,43 @@ def test_a_folder_with_something_else_is_refused(track, tmp_path):
     assert code == 2 and err == "stm: error: checkpoint_every: expected at least 0 seconds, got -1.0\n"
 
 
+@contextlib.contextmanager
+def files_of_at_most(size: int):
+    """Files that may not grow beyond a size fail as on a full disk: in the midst of being written."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_a_disk_that_is_full_leaves_the_checkpoint_before(track, tmp_path, monkeypatch):
-    save, written = torch.save, []
-
-    def until_full(content, file):
-        if len(written) == 5:
-            file.write(b"begun")
-            raise OSError(28, "No space left on device", file.name)
-        written.append(content["summary"]["frames"])
-        save(content, file)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", until_full)
-        code, out, err = track()
-    assert code == 2 and err.count("\n") == 1 and "No space left on device" in err
-    assert "the masks of 6 frames are kept" in err and err.endswith("; --resume goes on\n")
-    assert at(tmp_path / "out") == 5 and not list((tmp_path / "out").glob(".*"))
-    assert track("--resume")[0] == 0 and track(out=tmp_path / "unbroken")[0] == 0
+    settings = ("--memory", "every:1", "--dtype", "float32")
+    stopped_at(5, monkeypatch, track, *settings, out=tmp_path / "measured")
+    with files_of_at_most((tmp_path / "measured" / "checkpoint.pt").stat().st_size):
+        code, out, err = track(*settings)
+    assert code == 2 and err.startswith(f"stm: error: {tmp_path / 'out' / 'checkpoint.pt'}: File too large"), err
+    assert err.endswith(f"; the masks of 6 frames are kept in {tmp_path / 'out'}; --resume goes on\n")
+    assert err.count("\n") == 1 and at(tmp_path / "out") == 5 and not list((tmp_path / "out").glob(".*"))
+    assert track("--resume", *settings)[0] == 0 and track(*settings, out=tmp_path / "unbroken")[0] == 0
     assert files(tmp_path / "out") == files(tmp_path / "unbroken")
+
+
+def test_wherever_writing_a_checkpoint_fails_the_one_before_stays(tmp_path):
+    (tmp_path / "video").write_bytes(b"video")
+    checkpoint = resume.Checkpoint(tmp_path / "checkpoint.pt", 1, tmp_path / "video")
+    checkpoint.write({"number": 1})
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    content = {"number": 2, "tensors": [torch.zeros(size) for size in (30000, 3, 5000)]}
+    torch.save(content, tmp_path / "whole.pt")
+    for size in range(100, (tmp_path / "whole.pt").stat().st_size, 10000):
+        with files_of_at_most(size), pytest.raises(OSError, match=f"File too large: '{checkpoint.path}'"):
+            checkpoint.write(content)
+        assert (tmp_path / "checkpoint.pt").read_bytes() == before and not list(tmp_path.glob(".*"))
+    checkpoint.write(content)
+    assert checkpoint.read()["number"] == 2
 
 
 def test_a_disk_that_is_full_of_masks_leaves_a_checkpoint_of_whole_masks(track, tmp_path, monkeypatch):
