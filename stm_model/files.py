@@ -12,12 +12,17 @@ from typing import Any
 
 @contextmanager
 def whole(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary name beside `path` that becomes `path` only when the block ends well."""
+    """A temporary name beside `path` that becomes `path` only when the block ends well; an OSError names `path`."""
     path = Path(path)
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         yield partial
         os.replace(partial, path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        # of a file that is open: a full disk does not say where
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -51,20 +51,19 @@ class Checkpoint:
             OSError: as when the disk is full; the one before stays.
         """
         started = time.monotonic()
-        try:
-            with whole(self.path) as partial, open(partial, "wb") as file:
+        with whole(self.path) as partial, open(partial, "wb") as file:
+            try:
                 torch.save({"made_with": self.made_with} | content, file)
-                file.flush()
-                # else it may be there after a power failure, and the masks that it speaks of not
-                if hasattr(os, "sync"):
-                    os.sync()
-                os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:
-            # where a file cannot be written on, torch.save fails once more as it ends the file
-            cause = error if isinstance(error, OSError) else error.__context__
-            if not isinstance(cause, OSError):
+            except RuntimeError as error:
+                # where a file can't be written on, it fails once more as it ends the file
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from error
                 raise
-            raise OSError(cause.errno, cause.strerror, str(self.path)) from error
+            file.flush()
+            # else it may be there after a power failure, and the masks that it speaks of not
+            if hasattr(os, "sync"):
+                os.sync()
+            os.fsync(file.fileno())
         self._written = time.monotonic()
         self._took = self._written - started
 
