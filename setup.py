@@ -15,7 +15,7 @@ setup(
     packages=find_packages(include=["stm_kernels", "stm_kernels.*", "stm_model", "stm_model.*"]),
     package_data={
         "stm_kernels": ["py.typed"],
-        "stm_model": ["py.typed", "weights/*.safetensors", "weights/*.jsonl", "weights/*.md"],
+        "stm_model": ["py.typed", "weights/*.safetensors", "weights/*.jsonl", "weights/*.md", "interactive/page/*"],
     },
     python_requires=">=3.10",
     install_requires=[
@@ -32,9 +32,21 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "dev": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "import-linter", "mypy", "build"],
+        "dev": [
+            "pytest",
+            "pytest-benchmark",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "import-linter",
+            "mypy",
+            "build",
+            "gradio>=6",
+            # drives a browser that is there already
+            "playwright",
+        ],
         "train": ["tensorboard"],
-        "app": ["gradio"],
+        "app": ["gradio>=6"],
     },
     entry_points={"console_scripts": ["stm=stm_model.cli:main"]},
     classifiers=[

@@ -1,4 +1,4 @@
-"""The `stm` command: stm demo | track | train | evaluate | info."""
+"""The `stm` command: stm demo | track | train | evaluate | interact | info."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tyro
 
@@ -282,6 +282,14 @@ def _take_option(argv: list[str], name: str, value: str) -> tuple[bool, list[str
     return False, argv
 
 
+def interact(argv: Sequence[str]) -> int:
+    """`stm interact`; see stm_model.interact.InteractConfig."""
+    from stm_model.interact import InteractConfig
+    from stm_model.interact import interact as run_page
+
+    return run_page(_parse(InteractConfig, "stm interact", argv, tyro.conf.PositionalRequiredArgs))
+
+
 def info(argv: Sequence[str]) -> int:
     """`stm info`; see InfoConfig."""
     config = _parse(InfoConfig, "stm info", argv)
@@ -326,16 +334,17 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "track": (track, "track the objects of a mask through a video"),
     "train": (train, "train the network"),
     "evaluate": (evaluate, "score the tracker, or a folder of masks, on a benchmark"),
+    "interact": (interact, "segment a video with scribbles, in the browser"),
     "info": (info, "versions, devices and what would run on them"),
 }
 
 
-def _parse(config: type[Config], program: str, argv: Sequence[str]) -> Config:
+def _parse(config: type[Config], program: str, argv: Sequence[str], *markers: Any) -> Config:
     """Arguments to a config; tyro's framed complaint becomes one line."""
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(config, prog=program, args=list(argv), config=(tyro.conf.FlagCreatePairsOff,))
+            return tyro.cli(config, prog=program, args=list(argv), config=(tyro.conf.FlagCreatePairsOff, *markers))
     except SystemExit as stop:
         if not stop.code:
             raise

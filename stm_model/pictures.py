@@ -6,6 +6,7 @@ other value is an object's label.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Sequence
@@ -150,6 +151,13 @@ def write_image(path: str | os.PathLike, image: np.ndarray) -> None:
     """Write uint8 RGB `[H, W, 3]` as a picture of the suffix's format, whole or not at all."""
     with whole(path) as partial:
         Image.fromarray(image).save(partial)
+
+
+def encode_jpeg(image: np.ndarray, quality: int = 88) -> bytes:
+    """Uint8 RGB `[H, W, 3]` as the bytes of a JPEG."""
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, format="JPEG", quality=quality, subsampling=0)
+    return stream.getvalue()
 
 
 def overlay(frame: np.ndarray, labels: np.ndarray, alpha: float = 0.5) -> np.ndarray:

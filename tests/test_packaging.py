@@ -75,8 +75,9 @@ def test_every_package_and_weight_is_shipped():
     shipped = {
         file for package in patterns for pattern in patterns[package] for file in ROOT.glob(f"{package}/{pattern}")
     }
-    weights = {file for file in ROOT.glob("stm_model/weights/*") if not file.name.startswith(".")}
-    assert weights | {ROOT / package / "py.typed" for package in ("stm_kernels", "stm_model")} == shipped
+    folders = (ROOT / "stm_model" / name for name in ("weights", "interactive/page"))
+    files = {file for folder in folders for file in folder.iterdir() if not file.name.startswith(".")}
+    assert files | {ROOT / package / "py.typed" for package in ("stm_kernels", "stm_model")} == shipped
 
 
 @pytest.mark.parametrize(

@@ -147,8 +147,9 @@ class Segmenter:
 
     def _prepare(self, index: int) -> Tensor:
         """A frame as float32 `[1, 3, h, w]` in 0…1 at the network's size, not yet padded."""
-        frame = check_frame(np.asarray(self.frames[index]), index, self.frame_size)
-        pixels = torch.from_numpy(np.ascontiguousarray(frame)).to(self.device)
+        # a copy: frames of a file may not be written to, which PyTorch does not know of
+        frame = check_frame(np.array(self.frames[index]), index, self.frame_size)
+        pixels = torch.from_numpy(frame).to(self.device)
         image = pixels.permute(2, 0, 1)[None].contiguous().float() / 255
         if self.size != self.frame_size:
             image = F.interpolate(image, self.size, mode="bilinear", align_corners=False, antialias=True).clamp_(0, 1)

@@ -1,0 +1,56 @@
+"""A whole video with its frames in any order, as scrubbing through it needs them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from stm_model.media import BrokenVideo, open_video
+from stm_model.pictures import MediaError
+
+
+class Footage:
+    """The frames of a video, decoded once into a temporary file that goes when they are let go of.
+
+    Args:
+        path: a video file, or a folder of frames.
+        most_frames: a longer video is refused.
+        name: what to call it; None is the file's own name.
+
+    Raises:
+        MediaError: not a video, a longer one, or more than the disk holds.
+    """
+
+    def __init__(self, path: str | os.PathLike, most_frames: int, name: str | None = None):
+        source = open_video(path)
+        self.name, self.fps, self.size = name or source.name, source.fps, source.size
+        too_long = f"{self.name}: expected at most {most_frames} frames, got {{}}"
+        if (source.frame_count or 0) > most_frames:
+            raise MediaError(too_long.format(source.frame_count))
+        frame_bytes = self.size[0] * self.size[1] * 3
+        self.damage: str | None = None
+        """Why the video ends early, where it does."""
+        with tempfile.TemporaryFile() as file:
+            free = shutil.disk_usage(Path(tempfile.gettempdir())).free
+            if (source.frame_count or 1) * frame_bytes > free:
+                need = f"{(source.frame_count or 1) * frame_bytes >> 20} MiB"
+                raise MediaError(f"{self.name}: needs {need} in {tempfile.gettempdir()}, which has {free >> 20} MiB")
+            count = 0
+            try:
+                for frame in tqdm(source, total=source.frame_count, desc="read", unit="frame", delay=1):
+                    if count == most_frames:
+                        raise MediaError(too_long.format("more"))
+                    file.write(np.ascontiguousarray(frame).data)
+                    count += 1
+            except BrokenVideo as error:
+                self.damage = str(error)
+            if not count:
+                raise MediaError(f"{self.name}: no frames")
+            file.flush()
+            # mapped, the file stays until the array goes
+            self.frames = np.memmap(file, np.uint8, "r", shape=(count, *self.size, 3))
