@@ -401,7 +401,7 @@ def test_bad_input_is_one_line(track, clip, weights, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["trakc"], "unknown command 'trakc'; expected demo, track, train, evaluate, info"),
+        (["trakc"], "unknown command 'trakc'; expected demo, track, train, evaluate, interact, info"),
         (["track"], "PATH --out PATH (see stm track --help)"),
         (["track", "v", "--mask", "m", "--out", "o", "--size", "big"], "--size"),
         (["track", "v", "--mask", "m", "--out", "o", "--dtype", "int8"], "invalid choice 'int8'"),

@@ -1,0 +1,217 @@
+"""What a user of `stm interact` waits for: python bench/interact.py --video VIDEO [--out bench/results/<device>/interact.json]
+
+The video at 480p, up to 300 frames, and one object, scribbled on where --at says. Seconds are from a request to its whole
+answer, over HTTP to a server in this process: a frame with its masks while nothing else is done and while a round runs, the
+preview of a scribble on its own frame (the first one apart), and rounds; with a Chromium and playwright also from the key to
+the frame on the screen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import platform
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import revision
+
+from stm_model.checkpoint import DEFAULT_INTERACTIVE_WEIGHTS, network_size
+from stm_model.interactive.app import serve
+from stm_model.interactive.footage import Footage
+from stm_model.interactive.session import ScribbleSession
+from stm_model.interactive.workbench import Workbench
+from stm_model.media import VideoWriter, open_video
+from stm_model.network import STM
+from stm_model.pictures import resize_frame
+from stm_model.runtime import peak_process_memory
+
+HEIGHT, MOST_FRAMES = 480, 300
+SCRUBBED = 60
+CHROMIUM_OPTIONS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking")
+
+
+class Client:
+    """Asks the page's server as a browser does: over one connection, one request after the other."""
+
+    def __init__(self, address: str):
+        self.connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=600)
+
+    def ask(self, method: str, path: str, content: Any = None) -> bytes:
+        body = None if content is None else json.dumps(content)
+        self.connection.request(method, path, body, {"x-stm-tab": "bench"})
+        answer = self.connection.getresponse()
+        received = answer.read()
+        if answer.status != 200:
+            raise RuntimeError(f"{path}: {answer.status} {received.decode()[:200]}")
+        return received
+
+    def do(self, action: str, **content: Any) -> dict[str, Any]:
+        return json.loads(self.ask("POST", f"/stm/do/{action}", content))
+
+    def wait(self) -> float:
+        """Seconds until the work in the background is done."""
+        started = time.perf_counter()
+        while (status := self.do("status"))["job"]["running"]:
+            time.sleep(0.05)
+        if status["job"]["error"]:
+            raise RuntimeError(status["job"]["error"])
+        return time.perf_counter() - started
+
+
+def timed(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def summary(seconds: Sequence[float]) -> dict[str, float]:
+    return {"median_s": statistics.median(seconds), "worst_s": max(seconds), "measured": len(seconds)}
+
+
+def at_480p(path: Path, folder: Path) -> Path:
+    """The first frames of a video, resized, as a video."""
+    source = open_video(path)
+    size = (HEIGHT, round(source.size[1] * HEIGHT / source.size[0]))
+    with VideoWriter(folder / "video.mp4", source.fps) as writer:
+        for index, frame in enumerate(source):
+            if index == MOST_FRAMES:
+                break
+            writer.write(resize_frame(frame, size))
+    return folder / "video.mp4"
+
+
+def measure(client: Client, frames: int, at: tuple[float, float]) -> dict[str, Any]:
+    """Everything but the browser."""
+    spread = [round(place * (frames - 1) / (SCRUBBED - 1)) for place in range(SCRUBBED)]
+
+    def scrub(masks: bool, times: Sequence[int] = spread) -> list[float]:
+        return [timed(lambda: client.ask("GET", f"/stm/frame/{index}?masks={masks}")) for index in times]
+
+    def scribble(frame: int) -> float:
+        x, y = at
+        client.do("scribble", frame=frame, object=1, path=[[x, y], [x + 0.02, y + 0.02]])
+        return timed(lambda: client.ask("POST", "/stm/preview", {"frame": frame}))
+
+    found: dict[str, Any] = {"scrub_before": summary(scrub(False))}
+    found["first_preview_s"] = scribble(0)
+    found["preview"] = summary([scribble(frame) for frame in (frames // 5, frames // 3, frames // 2)])
+    for _ in range(3):
+        client.do("undo")
+    client.do("run")
+    found["round_1_s"] = client.wait()
+    found["scrub"] = summary(scrub(True))
+    client.do("scribble", frame=frames // 2, object=0, path=[[0.05, 0.05], [0.3, 0.05]])
+    client.do("run")
+    during = scrub(True, spread[::6])
+    found["scrub_during_a_round"] = summary(during)
+    # the requests above are part of the round's time
+    found["round_2_s"] = client.wait() + sum(during)
+    return found
+
+
+def in_browser(address: str, frames: int) -> dict[str, float] | None:
+    """Seconds from a key to the next frame on the screen; None where there is no browser."""
+    executable = shutil.which("chromium")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        return None
+    if executable is None:
+        return None
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=executable, args=list(CHROMIUM_OPTIONS))
+        page = browser.new_page(viewport={"width": 1280, "height": 860})
+        page.goto(address)
+        page.wait_for_selector("#stm-picture[data-frame]", timeout=120_000)
+        seconds = page.evaluate(
+            """async ([times, step]) => {
+                const picture = document.querySelector("#stm-picture"), found = [];
+                for (let time = 0; time < times; time += 1) {
+                    const started = performance.now();
+                    const key = time % 2 ? "ArrowRight" : "ArrowRight";
+                    document.dispatchEvent(new KeyboardEvent("keydown", { key, shiftKey: true }));
+                    const wanted = String(window.stmPage.frame);
+                    while (picture.dataset.frame !== wanted) await new Promise((next) => setTimeout(next, 1));
+                    await picture.decode();
+                    await new Promise(requestAnimationFrame);
+                    found.push((performance.now() - started) / 1000);
+                    await new Promise((next) => setTimeout(next, 300));
+                }
+                return found;
+            }""",
+            [min(25, (frames - 1) // 10), 10],
+        )
+        browser.close()
+    return summary(seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--video", type=Path, required=True)
+    parser.add_argument("--at", type=float, nargs=2, default=(0.5, 0.5), help="a point of the object, from 0 to 1")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    model = STM.load(DEFAULT_INTERACTIVE_WEIGHTS, device="cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        video = at_480p(arguments.video, Path(folder))
+        opening = time.perf_counter()
+        footage = Footage(video, MOST_FRAMES)
+        opening = time.perf_counter() - opening
+    size = network_size(None, None, footage.size)
+    workbench = Workbench(
+        footage,
+        lambda footage: ScribbleSession(model, footage.frames, size=size),
+        STM.load,
+        most_frames=MOST_FRAMES,
+        upload_bytes=2**30,
+    )
+    ready: dict[str, str] = {}
+    up = threading.Event()
+
+    def tell(address: str) -> None:
+        ready["address"] = address
+        up.set()
+
+    threading.Thread(target=serve, args=(workbench, "127.0.0.1", 0, tell), daemon=True).start()
+    up.wait()
+    client = Client(ready["address"])
+    client.do("enter")
+    frames = len(footage.frames)
+    found = {
+        "video": {"name": arguments.video.name, "frames": frames, "size": list(footage.size), "network_size": size},
+        "open_s": opening,
+        **measure(client, frames, tuple(arguments.at)),
+        "encoded_frames": workbench.session.encoded_frames,
+    }
+    client.do("leave")
+    found["key_to_screen"] = in_browser(ready["address"], frames)
+    found["peak_memory_bytes"] = peak_process_memory()
+    result = {
+        "date": str(date.today()),
+        "cpu": platform.processor() or platform.machine(),
+        "threads": arguments.threads,
+        "load_average": Path("/proc/loadavg").read_text().split()[:3],
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "revision": revision(),
+        **found,
+    }
+    print(json.dumps(result, indent=1))
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
