@@ -1,9 +1,9 @@
-"""What a user of `stm interact` waits for: python bench/interact.py --video VIDEO [--out bench/results/<device>/interact.json]
+"""What a user of the page waits for: python bench/interact.py --video VIDEO [--out FILE]
 
-The video at 480p, up to 300 frames, and one object, scribbled on where --at says. Seconds are from a request to its whole
-answer, over HTTP to a server in this process: a frame with its masks while nothing else is done and while a round runs, the
-preview of a scribble on its own frame (the first one apart), and rounds; with a Chromium and playwright also from the key to
-the frame on the screen.
+The video at 480p, up to 300 frames, and one object, scribbled on where --at says. Seconds are from a request to its
+whole answer, over HTTP to a server in this process: a frame with its masks while nothing else is done and while a round
+runs, the preview of a scribble on its own frame (the first one apart), and rounds; with a Chromium and playwright also
+from the key to the frame on the screen.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def measure(client: Client, frames: int, at: tuple[float, float]) -> dict[str, A
     spread = [round(place * (frames - 1) / (SCRUBBED - 1)) for place in range(SCRUBBED)]
 
     def scrub(masks: bool, times: Sequence[int] = spread) -> list[float]:
-        return [timed(lambda: client.ask("GET", f"/stm/frame/{index}?masks={masks}")) for index in times]
+        return [timed(partial(client.ask, "GET", f"/stm/frame/{index}?masks={masks}")) for index in times]
 
     def scribble(frame: int) -> float:
         x, y = at
@@ -138,8 +139,7 @@ def in_browser(address: str, frames: int) -> dict[str, float] | None:
                 const picture = document.querySelector("#stm-picture"), found = [];
                 for (let time = 0; time < times; time += 1) {
                     const started = performance.now();
-                    const key = time % 2 ? "ArrowRight" : "ArrowRight";
-                    document.dispatchEvent(new KeyboardEvent("keydown", { key, shiftKey: true }));
+                    document.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", shiftKey: true }));
                     const wanted = String(window.stmPage.frame);
                     while (picture.dataset.frame !== wanted) await new Promise((next) => setTimeout(next, 1));
                     await picture.decode();

@@ -218,7 +218,7 @@ class ScribbleSession:
         paths = [range(frame_index, last + 1) if way > 0 else range(frame_index, -1, -1) for way in ways[direction]]
         total, done, masks = sum(len(path) - 1 for path in paths), 0, dict(state.masks)
         for path in paths:
-            results = tracker.track((np.asarray(self.frames[index]) for index in path), {0: labels}, len(path))
+            results = tracker.track((np.array(self.frames[index]) for index in path), {0: labels}, len(path))
             for index, result in zip(path, results):
                 if index == frame_index:
                     continue
