@@ -62,7 +62,7 @@ def parse_size(text: str) -> int:
     """
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text.strip())
     unit = match and next((size for name, size in UNITS.items() if name.lower() == (match[2] or "B").lower()), None)
-    if not unit:
+    if not match or not unit:
         raise ValueError(f"expected a size like 2GiB, 500MB or a number of bytes, got {text!r}")
     return int(float(match[1]) * unit)
 

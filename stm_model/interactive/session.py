@@ -338,6 +338,7 @@ class ScribbleSession:
         masks = FrameMasks.pack(state.objects, new[1:])
         painted = tuple(state.painted.get(index, ()))
         if painted:
+            assert old is not None
             given = old.unpack(self.network_size)[[1 + old.objects.index(label) for label in painted]]
             masks = masks.with_objects(painted, given)
         return masks
