@@ -82,12 +82,13 @@ class PagedMemory:
 
     @property
     def device_pages(self) -> int | None:
-        """How many pages may lie on the device; those that lie there when it is lowered stay."""
+        """How many pages may lie on the device: raised, it brings pages there from the host; lowered, none leave it."""
         return self._pages.device_pages
 
     @device_pages.setter
     def device_pages(self, count: int | None) -> None:
         self._pages.device_pages = count
+        self._pages.move_to_device()
 
     @property
     def device_nbytes(self) -> int:
@@ -201,10 +202,10 @@ class PagedMemory:
         self.drop(len(self))
         self.free_unused()
         self._pages.value_unit = state["value_unit"]
-        limit, self.device_pages = self.device_pages, state["on_device"]
+        limit, self._pages.device_pages = self.device_pages, state["on_device"]
         for key, value in state["pages"]:
             self._pages.write(len(self), key.to(self.device), value.to(self.device))
-        self.device_pages = limit
+        self._pages.device_pages = limit
 
     def _check_range(self, start: int, count: int) -> None:
         if not 0 <= start <= len(self):

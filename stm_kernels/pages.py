@@ -97,6 +97,18 @@ class Pages:
         if not self.on_host:
             self._staging = None
 
+    def move_to_device(self) -> None:
+        """Bring pages from the host to the device while more may lie there, the first ones first."""
+        while self.on_host and self.device_pages is not None and len(self.on_device) < self.device_pages:
+            page = self.on_host.pop(0)
+            if self.device.type != "cpu":
+                held, page = page, self.new_page()
+                for new, old in zip(page, held):
+                    new.copy_(old)
+            self.on_device.append(page)
+        if not self.on_host:
+            self._staging = None
+
     def parts(self) -> "Parts":
         """The filled part of every page in use."""
         parts = []

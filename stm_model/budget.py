@@ -21,7 +21,8 @@ class MemoryBudget:
     device: int | None = None
     """Bytes of keys and values on the device that reads them; None is as many as it can hold."""
     host: int | None = None
-    """Further bytes in the host's memory; None is no limit where `device` has none, else 0."""
+    """Further bytes in the host's memory; None is no limit where `device` has none, else 0. What `device` has beyond
+    whole pages counts here."""
     eviction: str = "fifo"
     """What goes where both are full: the oldest frame (fifo), or the one that reads weigh least (importance). Frames
     with a given mask and the previous frame stay."""

@@ -328,10 +328,9 @@ class MemoryBank:
             _, other, place = min(candidates, key=lambda candidate: candidate[0])
             other.evict(place)
             self.evicted += 1
-        for other in self.memories:
-            if other.pages is not None:
-                other.pages.free_unused()
-        others = sum(
-            other.pages.device_nbytes for other in self.memories if other.pages is not None and other is not memory
-        )
-        memory.pages.device_pages = max(0, budget.device - others) // memory.pages.page_nbytes
+        held = [other.pages for other in self.memories if other.pages is not None]
+        for pages in held:
+            pages.free_unused()
+        for pages in held:
+            others = sum(other.device_nbytes for other in held if other is not pages)
+            pages.device_pages = max(0, budget.device - others) // pages.page_nbytes

@@ -359,6 +359,23 @@ def test_values_beyond_the_first_ones_are_cut_off_not_lost():
         PagedMemory(1, C, V, value_dtype=torch.int8)
 
 
+def test_pages_move_to_the_device_when_more_may_lie_there(device):
+    problem = make_problem(B, 9, 50, C, V, device=device)
+    memory, everywhere = (filled(problem, 8, device_pages=limit, device=device) for limit in (1, None))
+    read = memory.read(problem.query_key)
+    page = memory.page_nbytes
+    for limit, expected in ((4, (4, 3)), (2, (4, 3)), (20, (7, 0))):
+        memory.device_pages = limit
+        assert (memory.device_nbytes, memory.host_nbytes) == (expected[0] * page, expected[1] * page)
+        assert memory.snapshot()["value"].equal(everywhere.snapshot()["value"])
+        torch.testing.assert_close(memory.read(problem.query_key), read)
+    with torch.inference_mode():
+        memory.drop(48)
+        memory.free_unused()
+    memory.append(problem.memory_key, problem.memory_value)
+    assert len(memory) == 52 and memory.host_nbytes == 0
+
+
 @pytest.mark.parametrize("value_dtype", [None, torch.float8_e4m3fn])
 @pytest.mark.parametrize("device_pages", [None, 0, 3])
 def test_a_state_is_loaded_to_the_bit_and_where_it_lay(tmp_path, device, value_dtype, device_pages):

@@ -111,6 +111,16 @@ def test_objects_share_one_budget(host):
     assert 30 not in first
 
 
+def test_what_one_object_leaves_on_the_device_another_takes():
+    """The first object's frames are forgotten one by one; the pages of the later two move to the device for them."""
+    bank = filled(MemoryBudget(device=8 * FRAME, host=4 * FRAME), 60)
+    bank.add_objects(2)
+    for index in range(60, 200):
+        remember(bank, index, [False] + [index == 60] * 2)
+    assert bank.most == {"device": 8 * FRAME, "host": 4 * FRAME}
+    assert [memory.pages.device_nbytes // FRAME for memory in bank.memories] == [4, 4]
+
+
 def test_the_host_takes_what_the_device_does_not():
     bank = filled(MemoryBudget(device=FRAME, host=2 * FRAME), 60)
     assert bank.most == {"device": FRAME, "host": 2 * FRAME}
