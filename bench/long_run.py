@@ -40,12 +40,16 @@ class LongVideo:
 
     frames: int = 10_000
     """Length of the video."""
+    early: int = 500
+    """The frame from which on early ones are compared with the last ones; the budget should be full by then."""
+    window: int = 100
+    """Frames compared, early and late."""
     clip: int = 48
     """Length of the clip."""
     size: tuple[int, int] = (96, 96)
     """Height and width in pixels."""
     objects: int = 6
-    """With these, keys and values of a frame are so large that the budget is full before frame 500."""
+    """With these, keys and values of a frame are so large that the budget is full before the early frames."""
     seed: int = 7
     """Of the clip; in this one all objects are seen from the first frame on."""
     budget: str = "256MiB"
@@ -59,9 +63,9 @@ class LongVideo:
 
     @property
     def windows(self) -> dict[str, range]:
-        """The frames compared: early ones, behind a twentieth of the video, and the last ones, a hundredth each."""
-        start, count = self.frames // 20, max(1, self.frames // 100)
-        return {"early": range(start, start + count), "late": range(self.frames - count, self.frames)}
+        """The frames compared."""
+        late = range(self.frames - self.window, self.frames)
+        return {"early": range(self.early, self.early + self.window), "late": late}
 
     def indices(self) -> Iterator[int]:
         """Of the clip's frames, in the order of the video: the first and the last are not shown twice in a row."""

@@ -151,11 +151,11 @@ def _draw_over_T(figure: Any, frames: dict[str, Any], append: dict[str, Any], de
         panel.set_title(title, fontsize=10)
         panel.set_xticks(counts, [str(count) for count in counts])
         panel.minorticks_off()
-        panel.set_xlabel("T, frames remembered")
+        panel.set_xlabel("T, frames seen")
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     appended.legend(fontsize=9, frameon=False)
-    figure.legend(loc="outside lower center", ncols=len(STYLES), fontsize=9, frameon=False)
+    figure.legend(*seconds.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9, frameon=False)
     figure.suptitle(device, fontsize=10)
 
 

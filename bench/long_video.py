@@ -46,8 +46,8 @@ def build_tasks(arguments: argparse.Namespace) -> dict[str, dict[str, Task]]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tasks = memory_tasks(device, dtype, quick)
     tasks["J"] = eviction_tasks(arguments.data, arguments.split, device, quick)
-    tiny = {"frames": 120, "clip": 8, "size": (32, 48), "objects": 2, "budget": "200KiB", "value_channels": 64}
-    video = LongVideo(**(tiny if quick else {}))
+    tiny = {"early": 30, "window": 10, "clip": 8, "size": (32, 48), "objects": 2, "budget": "200KiB"}
+    video = LongVideo(120, **tiny, value_channels=64) if quick else LongVideo(arguments.frames)
     tasks["run"] = {f"{video.frames} frames": partial(track_long_video, video, device, arguments.threads)}
     return {section: tasks[section] for section in arguments.only}
 
@@ -121,6 +121,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--data", type=Path, help="folder in the DAVIS layout, for J by eviction rule")
+    parser.add_argument("--frames", type=int, default=10_000, help="length of the long run, at least 700")
     parser.add_argument("--split", default="held", help="list under its ImageSets")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION", help="%(choices)s")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to prove the program")
@@ -130,6 +131,8 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(words)
     if arguments.threads < 1:
         parser.error(f"--threads: expected at least 1, got {arguments.threads}")
+    if arguments.frames < 700:
+        parser.error(f"--frames: expected at least 700, got {arguments.frames}")
     return arguments
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 EVICTIONS = ("fifo", "importance")
 PAGE_MULTIPLE = 128
 """Pages of so many positions, or a multiple, are read fastest."""
-PAGE_POSITIONS = 1024
-"""Pages of fewer are read more slowly, of more no faster: small frames share a page."""
+PAGE_POSITIONS = 4096
+"""Pages of fewer are read more slowly, for each is merged into the read: small frames share a page."""
 PAGES_OF_BUDGET = 32
 """As many pages, or more, make up a budget: one that is not full wastes little of it."""
 

@@ -55,7 +55,7 @@ def test_a_dry_run_writes_figures_and_plots(davis, tmp_path, capsys):
     }
     (run,) = results["run"].values()
     assert run["full_after_frames"] == 21 and run["memory"]["most_bytes"]["device"] == 2 * 128 * (128 + 64) * 4
-    assert run["windows"] == {"early": [6, 7], "late": [119, 120]} and len(run["trace"]) == 60
+    assert run["windows"] == {"early": [30, 40], "late": [110, 120]} and len(run["trace"]) == 60
     said = capsys.readouterr().out
     assert "a dry run that means nothing" in said and "120 frames, budget 200KiB, full after 21 frames" in said
 
@@ -84,7 +84,7 @@ def test_the_pages_of_a_gpu_have_no_figures_here():
 
 
 def test_what_is_seen_from_outside_becomes_figures():
-    video = LongVideo(frames=200)
+    video = LongVideo(frames=200, early=10, window=2)
     # a frame takes a second, half of it on the processor; from frame 150 on twice that, and a tenth more memory
     stamps = [float(index + max(0, index - 150)) for index in range(200)]
     looks = [Sample(index + 1, 1100 if index >= 150 else 1000, 99 + stamps[index] / 2) for index in range(200)]
@@ -109,6 +109,7 @@ def test_a_command_that_fails_is_said(tmp_path, monkeypatch):
 def test_wrong_options_are_one_line(capsys):
     for words, message in (
         (["--threads", "0"], "--threads: expected at least 1"),
+        (["--frames", "9"], "--frames: expected at least 700"),
         (["--only", "all"], "invalid choice"),
     ):
         with pytest.raises(SystemExit) as end:
