@@ -78,7 +78,7 @@ class Run:
         source = _Source(feed, done, lambda *frame: (writer.put((*frame, None, ())), bar.update()))
         results = self.tracker.track(source, masks, frame_count=count, resume=saved and saved["tracker"])
         self._clear(done)
-        started, code, timer = time.perf_counter(), 0, _Timer(results)
+        code, started, timer = 0, time.perf_counter(), _Timer(results)
 
         def seconds() -> dict[str, float]:
             # the tracker pulls its frames itself: what it waits for them is not tracking
@@ -98,16 +98,18 @@ class Run:
                         checkpoint.write(self._state(seconds()))
             self.summary["stopped"] = None
         except (BrokenVideo, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
-            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
-                raise
-            if not self.summary["frames"]:
-                raise
-            code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else BAD_INPUT
-            self.summary["stopped"] = "interrupted" if code == INTERRUPTED else one_line(error)
+            code = self._stopped_by(error)
         if write_overlay:
             self.summary["files"]["overlay"] = str(self.out / "overlay.mp4")
         self._measure(seconds())
         return code
+
+    def _stopped_by(self, error: BaseException) -> int:
+        """Note why the run ends; the exit code. Raises what is a bug of ours, or stopped it before there was a mask."""
+        if not self.summary["frames"] or (isinstance(error, RuntimeError) and not is_out_of_memory(error)):
+            raise error
+        self.summary["stopped"] = "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)
+        return INTERRUPTED if isinstance(error, KeyboardInterrupt) else BAD_INPUT
 
     def _take_up(self, saved: dict[str, Any]) -> int:
         """Be where an earlier run was when it wrote this; how many frames it had tracked."""
