@@ -26,6 +26,7 @@ PUBLIC = {
     "stm_model.pictures": "read_mask write_mask overlay",
     "stm_model.interactive.session": "ScribbleSession",
     "stm_model.interactive.scribbles": "read_scribbles write_scribbles rasterize thin",
+    "stm_model.interactive.official": "drive",
     "stm_model.evaluation.metrics": "region_similarity contour_accuracy statistics Statistics sequence_scores",
     "stm_model.evaluation.tensor_metrics": "region_similarity contour_accuracy",
 }
