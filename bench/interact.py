@@ -184,6 +184,8 @@ def main() -> None:
         ready["address"] = address
         up.set()
 
+    # as the command does it: while the user looks at the video
+    threading.Thread(target=workbench.warm_up, daemon=True).start()
     threading.Thread(target=serve, args=(workbench, "127.0.0.1", 0, tell), daemon=True).start()
     up.wait()
     client = Client(ready["address"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -79,6 +80,7 @@ def interact(config: InteractConfig) -> int:
     try:
         if config.session is not None:
             workbench.session.restore(config.session)
+        threading.Thread(target=workbench.warm_up, daemon=True).start()
         serve(workbench, config.host, config.port, lambda address: print(f"open {address}", flush=True))
     finally:
         workbench.close()

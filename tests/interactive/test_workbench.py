@@ -42,15 +42,32 @@ def workbench(video, scribble_model, tracking_model):
     workbench.close()
 
 
-@pytest.fixture
-def client(workbench):
-    """Asks the page's server without a network, as tab `one`."""
-    pytest.importorskip("gradio")
-    from fastapi.testclient import TestClient
+class Current:
+    """Stands for the workbench of the present test, so that all of them can share one server."""
 
+    workbench = None
+
+    def __getattr__(self, name):
+        return getattr(self.workbench, name)
+
+
+@pytest.fixture(scope="module")
+def server():
+    pytest.importorskip("gradio")
     from stm_model.interactive.app import make_app
 
-    return TestClient(make_app(workbench, ["testserver"]), headers={"x-stm-tab": "one"}, raise_server_exceptions=False)
+    current = Current()
+    return make_app(current, ["testserver"]), current
+
+
+@pytest.fixture
+def client(server, workbench):
+    """Asks the page's server without a network, as tab `one`."""
+    from fastapi.testclient import TestClient
+
+    app, current = server
+    current.workbench = workbench
+    return TestClient(app, headers={"x-stm-tab": "one"}, raise_server_exceptions=False)
 
 
 def wait(workbench):
@@ -121,6 +138,12 @@ def test_work_that_fails_says_why(workbench, monkeypatch):
     workbench.run("one")
     assert wait(workbench).error == "round 1 failed: no memory left"
     workbench.undo("one")
+
+
+def test_warming_up_shows_nowhere(workbench):
+    before = workbench.status("one")
+    workbench.warm_up()
+    assert workbench.status("one") == before and workbench.session.encoded_frames == 0
 
 
 def test_tracking_and_painting(workbench, clip):

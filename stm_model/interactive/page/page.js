@@ -103,8 +103,9 @@ class Page {
     this.get("step").textContent = `step ${status.position} of ${status.steps.length - 1}: ${status.steps[status.position]}`;
     this.get("frame").max = video.frames - 1;
     const running = Boolean(job?.running);
-    for (const name of ["run", "track", "export", "open", "load"]) this.get(name).disabled = running;
-    this.get("stop").disabled = !running;
+    for (const name of ["track", "export", "open", "load"]) this.get(name).disabled = running;
+    this.get("run").hidden = running;
+    this.get("stop").hidden = !running;
     this.get("undo").disabled = running || status.position === 0;
     this.get("redo").disabled = running || status.position === status.steps.length - 1;
     this.get("progress").hidden = !running;
