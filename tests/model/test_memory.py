@@ -8,7 +8,7 @@ import torch
 
 from stm_kernels import memory_usage
 from stm_model import Tracker
-from stm_model.budget import MemoryBudget, format_size, parse_size
+from stm_model.budget import MemoryBudget, budget_page, format_size, parse_size
 from stm_model.memory import MemoryBank, MemoryRule
 
 C, V, SIDE = 4, 6, 3
@@ -130,13 +130,18 @@ def test_the_host_takes_what_the_device_does_not():
     torch.testing.assert_close(bank.read(query_key), everything.read(query_key))
 
 
-@pytest.mark.parametrize("frames, pages", [(32, 1), (64, 2), (2000, 32)])
+@pytest.mark.parametrize("frames, pages", [(32, 1), (64, 2), (100, 3)])
 def test_small_frames_share_the_pages_of_a_large_budget(frames, pages):
     bank = filled(MemoryBudget(device=frames * FRAME), 100 * frames // 7)
     assert bank.memories[0].pages.page_nbytes == pages * FRAME
     # 9 positions a frame: all pages but the last are full of frames
     assert frames * 128 // 9 - pages * 128 // 9 < len(held(bank)[0]) <= frames * 128 // 9
     assert bank.most["device"] <= frames * FRAME
+
+
+def test_a_page_is_no_larger_than_pays_and_holds_a_frame():
+    assert budget_page(2**40, 9, 40) == 4096
+    assert budget_page(2**40, 8160, 40) == 8192 and budget_page(0, 129, 40) == 256
 
 
 def test_a_budget_too_small_says_what_would_do():
