@@ -144,14 +144,9 @@ class Page {
     this.get("background").classList.toggle("stm-on", this.label === 0);
     for (const tool of ["pen", "fill", "erase"]) this.get(tool).classList.toggle("stm-on", tool === this.tool);
     this.get("masks").classList.toggle("stm-on", this.masks);
-    this.get("files").replaceChildren(...files.map((name) => {
-      const link = document.createElement("a");
-      link.href = `/stm/file/${encodeURIComponent(name)}`;
-      link.textContent = name;
-      link.className = "stm-button";
-      link.download = "";
-      return link;
-    }));
+    this.get("files").replaceChildren(...files.map((name) => Object.assign(document.createElement("a"), {
+      href: `/stm/file/${encodeURIComponent(name)}`, textContent: name, className: "stm-button", download: "",
+    })));
   }
 
   show(frame) {
