@@ -29,6 +29,8 @@ def davis(tmp_path) -> Path:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of a process are read from Linux")
+# run in this process, a reader has no peak memory of its own
+@pytest.mark.filterwarnings("ignore:Data has no positive values:UserWarning")
 def test_a_dry_run_writes_figures_and_plots(davis, tmp_path, capsys):
     path = tmp_path / "deep" / "long.json"
     words = ["--quick", "--device", "cpu", "--workers", "0", "--data", str(davis), "--out", str(path)]

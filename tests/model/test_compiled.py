@@ -11,6 +11,8 @@ from stm_model.network import inference
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="a CPU needs a C++ compiler")
 
 
+# of PyTorch's own code
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @needs_compiler
 def test_a_compiled_tracker_gives_the_same(small_model, clip):
     frames, labels = clip
