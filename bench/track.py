@@ -18,16 +18,21 @@ import time
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 
+import stm_model.memory
+from stm_kernels import PagedMemory
 from stm_model import STM, Tracker
 from stm_model.data.synthetic import procedural_clip
 from stm_model.memory import MemoryRule
 from stm_model.network import Query
 from stm_model.network.encoders import FrameFeatures
+from stm_model.tracker import FrameResult
 from stm_model.training.state import initialize
 
 OBJECTS = 2
@@ -45,6 +50,31 @@ class PublicNetwork(STM):
         return super().segment(memory_readout, Query(query.key, value, features), [1] * objects)
 
 
+class PublicMemory(PagedMemory):
+    """A memory that is read as public code does: joined for every frame, the whole affinity at once."""
+
+    def read(self, query_key: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+        """What is read, and zeros for the log-sum-exp, for which public code does not ask."""
+        key, value = (torch.cat(parts, 1) for parts in zip(*self._pages.parts()))
+        affinity = torch.softmax(query_key @ key.mT * query_key.shape[2] ** -0.5, -1)
+        return affinity @ value, query_key.new_zeros(query_key.shape[:2])
+
+
+class PublicTracker(Tracker):
+    """A tracker whose memory is a `PublicMemory`."""
+
+    def track(self, *inputs: Any, **options: Any) -> Iterator[FrameResult]:
+        """As `Tracker.track`."""
+        results = super().track(*inputs, **options)
+        while True:
+            # only while this tracker works: others run in between
+            with mock.patch.object(stm_model.memory, "PagedMemory", PublicMemory):
+                result = next(results, None)
+            if result is None:
+                return
+            yield result
+
+
 def build_tracker(
     version: str, device: str, memory: MemoryRule | str, weights: STM | None = None, compiled: bool = False
 ) -> Tracker:
@@ -54,7 +84,7 @@ def build_tracker(
         public = PublicNetwork(model.config)
         public.load_state_dict(model.state_dict())
         public = public.requires_grad_(False).eval().float().to(device, memory_format=torch.contiguous_format)
-        tracker = Tracker(public, memory=memory, implementation="reference")
+        tracker = PublicTracker(public, memory=memory)
         tracker.model = public
         return tracker
     from stm_model.runtime import default_dtype

@@ -92,9 +92,9 @@ class KeyValue(nn.Module):
 def per_object(maps: Tensor, objects_per_clip: list[int]) -> Tensor:
     """Repeat per-frame maps `[B, …]` for the objects of each frame, `[K, …]`.
 
-    A single frame is not copied: it stays `[1, …]` and broadcasts.
+    A single frame is not copied: it stays `[1, …]` and broadcasts; nor are frames with one object each.
     """
-    if len(maps) == 1:
+    if len(maps) == 1 or set(objects_per_clip) == {1}:
         return maps
     counts = torch.tensor(objects_per_clip, device=maps.device)
     return maps.repeat_interleave(counts, 0, output_size=sum(objects_per_clip))
