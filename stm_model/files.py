@@ -31,3 +31,24 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
     """Write JSON, whole or not at all."""
     with whole(path) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def write_checkpoint(path: str | os.PathLike, content: Any) -> None:
+    """Write what `torch.save` takes, whole or not at all, and on the disk when it returns.
+
+    Raises:
+        OSError: as when the disk is full; what was there before stays.
+    """
+    # here alone: `stm --help` answers at once
+    import torch
+
+    with whole(path) as partial, open(partial, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            # where a file can't be written on, it fails once more as it ends the file
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
+        file.flush()
+        os.fsync(file.fileno())

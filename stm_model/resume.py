@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stm_model.files import whole
+from stm_model.files import write_checkpoint
 
 WRITING_SHARE = 0.02
 """Most of the time that may go into writing checkpoints."""
@@ -51,19 +51,10 @@ class Checkpoint:
             OSError: as when the disk is full; the one before stays.
         """
         started = time.monotonic()
-        with whole(self.path) as partial, open(partial, "wb") as file:
-            try:
-                torch.save({"made_with": self.made_with} | content, file)
-            except RuntimeError as error:
-                # where a file can't be written on, it fails once more as it ends the file
-                if isinstance(error.__context__, OSError):
-                    raise error.__context__ from error
-                raise
-            file.flush()
-            # else it may be there after a power failure, and the masks that it speaks of not
-            if hasattr(os, "sync"):
-                os.sync()
-            os.fsync(file.fileno())
+        # else it may be there after a power failure, and the masks that it speaks of not
+        if hasattr(os, "sync"):
+            os.sync()
+        write_checkpoint(self.path, {"made_with": self.made_with} | content)
         self._written = time.monotonic()
         self._took = self._written - started
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from stm_model.checkpoint import check_tensors, read_tensors, write_tensors
+from stm_model.files import write_checkpoint
 from stm_model.network import STM, STMConfig, scribble_tensors
 from stm_model.network.decoder import ResBlock
 from stm_model.runtime import default_dtype
@@ -86,9 +86,7 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
             "random": torch.get_rng_state(),
         }
-        temporary = self.path.with_name("checkpoint.pt.part")
-        torch.save(state, temporary)
-        os.replace(temporary, self.path)
+        write_checkpoint(self.path, state)
 
     @property
     def weights_path(self) -> Path:
