@@ -66,7 +66,9 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in tensors.items()}
 
 
-def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+def check_tensors(
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: str | os.PathLike, kind: str = "an STM"
+) -> None:
     """Raise a CheckpointError that names the first five tensors that differ in name or shape."""
     differences = [f"missing {name}" for name in expected if name not in found]
     differences += [f"unexpected {name}" for name in found if name not in expected]
@@ -77,7 +79,7 @@ def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], p
     ]
     if differences:
         rest = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
-        raise CheckpointError(f"checkpoint: {path} does not hold an STM: {'; '.join(differences[:5])}{rest}")
+        raise CheckpointError(f"checkpoint: {path} does not hold {kind}: {'; '.join(differences[:5])}{rest}")
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stm_model.network.backbones import BACKBONES
 from stm_model.network.encoders import FrameFeatures, per_object
-from stm_model.network.resnet import stage_channels
 
 
 class ResBlock(nn.Module):
@@ -44,7 +44,7 @@ class Decoder(nn.Module):
 
     def __init__(self, backbone: str, read_channels: int, channels: int):
         super().__init__()
-        stride4, stride8, _ = stage_channels(backbone)
+        stride4, stride8, _ = BACKBONES[backbone].channels
         self.convFM = nn.Conv2d(read_channels, channels, 3, padding=1)
         self.ResMM = ResBlock(channels)
         self.RF3 = Refine(stride8, channels)

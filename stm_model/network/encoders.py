@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stm_model.network.resnet import build_stages
+from stm_model.network.backbones import BACKBONES
 
 
 class FrameFeatures(NamedTuple):
@@ -20,24 +20,30 @@ class FrameFeatures(NamedTuple):
 
 
 class _Encoder(nn.Module):
-    """Stem and residual stages shared by both encoders; the names are those of the released checkpoint."""
+    """Stem and stages shared by both encoders; the names are those of the released checkpoint."""
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, backbone: str):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.res2, self.res3, self.res4 = build_stages(backbone)
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
+        parts = BACKBONES[backbone]
+        self.conv1 = _stem_convolution(3, backbone)
+        self.bn1 = nn.BatchNorm2d(parts.stem_channels, eps=parts.epsilon)
+        self.relu = parts.activation(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if parts.pooled else nn.Identity()
+        self.res2, self.res3, self.res4 = parts.stages()
+        self.register_buffer("mean", torch.tensor(parts.mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(parts.std).view(1, 3, 1, 1))
 
     def _stem(self, frames: Tensor) -> Tensor:
         normalized = (frames - self.mean.to(frames)) / self.std.to(frames)
         return self.conv1(normalized.to(self.conv1.weight.dtype))
+
+
+def _stem_convolution(in_channels: int, backbone: str) -> nn.Conv2d:
+    kernel = BACKBONES[backbone].stem_kernel
+    return nn.Conv2d(in_channels, BACKBONES[backbone].stem_channels, kernel, stride=2, padding=kernel // 2, bias=False)
 
 
 class QueryEncoder(_Encoder):
@@ -64,7 +70,7 @@ class MemoryEncoder(_Encoder):
         super().__init__(backbone)
         self.guides = GUIDANCE[guidance]
         for name in self.guides:
-            self.add_module(name, nn.Conv2d(1, 64, 7, stride=2, padding=3, bias=False))
+            self.add_module(name, _stem_convolution(1, backbone))
 
     def forward(self, frames: Tensor, guides: Tensor, objects_per_clip: list[int]) -> Tensor:
         """Encode frames `[B, 3, H, W]` with maps `[K, number of guides, H, W]` to `[K, D, H/16, W/16]`.
@@ -72,7 +78,7 @@ class MemoryEncoder(_Encoder):
         The K objects belong to the B frames in order, `objects_per_clip` each.
         """
         weight = torch.cat([self.get_parameter(f"{name}.weight") for name in self.guides], 1)
-        x = F.conv2d(guides.to(weight.dtype), weight, stride=2, padding=3)
+        x = F.conv2d(guides.to(weight.dtype), weight, stride=2, padding=self.conv1.padding)
         x += per_object(self._stem(frames), objects_per_clip)
         return self.res4(self.res3(self.res2(self.maxpool(self.relu(self.bn1(x))))))
 

@@ -57,22 +57,10 @@ def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
 
 
-BACKBONES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int]]] = {
-    "resnet18": (BasicBlock, (2, 2, 2)),
-    "resnet50": (Bottleneck, (3, 4, 6)),
-}
-"""Block type and number of blocks of the three stages an encoder uses (1/4, 1/8 and 1/16 of the frame)."""
-
-
-def stage_channels(backbone: str) -> tuple[int, int, int]:
-    """Channels of the maps at 1/4, 1/8 and 1/16 of the frame."""
-    expansion = BACKBONES[backbone][0].expansion
-    return 64 * expansion, 128 * expansion, 256 * expansion
-
-
-def build_stages(backbone: str) -> tuple[nn.Sequential, nn.Sequential, nn.Sequential]:
+def resnet_stages(
+    block: type[BasicBlock] | type[Bottleneck], depths: tuple[int, int, int]
+) -> tuple[nn.Sequential, nn.Sequential, nn.Sequential]:
     """The residual stages res2, res3 and res4 behind a 64-channel stem at 1/4 of the frame."""
-    block, depths = BACKBONES[backbone]
     stages: list[nn.Sequential] = []
     in_channels = 64
     for channels, depth, stride in zip((64, 128, 256), depths, (1, 2, 2), strict=True):

@@ -12,9 +12,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from stm_model.checkpoint import DEFAULT_WEIGHTS, check_tensors, read_tensors
+from stm_model.network.backbones import BACKBONES
 from stm_model.network.decoder import Decoder
 from stm_model.network.encoders import GUIDANCE, FrameFeatures, KeyValue, MemoryEncoder, QueryEncoder
-from stm_model.network.resnet import BACKBONES, stage_channels
 from stm_model.runtime import default_device, default_dtype
 
 STRIDE = 16
@@ -26,7 +26,7 @@ class STMConfig:
     """Shape of the network; the defaults are the released STM's."""
 
     backbone: str = "resnet50"
-    """Trunk of both encoders: `resnet50` or `resnet18`."""
+    """Trunk of both encoders: `resnet50`, `resnet18` or `efficientnet-lite0`."""
     key_channels: int = 128
     """C, channels that are compared."""
     value_channels: int = 512
@@ -48,6 +48,11 @@ class STMConfig:
         return cls("resnet18", key_channels=64, value_channels=128, decoder_channels=64, guidance=guidance)
 
     @classmethod
+    def lite(cls, guidance: Literal["masks", "scribbles"] = "masks") -> STMConfig:
+        """The EfficientNet-Lite0 variant of the default weights."""
+        return replace(cls.small(guidance), backbone="efficientnet-lite0")
+
+    @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> STMConfig:
         """The shape of the network whose tensors these are; the released one's where a tensor is missing."""
 
@@ -55,9 +60,8 @@ class STMConfig:
             return len(tensors[name]) if name in tensors and tensors[name].ndim else default
 
         has_scribbles = any(f"Encoder_M.{name}.weight" in tensors for name in ("conv1_p", "conv1_n"))
-        has_basic_blocks = "Encoder_Q.res2.0.conv2.weight" in tensors and "Encoder_Q.res2.0.conv3.weight" not in tensors
         return cls(
-            backbone="resnet18" if has_basic_blocks else cls.backbone,
+            backbone=_backbone_of(tensors) or cls.backbone,
             key_channels=rows("KV_Q_r4.Key.weight", cls.key_channels),
             value_channels=rows("KV_Q_r4.Value.weight", cls.value_channels),
             decoder_channels=rows("Decoder.convFM.weight", cls.decoder_channels),
@@ -90,7 +94,7 @@ class STM(nn.Module):
     def __init__(self, config: STMConfig | None = None):
         super().__init__()
         self.config = config = config or STMConfig()
-        deepest = stage_channels(config.backbone)[-1]
+        deepest = BACKBONES[config.backbone].channels[-1]
         self.Encoder_M = MemoryEncoder(config.backbone, config.guidance)
         self.Encoder_Q = QueryEncoder(config.backbone)
         self.KV_M_r4 = KeyValue(deepest, config.key_channels, config.value_channels)
@@ -210,6 +214,15 @@ class STM(nn.Module):
         query_value = query.value.repeat_interleave(counts, 0, output_size=sum(objects_per_clip))
         logits = self.Decoder(torch.cat([memory_readout, query_value], 1), query.features, objects_per_clip)
         return torch.softmax(logits, 1)[:, 1]
+
+
+def _backbone_of(tensors: Mapping[str, Tensor]) -> str | None:
+    """The backbone that has a first stage with these tensors, None if there is none."""
+    if "Encoder_Q.res2.0.depthwise.0.weight" in tensors:
+        return "efficientnet-lite0"
+    if "Encoder_Q.res2.0.conv3.weight" in tensors:
+        return "resnet50"
+    return "resnet18" if "Encoder_Q.res2.0.conv2.weight" in tensors else None
 
 
 def scribble_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

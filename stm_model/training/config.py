@@ -29,8 +29,16 @@ class TrainConfig:
     """List to score the weights on, of the first folder in DAVIS' layout; None never scores."""
     init: Path | None = None
     """Weights to start from, a released .pth or our .safetensors; None for random ones."""
-    network: Literal["small", "released"] = "small"
-    """Shape of the network: ResNet-18 as in the package's weights, or the released STM's ResNet-50."""
+    trunk: Path | None = None
+    """Weights of an image classifier that both encoders start from, torchvision's for ResNets; None for random ones."""
+    trunk_rate: float = 1.0
+    """Learning rate of the encoders' trunks, relative to that of the rest."""
+    freeze_first_stage: bool = False
+    """Keep the query encoder's stem and first stage as they start: less arithmetic, and what a classifier learned from
+    many more images stays. Those of the memory encoder learn to see masks."""
+    network: Literal["lite", "small", "released"] = "small"
+    """Shape of the network: EfficientNet-Lite0 or ResNet-18 with narrow keys and values, or the released STM's
+    ResNet-50."""
     rounds: int = 0
     """Simulated rounds of scribbles that the frames of a clip are segmented in, by a network guided by scribbles. 0
     trains one that tracks from the mask of the first frame."""
@@ -125,9 +133,11 @@ class TrainConfig:
             raise ValueError(
                 f"weights: expected one for each of {len(self.data)} data folders, got {len(self.weights)}"
             )
+        if self.init is not None and self.trunk is not None:
+            raise ValueError("init, trunk: expected one of them, the weights to start from have a trunk")
         if self.recompute and self.freeze_batch_norm:
             raise ValueError("recompute: expected freeze_batch_norm 0, or statistics would be counted twice")
-        for name in ("learning_rate", "clip_gradient"):
+        for name in ("learning_rate", "trunk_rate", "clip_gradient"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
 
@@ -135,7 +145,8 @@ class TrainConfig:
     def network_shape(self) -> STMConfig:
         """The shape of the network to train."""
         guidance = "scribbles" if self.rounds else "masks"
-        return STMConfig.small(guidance) if self.network == "small" else STMConfig(guidance=guidance)
+        shapes = {"lite": STMConfig.lite, "small": STMConfig.small, "released": STMConfig}
+        return shapes[self.network](guidance=guidance)
 
     @property
     def settings(self) -> dict:
@@ -145,10 +156,25 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SmallConfig(TrainConfig):
-    """Train the network as the package's weights are: a small one, on a CPU, from little data made the most of.
+    """Train a small network from random weights, on a CPU, from little data made the most of.
 
     These are the defaults; the other presets have others.
     """
+
+
+@dataclass(frozen=True)
+class LiteConfig(TrainConfig):
+    """Train the network of the package's weights, from an image classifier's trunk that `--trunk` names.
+
+    Source: Tan & Le, EfficientNet, ICML 2019; its lite variants are without squeeze and excitation.
+    """
+
+    network: Literal["lite", "small", "released"] = "lite"
+    freeze_first_stage: bool = True
+    trunk_rate: float = 0.5
+    freeze_batch_norm: float = 0.0
+    batch: int = 4
+    warmup: int = 200
 
 
 @dataclass(frozen=True)
@@ -160,7 +186,7 @@ class PaperConfig(TrainConfig):
 
     split: str = "train"
     validation_split: str | None = "val"
-    network: Literal["small", "released"] = "released"
+    network: Literal["lite", "small", "released"] = "released"
     steps: int = 150000
     batch: int = 4
     crop: int = 384
@@ -190,6 +216,7 @@ class InteractiveConfig(TrainConfig):
     """
 
     init: Path | None = DEFAULT_WEIGHTS
+    network: Literal["lite", "small", "released"] = "lite"
     rounds: int = 3
     steps: int = 4000
     batch: int = 4
@@ -217,6 +244,7 @@ class SmokeConfig(TrainConfig):
 
 PRESETS: dict[str, type[TrainConfig]] = {
     "small": SmallConfig,
+    "lite": LiteConfig,
     "paper": PaperConfig,
     "interactive": InteractiveConfig,
     "smoke": SmokeConfig,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -11,12 +12,15 @@ from stm_model.checkpoint import check_tensors, read_tensors, write_tensors
 from stm_model.files import write_checkpoint
 from stm_model.network import STM, STMConfig, scribble_tensors
 from stm_model.network.decoder import ResBlock
+from stm_model.network.efficientnet import InvertedResidual
+from stm_model.network.resnet import BasicBlock, Bottleneck
+from stm_model.network.trunk import load_trunk
 from stm_model.runtime import default_dtype
 from stm_model.training.config import TrainConfig
 
 # what may differ from the run that is continued: where it is, and how often it tells of itself
 _FREE = frozenset(
-    ("out", "data", "init", "device", "workers", "recompute", "accumulate", "implementation", "tensorboard")
+    ("out", "data", "init", "trunk", "device", "workers", "recompute", "accumulate", "implementation", "tensorboard")
     + ("validate_every", "save_every", "log_every", "picture_every")
 )
 
@@ -40,15 +44,19 @@ class TrainState:
         self.model = STM(config.network_shape)
         if config.init is None:
             initialize(self.model)
+            if config.trunk is not None:
+                load_trunk(self.model, config.trunk)
         else:
             tensors = read_tensors(config.init)
             if config.network_shape.guidance == "scribbles" and STMConfig.of_tensors(tensors).guidance == "masks":
                 tensors = scribble_tensors(tensors)
             check_tensors(self.model.state_dict(), tensors, config.init)
             self.model.load_state_dict(tensors)
+        for name in ("conv1", "bn1", "res2") if config.freeze_first_stage else ():
+            self.model.Encoder_Q.get_submodule(name).requires_grad_(False)
         self.model.to(device, memory_format=torch.channels_last)
         self.average = {name: value.clone() for name, value in self.model.state_dict().items()}
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate)
+        self.optimizer = torch.optim.Adam(_parameter_groups(self.model, config.trunk_rate), lr=config.learning_rate)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
         self.step = 0
         if self.path.is_file():
@@ -95,10 +103,10 @@ class TrainState:
     def set_mode(self, step: int) -> None:
         """Training mode, with batch norm frozen from the step on that the settings say."""
         self.model.train()
-        if step > self.config.freeze_batch_norm * self.config.steps:
-            for module in self.model.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.eval()
+        all_frozen = step > self.config.freeze_batch_norm * self.config.steps
+        for module in self.model.modules():
+            if isinstance(module, nn.BatchNorm2d) and (all_frozen or not module.weight.requires_grad):
+                module.eval()
 
     def update_average(self, step: int) -> None:
         """Move the average by one step; in the first steps it forgets where it started."""
@@ -112,24 +120,33 @@ class TrainState:
         return model.eval().to(device, default_dtype(device), memory_format=torch.channels_last)
 
 
+def _parameter_groups(model: STM, trunk_rate: float) -> list[dict]:
+    """The parameters of the trunks, and all others, each with its rate relative to the learning rate."""
+    trunk = [name for name, _ in model.named_parameters() if re.match(r"Encoder_[MQ]\.(conv1|bn1|res\d)\.", name)]
+    groups: dict[float, list] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(trunk_rate if name in trunk else 1.0, []).append(parameter)
+    return [{"params": parameters, "rate": rate} for rate, parameters in groups.items()]
+
+
 def initialize(model: STM) -> None:
     """Random weights that start well: He initialisation, every residual branch closed, every pixel undecided."""
-    for name, module in model.named_modules():
+    for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        if isinstance(module, nn.BatchNorm2d) and name.endswith(_last_norm(model.config)):
-            nn.init.zeros_(module.weight)
+        if isinstance(module, BasicBlock):
+            nn.init.zeros_(module.bn2.weight)
+        if isinstance(module, Bottleneck):
+            nn.init.zeros_(module.bn3.weight)
+        if isinstance(module, InvertedResidual) and module.has_shortcut:
+            nn.init.zeros_(module.project[1].weight)
         if isinstance(module, ResBlock):
             nn.init.zeros_(module.conv2.weight)
     for layer in (model.KV_M_r4.Key, model.KV_Q_r4.Key, model.Decoder.pred2):
         nn.init.normal_(layer.weight, std=0.01)
-
-
-def _last_norm(config: STMConfig) -> str:
-    """The name of the batch norm that closes a residual branch of the trunk."""
-    return "bn3" if config.backbone == "resnet50" else "bn2"
 
 
 def update_average(average: dict[str, Tensor], model: STM, decay: float) -> None:

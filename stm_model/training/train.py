@@ -102,7 +102,7 @@ class _Training:
         """One optimiser step; returns its loss over all processes and the seconds spent waiting for clips."""
         config, state = self.config, self.state
         for group in state.optimizer.param_groups:
-            group["lr"] = config.learning_rate * schedule(step, config)
+            group["lr"] = group["rate"] * config.learning_rate * schedule(step, config)
         state.optimizer.zero_grad(set_to_none=True)
         total, waited = torch.zeros((), device=self.device), 0.0
         for part in range(config.accumulate):

@@ -117,5 +117,5 @@ def test_one_object_has_no_others():
 
 
 def test_an_unknown_backbone_is_named():
-    with pytest.raises(ValueError, match="backbone: expected one of resnet18, resnet50, got 'vgg'"):
+    with pytest.raises(ValueError, match="backbone: expected one of efficientnet-lite0, resnet18, resnet50, got 'vgg'"):
         STMConfig(backbone="vgg")

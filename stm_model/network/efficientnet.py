@@ -1,0 +1,50 @@
+"""The EfficientNet-Lite0 trunk: inverted residuals, a third of ResNet-18's arithmetic."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+EPSILON = 1e-3
+"""Of batch norm, as in the published weights."""
+
+
+class InvertedResidual(nn.Module):
+    """1×1 expansion, depthwise convolution, 1×1 projection, with a shortcut where the shape stays the same.
+
+    Source: Sandler et al., MobileNetV2, CVPR 2018; without squeeze and excitation and with ReLU6 in EfficientNet-Lite.
+    """
+
+    def __init__(self, in_channels: int, channels: int, kernel: int, stride: int, expansion: int):
+        super().__init__()
+        wide = in_channels * expansion
+        self.expand = _normalized(nn.Conv2d(in_channels, wide, 1, bias=False)) if expansion > 1 else None
+        self.depthwise = _normalized(nn.Conv2d(wide, wide, kernel, stride, kernel // 2, groups=wide, bias=False))
+        self.project = _normalized(nn.Conv2d(wide, channels, 1, bias=False))
+        self.relu = nn.ReLU6(inplace=True)
+        self.has_shortcut = stride == 1 and in_channels == channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x if self.expand is None else self.relu(self.expand(x))
+        out = self.project(self.relu(self.depthwise(out)))
+        if self.has_shortcut:
+            out += x
+        return out
+
+
+def _normalized(convolution: nn.Conv2d) -> nn.Sequential:
+    """A convolution and its batch norm."""
+    return nn.Sequential(convolution, nn.BatchNorm2d(convolution.out_channels, eps=EPSILON))
+
+
+def lite_stages() -> tuple[nn.Sequential, nn.Sequential, nn.Sequential]:
+    """The stages up to 1/4, 1/8 and 1/16 of the frame behind a 32-channel stem at 1/2."""
+    return (
+        nn.Sequential(InvertedResidual(32, 16, 3, 1, expansion=1), *_stage(16, 24, 3, 2, depth=2)),
+        nn.Sequential(*_stage(24, 40, 5, 2, depth=2)),
+        nn.Sequential(*_stage(40, 80, 3, 2, depth=3), *_stage(80, 112, 5, 1, depth=3)),
+    )
+
+
+def _stage(in_channels: int, channels: int, kernel: int, stride: int, depth: int) -> list[nn.Module]:
+    first = InvertedResidual(in_channels, channels, kernel, stride, expansion=6)
+    return [first, *(InvertedResidual(channels, channels, kernel, 1, expansion=6) for _ in range(depth - 1))]
