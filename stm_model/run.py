@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,12 +60,14 @@ class Run:
         fps,
         write_overlay: bool,
         title: str | None = "track",
+        beforehand: Sequence[str] = (),
         checkpoint: Checkpoint | None = None,
         saved: dict[str, Any] | None = None,
     ) -> int:
         """Track and write; the exit code. Whatever stops it half-way, the masks and the overlay so far stay.
 
-        `title` stands before the bar of progress; None shows no bar. `checkpoint` is written when it is due; `saved` is
+        `title` stands before the bar of progress; None shows no bar. The lines `beforehand` are printed once nothing that
+        was given can be refused any more. `checkpoint` is written when it is due; `saved` is
         what an earlier run wrote there, to go on from it.
         """
         from tqdm import tqdm
@@ -78,6 +80,8 @@ class Run:
         source = _Source(feed, done, lambda *frame: (writer.put((*frame, None, ())), bar.update()))
         results = self.tracker.track(source, masks, frame_count=count, resume=saved and saved["tracker"])
         self._clear(done)
+        for line in beforehand:
+            print(line, flush=True)
         code, started, timer = 0, time.perf_counter(), _Timer(results)
 
         def seconds() -> dict[str, float]:

@@ -50,10 +50,8 @@ def track_video(
     saved = checkpoint.read() if config.resume else None
     # a video of unknown length is tracked all the same
     plan = None if video.frame_count is None else tracker.plan(video.size, video.frame_count, masks)
-    if announce and plan and not config.json:
-        print(f"remembers   {plan}", flush=True)
-    if announce and saved and not config.json:
-        print(f"goes on     after {saved['summary']['frames']} frames", flush=True)
+    beforehand = [f"remembers   {plan}"] if plan else []
+    beforehand += [f"goes on     after {saved['summary']['frames']} frames"] if saved else []
     code = run.track(
         video,
         masks,
@@ -61,6 +59,7 @@ def track_video(
         fps=video.fps,
         write_overlay=config.overlay,
         title=title,
+        beforehand=beforehand if announce and not config.json else (),
         checkpoint=checkpoint,
         saved=saved,
     )

@@ -224,13 +224,15 @@ OTHER = {
 }
 
 
-def test_a_run_with_other_settings_is_refused_by_name(track, clip, tmp_path, monkeypatch):
+def test_a_run_with_other_settings_is_refused_by_name(track, clip, tmp_path, monkeypatch, capsys):
     stopped_at(4, monkeypatch, track)
+    capsys.readouterr()
     before = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in files(tmp_path / "out")}
 
     def refused(*extra, words, **options):
         code, out, err = track("--resume", *extra, **options)
         assert code == 2 and err.startswith(f"stm: error: {words}") and err.count("\n") == 1, err
+        assert out == "", "nothing is announced that is refused then"
         assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in files(tmp_path / "out")} == before
 
     for settings, words in OTHER.values():

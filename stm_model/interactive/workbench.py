@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 import threading
+import traceback
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator
@@ -300,6 +301,8 @@ class Workbench:
         # whatever it was, the page must hear of it: nobody else sees what a thread raises
         except Exception as error:
             job.error = f"{job.name} failed: {str(error).partition(chr(10))[0] or type(error).__name__}"
+            if not isinstance(error, (ValueError, OSError, MemoryError)):
+                traceback.print_exc()
         finally:
             with self._lock:
                 self._version += 1

@@ -128,7 +128,7 @@ def test_work_can_be_stopped_and_nothing_else_is_done_meanwhile(workbench, monke
     assert workbench.session.rounds == 0 and workbench.session.annotated_frames == (1,)
 
 
-def test_work_that_fails_says_why(workbench, monkeypatch):
+def test_work_that_fails_says_why(workbench, monkeypatch, capsys):
     workbench.scribble("one", 1, 1, STROKE)
 
     def fail(*_):
@@ -137,6 +137,11 @@ def test_work_that_fails_says_why(workbench, monkeypatch):
     monkeypatch.setattr(workbench.session._segmenter, "remember", fail)
     workbench.run("one")
     assert wait(workbench).error == "round 1 failed: no memory left"
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(workbench.session._segmenter, "remember", lambda *_: [][0])
+    workbench.run("one")
+    assert wait(workbench).error == "round 1 failed: list index out of range"
+    assert "IndexError" in capsys.readouterr().err, "a bug of ours leaves its trace in the terminal"
     workbench.undo("one")
 
 
