@@ -66,9 +66,9 @@ class Run:
     ) -> int:
         """Track and write; the exit code. Whatever stops it half-way, the masks and the overlay so far stay.
 
-        `title` stands before the bar of progress; None shows no bar. The lines `beforehand` are printed once nothing that
-        was given can be refused any more. `checkpoint` is written when it is due; `saved` is
-        what an earlier run wrote there, to go on from it.
+        `title` stands before the bar of progress; None shows no bar. The lines `beforehand` are printed once nothing
+        that was given can be refused any more. `checkpoint` is written when it is due; `saved` is what an earlier run
+        wrote there, to go on from it.
         """
         from tqdm import tqdm
 
