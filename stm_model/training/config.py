@@ -37,8 +37,8 @@ class TrainConfig:
     """Keep the query encoder's stem and first stage as they start: less arithmetic, and what a classifier learned from
     many more images stays. Those of the memory encoder learn to see masks."""
     network: Literal["lite", "small", "released"] = "small"
-    """Shape of the network: EfficientNet-Lite0 or ResNet-18 with narrow keys and values, or the released STM's
-    ResNet-50."""
+    """Shape of a network that does not start from weights: EfficientNet-Lite0 or ResNet-18 with narrow keys and values,
+    or the released STM's ResNet-50."""
     rounds: int = 0
     """Simulated rounds of scribbles that the frames of a clip are segmented in, by a network guided by scribbles. 0
     trains one that tracks from the mask of the first frame."""
@@ -143,7 +143,7 @@ class TrainConfig:
 
     @property
     def network_shape(self) -> STMConfig:
-        """The shape of the network to train."""
+        """The shape of the network to train, unless it starts from weights, which have their own."""
         guidance = "scribbles" if self.rounds else "masks"
         shapes = {"lite": STMConfig.lite, "small": STMConfig.small, "released": STMConfig}
         return shapes[self.network](guidance=guidance)
@@ -216,7 +216,6 @@ class InteractiveConfig(TrainConfig):
     """
 
     init: Path | None = DEFAULT_WEIGHTS
-    network: Literal["lite", "small", "released"] = "lite"
     rounds: int = 3
     steps: int = 4000
     batch: int = 4

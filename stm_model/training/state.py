@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,17 +42,7 @@ class TrainState:
         """
         self.config, self.path = config, config.out / "checkpoint.pt"
         torch.manual_seed(config.seed)
-        self.model = STM(config.network_shape)
-        if config.init is None:
-            initialize(self.model)
-            if config.trunk is not None:
-                load_trunk(self.model, config.trunk)
-        else:
-            tensors = read_tensors(config.init)
-            if config.network_shape.guidance == "scribbles" and STMConfig.of_tensors(tensors).guidance == "masks":
-                tensors = scribble_tensors(tensors)
-            check_tensors(self.model.state_dict(), tensors, config.init)
-            self.model.load_state_dict(tensors)
+        self.model = _fresh(config) if config.init is None else _started(config, config.init)
         for name in ("conv1", "bn1", "res2") if config.freeze_first_stage else ():
             self.model.Encoder_Q.get_submodule(name).requires_grad_(False)
         self.model.to(device, memory_format=torch.channels_last)
@@ -118,6 +109,28 @@ class TrainState:
         model = STM(self.model.config).requires_grad_(False)
         model.load_state_dict(self.average)
         return model.eval().to(device, default_dtype(device), memory_format=torch.channels_last)
+
+
+def _fresh(config: TrainConfig) -> STM:
+    """A network with random weights, but for its trunk where that is given."""
+    model = STM(config.network_shape)
+    initialize(model)
+    if config.trunk is not None:
+        load_trunk(model, config.trunk)
+    return model
+
+
+def _started(config: TrainConfig, path: Path) -> STM:
+    """A network of the shape that the weights have, guided as the run says."""
+    tensors = read_tensors(path)
+    shape = STMConfig.of_tensors(tensors)
+    guidance = config.network_shape.guidance
+    if guidance == "scribbles" and shape.guidance == "masks":
+        tensors = scribble_tensors(tensors)
+    model = STM(replace(shape, guidance=guidance))
+    check_tensors(model.state_dict(), tensors, path)
+    model.load_state_dict(tensors)
+    return model
 
 
 def _parameter_groups(model: STM, trunk_rate: float) -> list[dict]:

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from stm_model import STM, STMConfig
-from stm_model.checkpoint import CheckpointError
+from stm_model.checkpoint import CheckpointError, write_tensors
 from stm_model.network import fold_batch_norm
 from stm_model.network.trunk import load_trunk
 from stm_model.training.config import TrainConfig
@@ -145,6 +145,17 @@ def test_the_first_stage_stays_and_the_trunk_learns_at_its_rate(tmp_path):
 def test_weights_to_start_from_and_a_trunk_are_one_too_many(tmp_path):
     with pytest.raises(ValueError, match="init, trunk: expected one of them"):
         TrainConfig(tmp_path, init=tmp_path / "a.pth", trunk=tmp_path / "b.pth")
+
+
+def test_weights_to_start_from_have_their_own_shape(tmp_path):
+    model = STM(STMConfig.lite())
+    write_tensors(model.state_dict(), tmp_path / "lite.safetensors")
+    for guidance, rounds in (("masks", 0), ("scribbles", 2)):
+        config = TrainConfig(tmp_path / guidance, init=tmp_path / "lite.safetensors", rounds=rounds)
+        assert TrainState(config, torch.device("cpu")).model.config == STMConfig.lite(guidance)
+    torch.save(lite_classifier(), tmp_path / "classifier.pth")
+    with pytest.raises(CheckpointError, match="does not hold an STM: missing"):
+        TrainState(TrainConfig(tmp_path / "run", init=tmp_path / "classifier.pth"), torch.device("cpu"))
 
 
 def loaded(backbone: str, path) -> STM:
