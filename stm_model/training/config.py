@@ -51,7 +51,9 @@ class TrainConfig:
     frames: int = 3
     """Frames per clip."""
     crop: int = 192
-    """Height and width of a training clip, in pixels."""
+    """Height of a training clip, in pixels, and its width unless that is given."""
+    crop_width: int | None = None
+    """Width of a training clip, in pixels: a wide view has as much background as a video's frames have."""
     distinct: int | None = None
     """Number of different clips, over and over; None for ever new ones."""
     stills: float = 0.35
@@ -117,8 +119,9 @@ class TrainConfig:
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"{name}: expected at least {value}, got {getattr(self, name)}")
-        if self.crop % STRIDE:
-            raise ValueError(f"crop: expected a multiple of {STRIDE} pixels, got {self.crop}")
+        for name, side in (("crop", self.crop), ("crop_width", self.crop_width)):
+            if side is not None and (side < STRIDE or side % STRIDE):
+                raise ValueError(f"{name}: expected a multiple of {STRIDE} pixels, got {side}")
         shares = ("stills", "procedural", "paste", "distract", "replace", "regions", "skip_growth", "decay")
         for name in (*shares, "freeze_batch_norm", "ema"):
             if not 0 <= getattr(self, name) <= 1:
@@ -174,6 +177,8 @@ class LiteConfig(TrainConfig):
     trunk_rate: float = 0.5
     freeze_batch_norm: float = 0.0
     batch: int = 4
+    crop: int = 176
+    crop_width: int | None = 288
     warmup: int = 200
 
 

@@ -23,7 +23,7 @@ def training_clips(config: TrainConfig) -> Dataset:
         FileNotFoundError: a data folder, or something in it, is missing.
         ValueError: frames and masks of a folder don't match.
     """
-    size = (config.crop, config.crop)
+    size = (config.crop, config.crop_width or config.crop)
     procedural = ProceduralClips(config.frames, size)
     if not config.data:
         return FollowedClips(procedural)
@@ -37,7 +37,7 @@ def training_clips(config: TrainConfig) -> Dataset:
 
 def _clips_of(data: TrainingData, config: TrainConfig) -> tuple[Dataset, Dataset]:
     """The clips of one folder, and clips to cut objects out of."""
-    size = (config.crop, config.crop)
+    size = (config.crop, config.crop_width or config.crop)
     stills = ImageClips(data.images, config.frames, size)
     regions = ImageClips(data.images, config.frames, size, regions=True)
     if not data.sequences:

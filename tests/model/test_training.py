@@ -197,6 +197,7 @@ def test_a_run_is_not_continued_with_other_settings(config):
     "wrong, message",
     [
         ({"crop": 50}, "crop: expected a multiple of 16 pixels, got 50"),
+        ({"crop_width": 0}, "crop_width: expected a multiple of 16 pixels, got 0"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"rounds": -1}, "rounds: expected at least 0, got -1"),
         ({"frames": 1}, "frames: expected at least 2, got 1"),
@@ -338,3 +339,11 @@ def test_training_needs_neither_the_video_library_nor_the_command_line():
         "print(sorted({'av', 'tyro', 'matplotlib'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_clip_may_be_wider_than_high(config):
+    config = dataclasses.replace(config, crop_width=48, workers=0)
+    ((clip,), *_) = batches(config, training_clips(config), 0)
+    assert clip.frames.shape == (config.frames, 3, 32, 48)
+    assert clip.labels.shape == (config.frames, 32, 48)
+    assert train(config).is_file()
