@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "stm_small.safetensors"
+DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "stm_lite.safetensors"
 """The weights that come with the package; their card lies beside them."""
 DEFAULT_INTERACTIVE_WEIGHTS = DEFAULT_WEIGHTS.with_name("stm_interactive_small.safetensors")
 """The weights guided by scribbles that come with the package."""

@@ -44,12 +44,12 @@ class STMConfig:
 
     @classmethod
     def small(cls, guidance: Literal["masks", "scribbles"] = "masks") -> STMConfig:
-        """The ResNet-18 variant of the default weights."""
+        """The ResNet-18 variant: narrow keys, values and decoder."""
         return cls("resnet18", key_channels=64, value_channels=128, decoder_channels=64, guidance=guidance)
 
     @classmethod
     def lite(cls, guidance: Literal["masks", "scribbles"] = "masks") -> STMConfig:
-        """The EfficientNet-Lite0 variant of the default weights."""
+        """The EfficientNet-Lite0 variant, that of the default weights."""
         return replace(cls.small(guidance), backbone="efficientnet-lite0")
 
     @classmethod
