@@ -53,9 +53,9 @@ def load_trunk(model: STM, path: str | os.PathLike) -> None:
     behind = [layer for part in (model.KV_Q_r4, model.KV_M_r4) for layer in (part.Key, part.Value)]
     for layer in (*behind, model.Decoder.RF3.convFS, model.Decoder.RF2.convFS):
         layer.weight.div_(BACKBONES[model.config.backbone].damping)
-    spread = (model.Encoder_M.bn1.running_var + model.Encoder_M.bn1.eps).sqrt()
+    spread = (model.Encoder_M.get_buffer("bn1.running_var") + model.Encoder_M.bn1.eps).sqrt()
     for name in model.Encoder_M.guides:
-        guide = model.Encoder_M.get_submodule(name).weight
+        guide = model.Encoder_M.get_parameter(f"{name}.weight")
         nn.init.kaiming_normal_(guide, nonlinearity="linear").mul_(spread.view(-1, 1, 1, 1))
 
 

@@ -138,6 +138,10 @@ class TrainConfig:
             )
         if self.init is not None and self.trunk is not None:
             raise ValueError("init, trunk: expected one of them, the weights to start from have a trunk")
+        if self.freeze_first_stage and self.init is None and self.trunk is None:
+            raise ValueError(
+                "freeze_first_stage: expected a trunk, or weights to start from; random weights would stay"
+            )
         if self.recompute and self.freeze_batch_norm:
             raise ValueError("recompute: expected freeze_batch_norm 0, or statistics would be counted twice")
         for name in ("learning_rate", "trunk_rate", "clip_gradient"):

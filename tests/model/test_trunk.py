@@ -10,7 +10,7 @@ from stm_model import STM, STMConfig
 from stm_model.checkpoint import CheckpointError, write_tensors
 from stm_model.network import fold_batch_norm
 from stm_model.network.trunk import load_trunk
-from stm_model.training.config import TrainConfig
+from stm_model.training.config import LiteConfig, TrainConfig
 from stm_model.training.state import TrainState, initialize
 
 # input and output channels, kernel, stride, expansion of EfficientNet-Lite0's blocks; the last two are not of the trunk
@@ -125,7 +125,10 @@ def test_a_fresh_lite_network_starts_with_its_residual_branches_closed():
 
 
 def test_the_first_stage_stays_and_the_trunk_learns_at_its_rate(tmp_path):
-    config = TrainConfig(tmp_path, network="lite", freeze_first_stage=True, trunk_rate=0.25)
+    torch.save(lite_classifier(), tmp_path / "lite.pth")
+    config = TrainConfig(
+        tmp_path, network="lite", trunk=tmp_path / "lite.pth", freeze_first_stage=True, trunk_rate=0.25
+    )
     state = TrainState(config, torch.device("cpu"))
     state.set_mode(1)
     encoder = state.model.Encoder_Q
@@ -145,6 +148,8 @@ def test_the_first_stage_stays_and_the_trunk_learns_at_its_rate(tmp_path):
 def test_weights_to_start_from_and_a_trunk_are_one_too_many(tmp_path):
     with pytest.raises(ValueError, match="init, trunk: expected one of them"):
         TrainConfig(tmp_path, init=tmp_path / "a.pth", trunk=tmp_path / "b.pth")
+    with pytest.raises(ValueError, match="freeze_first_stage: expected a trunk"):
+        LiteConfig(tmp_path)
 
 
 def test_weights_to_start_from_have_their_own_shape(tmp_path):
