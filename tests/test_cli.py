@@ -470,7 +470,9 @@ def test_train_hands_its_settings_on(monkeypatch, tmp_path, capsys):
     capsys.readouterr()
     for wrong in (["--preset", "big"], ["--preset"]):
         result = main(["train", *wrong, "--out", str(tmp_path)])
-        assert _refused((result, *capsys.readouterr()), "--preset: expected one of small, paper, interactive, smoke")
+        assert _refused(
+            (result, *capsys.readouterr()), "--preset: expected one of small, lite, paper, interactive, smoke"
+        )
 
 
 @pytest.mark.skipif(not CLIP.is_dir(), reason="the bear clip is not here")

@@ -4,6 +4,7 @@ import torch
 from drawing import middle, stroke
 
 from stm_model import STM
+from stm_model.checkpoint import DEFAULT_INTERACTIVE_WEIGHTS
 from stm_model.data.synthetic import procedural_clip
 from stm_model.interactive.session import ScribbleSession
 
@@ -21,9 +22,9 @@ def tracking_model() -> STM:
 
 
 @pytest.fixture(scope="session")
-def scribble_model(tracking_model) -> STM:
-    """One guided by scribbles that was not trained to be: its masks are no good, but neither empty nor full."""
-    return STM.from_tracking(tracking_model)
+def scribble_model() -> STM:
+    """The network in the package that is guided by scribbles."""
+    return STM.load(DEFAULT_INTERACTIVE_WEIGHTS, device="cpu", dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")

@@ -265,10 +265,9 @@ def test_tracking_from_a_frame(session, tracking_model, clip, direction, changed
     done = []
     session.track_from(3, tracking_model, direction, lambda *counts: done.append(counts))
     assert done[-1] == (len(changed) - 1, len(changed) - 1)
-    for index in range(8):
-        truth, found = truths[index] == 1, session.labels(index) == 1
-        overlap = (truth & found).sum() / (truth | found).sum()
-        assert (overlap > 0.5) == (index in changed), index
+    assert [index for index in range(8) if (session.labels(index) == 1).any()] == list(changed)
+    pairs = [(truths[index] == 1, session.labels(index) == 1) for index in changed]
+    assert np.mean([(truth & found).sum() / (truth | found).sum() for truth, found in pairs]) > 0.5
 
 
 def test_tracking_leaves_other_objects_where_there_is_room(session, tracking_model, clip):

@@ -65,8 +65,10 @@ def test_files_that_are_no_checkpoint(tmp_path):
         STM.load(tmp_path / "list.pth")
 
 
-@pytest.mark.parametrize("path, guidance", [(None, "masks"), (DEFAULT_INTERACTIVE_WEIGHTS, "scribbles")])
-def test_the_default_weights_are_small_and_load(path, guidance):
+@pytest.mark.parametrize(
+    "path, config", [(None, STMConfig.lite()), (DEFAULT_INTERACTIVE_WEIGHTS, STMConfig.small("scribbles"))]
+)
+def test_the_default_weights_are_small_and_load(path, config):
     model = STM.load(path, device="cpu", dtype=torch.float32)
-    assert model.config == STMConfig.small(guidance)
+    assert model.config == config
     assert all(value.isfinite().all() for value in model.state_dict().values())
