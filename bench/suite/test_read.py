@@ -14,7 +14,7 @@ from stm_kernels import PagedMemory, memory_read
 from stm_kernels.testing import Problem, error_ratios, make_problem, read_by
 from stm_model.runtime import default_dtype
 
-# where it is emulated the naive read takes sixty times as long, which nobody would wait for
+# where it is emulated a round of the naive read takes many seconds; that ours is right there is for the tests
 native_bfloat16 = pytest.mark.skipif(default_dtype("cpu") != torch.bfloat16, reason="this CPU emulates bfloat16")
 DTYPES = [
     pytest.param(torch.float32, id="float32"),

@@ -1,4 +1,4 @@
-"""The EfficientNet-Lite0 trunk: inverted residuals, a third of ResNet-18's arithmetic."""
+"""The EfficientNet-Lite0 trunk: inverted residuals, a quarter of ResNet-18's parameters."""
 
 from __future__ import annotations
 
