@@ -210,8 +210,9 @@ class SpaceTimeMemory:
             self.pages.load_state(state["pages"])
 
     def _weigh(self, queries: Tensor, lse: Tensor) -> None:
-        implementation = self.read_options.get("implementation", "auto")
-        usage = self.pages.usage(queries, lse, implementation=implementation).sum(0)
+        names = self.read_options.keys() & {"similarity", "implementation"}
+        options = {name: self.read_options[name] for name in names}
+        usage = self.pages.usage(queries, lse, **options).sum(0)
         shares = rearrange(usage / usage.sum(), "(t p) -> t p", t=len(self.frames)).sum(1)
         for frame, share in zip(self.frames, shares.tolist(), strict=True):
             frame.used = frame.used * USAGE_DECAY + share

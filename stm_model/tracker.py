@@ -87,7 +87,12 @@ class Tracker:
             MemoryRule.parse(memory, frame_count=1)
         if size is not None and size < STRIDE:
             raise ValueError(f"size: expected at least {STRIDE} pixels, got {size}")
-        self.read_options: dict[str, Any] = {"top_k": top_k, "skip": skip, "implementation": implementation}
+        self.read_options: dict[str, Any] = {
+            "similarity": model.config.similarity,
+            "top_k": top_k,
+            "skip": skip,
+            "implementation": implementation,
+        }
         # a setting that makes no sense is refused here, not at the second frame
         memory_read(*torch.zeros(3, 1, 0, 1), **self.read_options)
         self.model, self.memory, self.size = fold_batch_norm(model), memory, size

@@ -112,7 +112,9 @@ class Segmenter:
         objects, (frames, _, height, width) = len(memory.key), query.key.shape
         # the frames' positions side by side are the queries of one read for each object
         keys = repeat(as_positions(query.key), "b m c -> n (b m) c", n=objects)
-        readout = memory_read(keys, memory.key, memory.value, key_bias=memory.bias)
+        readout = memory_read(
+            keys, memory.key, memory.value, similarity=self.model.config.similarity, key_bias=memory.bias
+        )
         readout = rearrange(readout, "n (b h w) v -> (b n) v h w", b=frames, h=height, w=width)
         found = self.model.segment(readout, query, [objects] * frames)
         top, left = ((STRIDE * grid - side) // 2 for grid, side in zip((height, width), self.size))

@@ -20,6 +20,9 @@ from stm_model.runtime import default_device, default_dtype
 STRIDE = 16
 """Pixels per step of the feature grid on which memory is read."""
 
+# a checkpoint says by a tensor of this name that keys are compared by their distance
+_L2 = "l2_similarity"
+
 
 @dataclass(frozen=True)
 class STMConfig:
@@ -36,11 +39,16 @@ class STMConfig:
     guidance: Literal["masks", "scribbles"] = "masks"
     """What is remembered with a frame and an object's mask: the mask of the other objects, to track, or the object's
     positive and negative scribbles, to be corrected by them."""
+    similarity: Literal["dot", "l2"] = "dot"
+    """How keys are compared: by their dot product, or by their squared distance as STCN does."""
 
     def __post_init__(self) -> None:
-        for name, choices in (("backbone", [*BACKBONES]), ("guidance", [*GUIDANCE])):
+        for name, choices in (("backbone", [*BACKBONES]), ("guidance", [*GUIDANCE]), ("similarity", ["dot", "l2"])):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name in ("key_channels", "value_channels", "decoder_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
     @classmethod
     def small(cls, guidance: Literal["masks", "scribbles"] = "masks") -> STMConfig:
@@ -66,6 +74,7 @@ class STMConfig:
             value_channels=rows("KV_Q_r4.Value.weight", cls.value_channels),
             decoder_channels=rows("Decoder.convFM.weight", cls.decoder_channels),
             guidance="scribbles" if has_scribbles else "masks",
+            similarity="l2" if _L2 in tensors else "dot",
         )
 
 
@@ -100,6 +109,8 @@ class STM(nn.Module):
         self.KV_M_r4 = KeyValue(deepest, config.key_channels, config.value_channels)
         self.KV_Q_r4 = KeyValue(deepest, config.key_channels, config.value_channels)
         self.Decoder = Decoder(config.backbone, 2 * config.value_channels, config.decoder_channels)
+        if config.similarity == "l2":
+            self.register_buffer(_L2, torch.ones(()))
 
     @classmethod
     def load(

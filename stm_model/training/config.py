@@ -39,6 +39,14 @@ class TrainConfig:
     network: Literal["lite", "small", "released"] = "small"
     """Shape of a network that does not start from weights: EfficientNet-Lite0 or ResNet-18 with narrow keys and values,
     or the released STM's ResNet-50."""
+    key_channels: int | None = None
+    """Of a network that does not start from weights: channels that are compared; None for those of `network`."""
+    value_channels: int | None = None
+    """Likewise, channels that are read."""
+    decoder_channels: int | None = None
+    """Likewise, the width of the decoder."""
+    similarity: Literal["dot", "l2"] | None = None
+    """Likewise, how keys are compared: by their dot product (None too), or by their squared distance as STCN does."""
     rounds: int = 0
     """Simulated rounds of scribbles that the frames of a clip are segmented in, by a network guided by scribbles. 0
     trains one that tracks from the mask of the first frame."""
@@ -138,6 +146,9 @@ class TrainConfig:
             )
         if self.init is not None and self.trunk is not None:
             raise ValueError("init, trunk: expected one of them, the weights to start from have a trunk")
+        if self.init is not None and self._shape:
+            name = next(iter(self._shape))
+            raise ValueError(f"init, {name}: expected one of them, the weights to start from have their own")
         if self.freeze_first_stage and self.init is None and self.trunk is None:
             raise ValueError(
                 "freeze_first_stage: expected a trunk, or weights to start from; random weights would stay"
@@ -147,13 +158,21 @@ class TrainConfig:
         for name in ("learning_rate", "trunk_rate", "clip_gradient"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+        # a shape that makes no sense is refused here
+        self.network_shape  # noqa: B018
+
+    @property
+    def _shape(self) -> dict:
+        """What differs from the shape that `network` names."""
+        names = ("key_channels", "value_channels", "decoder_channels", "similarity")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
     def network_shape(self) -> STMConfig:
         """The shape of the network to train, unless it starts from weights, which have their own."""
         guidance = "scribbles" if self.rounds else "masks"
         shapes = {"lite": STMConfig.lite, "small": STMConfig.small, "released": STMConfig}
-        return shapes[self.network](guidance=guidance)
+        return dataclasses.replace(shapes[self.network](guidance=guidance), **self._shape)
 
     @property
     def settings(self) -> dict:

@@ -48,7 +48,11 @@ def segment_clips(
         values.append(value)
         query_key = query.key.repeat_interleave(counts, 0, output_size=sum(objects))
         readout = space_time_memory_read(
-            query_key, torch.stack(keys, 2), torch.stack(values, 2), implementation=implementation
+            query_key,
+            torch.stack(keys, 2),
+            torch.stack(values, 2),
+            similarity=model.config.similarity,
+            implementation=implementation,
         )
         probabilities = run(model.segment, readout, query, objects).split(objects)
         logits = [soft_aggregate(part) for part in probabilities]

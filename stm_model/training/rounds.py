@@ -60,7 +60,7 @@ def segment_rounds(
         for clip, annotator in enumerate(annotators):
             annotator.scribble(_labels(predictions[-1][clip]) if predictions else None)
         memories = _remember(model, annotators, masks, run)
-        readouts = [_read(*one, implementation) for one in zip(memories, query.key.split(lengths))]
+        readouts = [_read(model, *one, implementation) for one in zip(memories, query.key.split(lengths))]
         probabilities = run(model.segment, torch.cat(readouts), query, objects)
         parts = probabilities.split([len(readout) for readout in readouts])
         predictions.append([_aggregate(part, length) for part, length in zip(parts, lengths)])
@@ -146,11 +146,12 @@ def _remember(
     ]
 
 
-def _read(memory: tuple[Tensor, Tensor], key: Tensor, implementation: str) -> Tensor:
+def _read(model: STM, memory: tuple[Tensor, Tensor], key: Tensor, implementation: str) -> Tensor:
     """What the n objects of a clip read for its frames, `[T·n, V, h, w]`; the frames' keys are `[T, C, h, w]`."""
     # the frames side by side are one large query: the memory is not repeated for each
     query_key = rearrange(key, "t c h w -> 1 c (t h) w").expand(len(memory[0]), -1, -1, -1)
-    readout = space_time_memory_read(query_key, *memory, implementation=implementation)
+    options = {"similarity": model.config.similarity, "implementation": implementation}
+    readout = space_time_memory_read(query_key, *memory, **options)
     return rearrange(readout, "n v (t h) w -> (t n) v h w", t=len(key))
 
 
