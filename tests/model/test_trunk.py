@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from stm_model import STM, STMConfig
 from stm_model.checkpoint import CheckpointError, write_tensors
 from stm_model.network import fold_batch_norm
+from stm_model.network.efficientnet import DepthwiseConv2d
 from stm_model.network.trunk import load_trunk
 from stm_model.training.config import LiteConfig, TrainConfig
 from stm_model.training.state import TrainState, initialize
@@ -112,6 +113,28 @@ def test_the_shape_is_read_off_the_tensors():
     for config in (STMConfig.lite(), STMConfig.lite("scribbles")):
         with torch.device("meta"):
             assert STMConfig.of_tensors(STM(config).state_dict()) == config
+
+
+@pytest.mark.parametrize("kernel, stride", [(3, 1), (3, 2), (5, 1), (5, 2)])
+def test_depthwise_gradients_equal_those_in_float64(kernel, stride):
+    torch.manual_seed(0)
+    layer = DepthwiseConv2d(32, kernel, stride)
+    x = torch.randn(2, 32, 11, 18, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    layer.weight.data = layer.weight.data.bfloat16().float()
+    wide, weight = x.double().requires_grad_(), layer.weight.detach().double().requires_grad_()
+    x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    truth = F.conv2d(wide, weight, stride=stride, padding=kernel // 2, groups=32)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), truth, rtol=2**-8, atol=1e-6)
+    gradient = torch.randn_like(out)
+    out.backward(gradient)
+    truth.backward(gradient.double())
+    torch.testing.assert_close(x.grad.double(), wide.grad, rtol=2**-8, atol=2**-8)
+    # but for the one that is fast anyway, weights' gradients are not rounded to bfloat16
+    bound = 2**-8 if (kernel, stride) == (3, 1) else 1e-5
+    assert (layer.weight.grad.double() - weight.grad).norm() <= bound * weight.grad.norm()
 
 
 def test_a_fresh_lite_network_starts_with_its_residual_branches_closed():
