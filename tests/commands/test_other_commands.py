@@ -1,0 +1,90 @@
+"""The other commands, and what all have in common."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import tyro
+from answers import refused
+
+from stm_model.cli import main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trakc"], "unknown command 'trakc'; expected demo, track, train, evaluate, interact, info"),
+        (["track"], "PATH --out PATH (see stm track --help)"),
+        (["track", "v", "--mask", "m", "--out", "o", "--size", "big"], "--size"),
+        (["track", "v", "--mask", "m", "--out", "o", "--dtype", "int8"], "invalid choice 'int8'"),
+        (["track", "v", "--mask", "m", "--out", "o", "--colour", "red"], "--colour"),
+        (["demo", "--frames", "2"], "--frames: expected at least 3, got 2"),
+        (["demo", "--objects", "0"], "--objects: expected 1 to 20, got 0"),
+    ],
+)
+@pytest.mark.parametrize("drawn", [False, True])
+def test_wrong_arguments_are_one_line(capsys, monkeypatch, arguments, words, drawn):
+    monkeypatch.setattr(tyro._fmtlib, "_FORCE_UTF8_BOXES", drawn)  # tyro frames its complaints, or does not
+    assert refused((main(arguments), *capsys.readouterr()), words)
+
+
+def test_help_comes_without_importing_anything_heavy(capsys):
+    assert main([]) == main(["--help"]) == 0
+    assert "track    track the objects" in capsys.readouterr().out
+    assert main(["track", "--help"]) == 0
+    assert "--resize-mask" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("stm-kernels 0.")
+    code = "import sys, stm_model.cli as cli; cli.main(['track', '--help']); print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, check=True, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True)
+    assert "--resize-mask" in done.stdout and not {"torch", "av", "numpy"} & set(done.stdout.split())
+
+
+def test_info_says_what_would_run(capsys):
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["devices"]["cpu"]["implementation"] == "chunked"
+    assert facts["devices"]["cpu"]["dtype"] in ("bfloat16", "float32")
+    assert main(["info"]) == 0
+    assert f"torch        {torch.__version__}" in capsys.readouterr().out
+
+
+def test_demo_scores_itself_and_overwrites_only_itself(weights, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("stm_model.network.stm.DEFAULT_WEIGHTS", weights)
+    out = tmp_path / "stm-demo"
+    for _ in range(2):
+        assert main(["demo", "--out", str(out), "--frames", "4", "--device", "cpu", "--json"]) == 0
+        summary = json.loads(capsys.readouterr().out)
+        assert 0 <= summary["scores"]["J&F"] <= 1 and summary["frames"] == 4
+    assert sorted(file.name for file in out.iterdir()) == ["contact_sheet.png", "masks", "overlay.mp4", "summary.json"]
+    assert main(["demo", "--out", str(out), "--frames", "4", "--device", "cpu"]) == 0
+    assert "J&F" in capsys.readouterr().out
+    (out / "summary.json").write_text('{"command": "track"}')
+    result = main(["demo", "--out", str(out)])
+    assert refused((result, *capsys.readouterr()), "holds something else than an earlier demo", "--out")
+
+
+def test_train_hands_its_settings_on(monkeypatch, tmp_path, capsys):
+    import stm_model.training.train as training
+
+    seen = []
+    monkeypatch.setattr(training, "train", lambda config: seen.append(config) or tmp_path / "weights.safetensors")
+    assert main(["train", "--out", str(tmp_path), "--steps", "3"]) == 0
+    assert (seen[0].out, seen[0].steps) == (tmp_path, 3)
+    assert "weights.safetensors" in capsys.readouterr().out
+    data = ["--data", "one", "two", "--weights", "3", "1"]
+    assert main(["train", "--preset", "paper", "--out", str(tmp_path), *data]) == 0
+    assert (seen[1].crop, seen[1].data, seen[1].weights) == (384, (Path("one"), Path("two")), (3.0, 1.0))
+    assert main(["train", "--out", str(tmp_path), "--preset=smoke", "--crop", "64"]) == 0
+    assert (seen[2].distinct, seen[2].crop) == (1, 64)
+    capsys.readouterr()
+    for wrong in (["--preset", "big"], ["--preset"]):
+        result = main(["train", *wrong, "--out", str(tmp_path)])
+        assert refused(
+            (result, *capsys.readouterr()), "--preset: expected one of small, lite, paper, interactive, smoke"
+        )
