@@ -33,6 +33,8 @@ BASE = {
     "--distract": "0.15",
     "--replace": "0.15",
     "--stills": "0.35",
+    "--color": "0.3",
+    "--motion": "0.3",
     "--warmup": "100",
 }
 VARIANTS: dict[str, dict[str, str]] = {
@@ -44,6 +46,8 @@ VARIANTS: dict[str, dict[str, str]] = {
     "square views": {"--crop": "192", "--crop-width": "192"},
     "large skips at once": {"--max-skip": "25 25"},
     "no stills": {"--stills": "0"},
+    "colours left as they are": {"--color": "0"},
+    "no motion added": {"--motion": "0"},
     "pasted objects are followed": {"--distract": "0", "--replace": "0"},
     "nothing pasted": {"--paste": "0", "--distract": "0", "--replace": "0"},
 }

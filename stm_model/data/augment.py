@@ -146,7 +146,9 @@ def thin_plate_field(points: Tensor, shifts: Tensor, positions: Tensor) -> Tenso
 
 
 def random_color(frames: Tensor, random: torch.Generator, strength: float = 0.3) -> Tensor:
-    """Brightness, contrast, saturation, hue and tint of a clip `[T, 3, H, W]`, the same in all frames."""
+    """Change brightness, contrast, saturation, hue and tint of a clip `[T, 3, H, W]`, the same in all frames."""
+    if not strength:
+        return frames
 
     def factor() -> Tensor:
         return 1 + strength * (2 * torch.rand((), generator=random) - 1)

@@ -152,6 +152,7 @@ class ImageClips(DrawnClips):
         size: tuple[int, int] = (192, 192),
         most_objects: int = 4,
         regions: bool = False,
+        color: float = 0.3,
     ):
         """
         Args:
@@ -161,9 +162,11 @@ class ImageClips(DrawnClips):
             most_objects: objects of a clip; further ones are left unlabelled.
             regions: label a random region of each image instead of its objects. Pasted on another clip it is an
                 object that looks like nothing seen before.
+            color: strength of the change of colours, see `random_color`.
         """
         super().__init__(images)
         self.frames, self.size, self.most_objects, self.regions = frames, size, most_objects, regions
+        self.color = color
 
     def draw(self, source: LabelledImage, seed: int, random: torch.Generator) -> Clip:
         frame, labels = source.load()
@@ -171,4 +174,5 @@ class ImageClips(DrawnClips):
         labels = random_region(labels.shape, random)[None].to(torch.uint8) if self.regions else clip.labels
         frames, labels = clip.frames.expand(self.frames, -1, -1, -1), labels.expand(self.frames, -1, -1)
         clip = random_view(frames, labels, self.size, random, jitter=1.0, bend=1.0)
-        return visible_objects(Clip(random_color(clip.frames, random), clip.labels), most=self.most_objects)
+        clip = Clip(random_color(clip.frames, random, self.color), clip.labels)
+        return visible_objects(clip, most=self.most_objects)

@@ -70,6 +70,8 @@ class VideoClips(DrawnClips):
         max_skip: tuple[int, int] = (8, 8),
         growth: int = 0,
         most_objects: int = 4,
+        color: float = 0.3,
+        motion: float = 0.3,
     ):
         """
         Args:
@@ -80,6 +82,8 @@ class VideoClips(DrawnClips):
                 training and once it has grown.
             growth: number of clips over which it grows.
             most_objects: objects of a clip; further ones are left unlabelled.
+            color: strength of the change of colours, see `random_color`.
+            motion: strength of what is added to the motion of the video, see `random_view`.
 
         Raises:
             ValueError: there is no sequence, or one has no mask.
@@ -89,7 +93,7 @@ class VideoClips(DrawnClips):
             if not sequence.annotated:
                 raise ValueError(f"sequence {sequence.name}: expected a mask at least, got none")
         self.frames, self.size, self.max_skip, self.growth = frames, size, max_skip, growth
-        self.most_objects = most_objects
+        self.most_objects, self.color, self.motion = most_objects, color, motion
 
     def draw(self, source: Sequence, seed: int, random: torch.Generator) -> Clip:
         indices = pick_frames(source.annotated, self.frames, self._max_skip(seed), random)
@@ -99,8 +103,8 @@ class VideoClips(DrawnClips):
             sizes = " and ".join(pictures.by(size) for size in sorted(sizes))
             raise MediaError(f"sequence {source.name}: frames differ in size: {sizes} pixels")
         clip = clip_of(*zip(*(pairs[index] for index in indices), strict=True))
-        clip = random_view(clip.frames, clip.labels, self.size, random, jitter=0.3, bend=0.3)
-        clip = Clip(random_color(clip.frames, random), clip.labels)
+        clip = random_view(clip.frames, clip.labels, self.size, random, jitter=self.motion, bend=self.motion)
+        clip = Clip(random_color(clip.frames, random, self.color), clip.labels)
         return visible_objects(clip, most=self.most_objects)
 
     def _max_skip(self, seed: int) -> int:

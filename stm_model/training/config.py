@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -76,6 +77,11 @@ class TrainConfig:
     """Share of clips whose own objects become background, under the objects of another."""
     regions: float = 0.4
     """Share of the pasted objects that are random regions of an image."""
+    color: float = 0.3
+    """How much brightness, contrast, saturation, hue and tint of a clip are changed, alike in all its frames."""
+    motion: float = 0.3
+    """How much turning, zooming, shearing, drifting and bending is added to a video's own motion, where a still image
+    gets 1."""
     max_skip: tuple[int, int] = (5, 25)
     """Greatest number of video frames from one frame of a clip to the next, at first and when it has grown."""
     skip_growth: float = 0.3
@@ -130,6 +136,9 @@ class TrainConfig:
         for name, side in (("crop", self.crop), ("crop_width", self.crop_width)):
             if side is not None and (side < STRIDE or side % STRIDE):
                 raise ValueError(f"{name}: expected a multiple of {STRIDE} pixels, got {side}")
+        for name in ("color", "motion"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a strength of at least 0, got {getattr(self, name)}")
         shares = ("stills", "procedural", "paste", "distract", "replace", "regions", "skip_growth", "decay")
         for name in (*shares, "freeze_batch_norm", "ema"):
             if not 0 <= getattr(self, name) <= 1:

@@ -38,12 +38,13 @@ def training_clips(config: TrainConfig) -> Dataset:
 def _clips_of(data: TrainingData, config: TrainConfig) -> tuple[Dataset, Dataset]:
     """The clips of one folder, and clips to cut objects out of."""
     size = (config.crop, config.crop_width or config.crop)
-    stills = ImageClips(data.images, config.frames, size)
-    regions = ImageClips(data.images, config.frames, size, regions=True)
+    stills = ImageClips(data.images, config.frames, size, color=config.color)
+    regions = ImageClips(data.images, config.frames, size, regions=True, color=config.color)
     if not data.sequences:
         return stills, MixedClips([stills, regions], [1 - config.regions, config.regions])
     growth = round(config.skip_growth * config.steps * config.batch)
-    videos = VideoClips(data.sequences, config.frames, size, config.max_skip, growth)
+    looks = {"color": config.color, "motion": config.motion}
+    videos = VideoClips(data.sequences, config.frames, size, config.max_skip, growth, **looks)
     # a cut-out's own motion matters more than that of its video: most come from stills
     objects = MixedClips([videos, stills], [0.4, 0.6])
     return (

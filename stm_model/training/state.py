@@ -61,11 +61,11 @@ class TrainState:
             raise
         except Exception as error:
             raise ValueError(f"{self.path}: cannot be read as a checkpoint of a run: {type(error).__name__}") from error
+        # a setting that there was not yet when the run began
+        settings = TrainConfig(self.config.out).settings | settings
         for name, value in self.config.settings.items():
-            if name not in _FREE and settings.get(name) != value:
-                raise ValueError(
-                    f"{name}: the run in {self.config.out} has {settings.get(name)!r}, asked for {value!r}"
-                )
+            if name not in _FREE and settings[name] != value:
+                raise ValueError(f"{name}: the run in {self.config.out} has {settings[name]!r}, asked for {value!r}")
         self.model.load_state_dict(saved["model"])
         self.average.update((name, value.to(self.average[name].device)) for name, value in saved["average"].items())
         self.optimizer.load_state_dict(saved["optimizer"])

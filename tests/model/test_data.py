@@ -21,6 +21,8 @@ from stm_model.data.images import ImageClips, frames_as_images
 from stm_model.data.synthetic import ProceduralClips, procedural_clip
 from stm_model.data.video import VideoClips, pick_frames
 from stm_model.evaluation.metrics import region_similarity
+from stm_model.training.config import TrainConfig
+from stm_model.training.datasets import training_clips
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -86,6 +88,7 @@ def test_color_keeps_range_and_acts_alike_on_all_frames():
     changed = random_color(frame.expand(3, -1, -1, -1), generator(1))
     assert 0 <= changed.min() and changed.max() <= 1 and not torch.equal(changed[:1], frame)
     torch.testing.assert_close(changed[0], changed[2])
+    assert torch.equal(random_color(frame, generator(1), strength=0), frame)
 
 
 def two_clips() -> tuple[Clip, Clip]:
@@ -195,6 +198,29 @@ def test_davis_clips_are_functions_of_their_seed(davis_folder):
     first = clips[7]
     assert first.frames.shape == (3, 3, 32, 32) and first.labels.shape == (3, 32, 32)
     assert torch.equal(first.frames, clips[7].frames) and not torch.equal(first.frames, clips[8].frames)
+
+
+@pytest.mark.parametrize("color, motion", [(0.0, 0.0), (0.0, 0.3), (0.3, 0.0)])
+def test_color_and_motion_can_be_left_as_they_are(tmp_path, color, motion):
+    """A video that stands still, of one colour but for its object."""
+    for kind in ("JPEGImages", "Annotations"):
+        (tmp_path / kind / "480p" / "still").mkdir(parents=True)
+    mask = np.zeros((48, 64), dtype=np.uint8)
+    mask[10:30, 20:40] = 1
+    for index in range(4):
+        Image.fromarray(np.full((48, 64, 3), (40, 90, 200), np.uint8)).save(
+            tmp_path / "JPEGImages/480p/still" / f"{index:05d}.jpg", quality=100
+        )
+        Image.fromarray(mask).save(tmp_path / "Annotations/480p/still" / f"{index:05d}.png")
+    (tmp_path / "ImageSets" / "2016").mkdir(parents=True)
+    (tmp_path / "ImageSets/2016/fit.txt").write_text("still\n")
+    plain = {"stills": 0.0, "procedural": 0.0, "paste": 0.0, "distract": 0.0, "replace": 0.0, "validation_split": None}
+    config = TrainConfig(tmp_path / "run", data=(tmp_path,), crop=32, color=color, motion=motion, **plain)
+    dataset = training_clips(config)
+    clips = [dataset[seed] for seed in range(6)]
+    true = torch.tensor([40, 90, 200]).view(3, 1, 1) / 255
+    assert all(((clip.frames - true).abs().max() < 0.02) == (not color) for clip in clips)
+    assert all(torch.equal(clip.labels[0], clip.labels[2]) for clip in clips) == (not motion)
 
 
 def test_frames_are_picked_in_order_within_the_skip():

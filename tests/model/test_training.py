@@ -193,6 +193,17 @@ def test_a_run_is_not_continued_with_other_settings(config):
         train(config)
 
 
+def test_a_run_is_continued_that_did_not_know_a_setting_yet(config):
+    train(dataclasses.replace(config, steps=2))
+    path = config.out / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["settings"] = {name: value for name, value in saved["settings"].items() if name not in ("color", "max_skip")}
+    torch.save(saved, path)
+    TrainState(dataclasses.replace(config, steps=2), torch.device("cpu"))
+    with pytest.raises(ValueError, match="color: the run in .* has 0.3, asked for 0.1"):
+        TrainState(dataclasses.replace(config, steps=2, color=0.1), torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [
@@ -207,6 +218,8 @@ def test_a_run_is_not_continued_with_other_settings(config):
         ({"weights": (1.0,)}, "weights: expected one for each of 0 data folders, got 1"),
         ({"recompute": True}, "recompute: expected freeze_batch_norm 0"),
         ({"learning_rate": 0.0}, "learning_rate: expected a number above 0, got 0.0"),
+        ({"color": -0.1}, "color: expected a strength of at least 0, got -0.1"),
+        ({"motion": math.nan}, "motion: expected a strength of at least 0, got nan"),
     ],
 )
 def test_wrong_settings_are_named(wrong, message, tmp_path):
