@@ -211,6 +211,7 @@ class LiteConfig(TrainConfig):
     batch: int = 4
     crop: int = 176
     crop_width: int | None = 288
+    max_skip: tuple[int, int] = (25, 25)
     warmup: int = 200
 
 
