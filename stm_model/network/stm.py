@@ -58,7 +58,8 @@ class STMConfig:
     @classmethod
     def lite(cls, guidance: Literal["masks", "scribbles"] = "masks") -> STMConfig:
         """The EfficientNet-Lite0 variant, that of the default weights."""
-        return replace(cls.small(guidance), backbone="efficientnet-lite0")
+        wider = {"key_channels": 128, "decoder_channels": 128}
+        return replace(cls.small(guidance), backbone="efficientnet-lite0", **wider)
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> STMConfig:
