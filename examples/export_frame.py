@@ -78,7 +78,7 @@ def inputs(seed: int, frames: int = 2) -> dict[str, Tensor]:
     positions = frames * 4 * 5
     return {
         "frame": torch.rand(1, 3, 64, 80, generator=generator),
-        "memory_key": torch.randn(2, positions, 64, generator=generator),
+        "memory_key": torch.randn(2, positions, 128, generator=generator),
         "memory_value": torch.randn(2, positions, 128, generator=generator),
     }
 

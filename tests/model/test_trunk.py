@@ -75,12 +75,15 @@ def test_a_mask_moves_the_stem_as_an_image_does(guidance, tmp_path):
     torch.save(lite_classifier(), tmp_path / "lite.pth")
     torch.manual_seed(1)
     model = STM(STMConfig.lite(guidance))
-    load_trunk(model, tmp_path / "lite.pth")
-    for name in model.Encoder_M.guides:
-        # behind batch norm, white noise with variance 1 gives one with variance 1
-        gain = model.Encoder_M.bn1.running_var.add(1e-3).rsqrt().view(-1, 1, 1, 1)
-        weight = model.Encoder_M.get_submodule(name).weight * gain
-        assert 0.8 < (weight.square().sum() / len(weight)).item() < 1.25
+    variances = []
+    for _ in range(8):
+        load_trunk(model, tmp_path / "lite.pth")
+        for name in model.Encoder_M.guides:
+            gain = model.Encoder_M.bn1.running_var.add(1e-3).rsqrt().view(-1, 1, 1, 1)
+            weight = model.Encoder_M.get_submodule(name).weight * gain
+            variances.append((weight.square().sum() / len(weight)).item())
+    # behind batch norm, white noise with variance 1 gives one with variance 1; a draw of 288 weights errs by a tenth
+    assert sum(variances) / len(variances) == pytest.approx(1, abs=0.15)
 
 
 def test_another_classifier_is_named(tmp_path):
