@@ -58,8 +58,7 @@ class STMConfig:
     @classmethod
     def lite(cls, guidance: Literal["masks", "scribbles"] = "masks") -> STMConfig:
         """The EfficientNet-Lite0 variant, that of the default weights."""
-        wider = {"key_channels": 128, "decoder_channels": 128}
-        return replace(cls.small(guidance), backbone="efficientnet-lite0", **wider)
+        return replace(cls.small(guidance), backbone="efficientnet-lite0", key_channels=128, decoder_channels=128)
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> STMConfig:
