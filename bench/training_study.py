@@ -19,7 +19,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.track import device_name
 from stm_model.files import write_json
+from stm_model.runtime import default_device
 
 BASE = {
     "--key-channels": "64",
@@ -142,8 +146,9 @@ def main() -> None:
             raise
     print(table(results, arguments.seeds))
     if arguments.results:
-        settings = {"base": BASE, "variants": VARIANTS, "steps": arguments.steps}
-        write_json(arguments.results, {"date": date.today().isoformat(), **settings, "results": results})
+        machine = {"date": date.today().isoformat(), "device": device_name(str(default_device()))}
+        settings = {"together": arguments.together, "base": BASE, "variants": VARIANTS, "steps": arguments.steps}
+        write_json(arguments.results, {**machine, **settings, "results": results})
 
 
 if __name__ == "__main__":

@@ -167,8 +167,7 @@ class TrainConfig:
         for name in ("learning_rate", "trunk_rate", "clip_gradient"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
-        # a shape that makes no sense is refused here
-        self.network_shape  # noqa: B018
+        _ = self.network_shape  # a shape that makes no sense is refused here
 
     @property
     def _shape(self) -> dict:

@@ -1,31 +1,18 @@
-"""A tiny network and a clip, and `stm track` on them."""
+"""A clip, and `stm track` on it."""
 
 import numpy as np
 import pytest
-import torch
-from answers import FRAMES
 
-from stm_model import STM, STMConfig, media, pictures
-from stm_model.checkpoint import write_tensors
+from stm_model import media, pictures
 from stm_model.cli import main
 from stm_model.data.synthetic import procedural_clip
 
 
 @pytest.fixture(scope="session")
-def weights(tmp_path_factory):
-    """A network small enough to run in milliseconds; it has learnt nothing."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    model = STM(STMConfig("resnet18", key_channels=16, value_channels=16, decoder_channels=16))
-    write_tensors(model.state_dict(), path)
-    return path
-
-
-@pytest.fixture(scope="session")
 def clip(tmp_path_factory):
-    """A folder with clip.mp4, mask.png (labels 7 and 9) and the folder of true masks."""
+    """A folder with clip.mp4, mask.png (labels 7 and 9) and the folder of true masks; eight frames."""
     folder = tmp_path_factory.mktemp("clip")
-    frames, labels = procedural_clip(frames=FRAMES, size=(48, 80), objects=2, seed=1)
+    frames, labels = procedural_clip(frames=8, size=(48, 80), objects=2, seed=1)
     labels = np.array([0, 7, 9], dtype=np.uint8)[labels]
     with media.VideoWriter(folder / "clip.mp4") as writer:
         for frame in frames:

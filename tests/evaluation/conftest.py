@@ -4,22 +4,12 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
-from stm_model import STM, STMConfig, pictures
-from stm_model.checkpoint import write_tensors
+from stm_model import pictures
+from stm_model.cli import main
 from stm_model.data.synthetic import procedural_clip
 
 SIZE = (48, 80)
-
-
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    model = STM(STMConfig("resnet18", key_channels=16, value_channels=16, decoder_channels=16))
-    write_tensors(model.state_dict(), path)
-    return path
 
 
 def write_video(frames_folder, masks_folder, frames, labels, name="{:05d}", masks=None):
@@ -127,3 +117,16 @@ def copy_truth():
         return folder
 
     return copy
+
+
+@pytest.fixture
+def evaluate(davis, weights, tmp_path, capsys):
+    """Run `stm evaluate`; the exit code, stdout and stderr."""
+
+    def run(*extra, data=davis, dataset="davis2017", out=tmp_path / "out", checkpoint=weights):
+        arguments = ["--data", data, "--dataset", dataset, "--out", out, "--workers", 1]
+        arguments += ["--checkpoint", checkpoint, "--device", "cpu"] if checkpoint else []
+        code = main(["evaluate", *map(str, [*arguments, *extra])])
+        return code, *capsys.readouterr()
+
+    return run

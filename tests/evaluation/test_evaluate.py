@@ -9,15 +9,14 @@ import socket
 import subprocess
 import sys
 import time
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from answers import refused
 
-from stm_model import STM, Tracker, media, pictures
-from stm_model.cli import main
+from stm_model import STM, Tracker, pictures
 from stm_model.evaluation import figures, studies, tracking
 from stm_model.evaluation.metrics import sequence_scores
 from stm_model.evaluation.protocol import open_dataset
@@ -26,28 +25,6 @@ from stm_model.evaluation.studies import STUDIES
 from stm_model.ranks import Ranks
 
 HELD = Path(__file__).parents[3] / "shared" / "data" / "davis2016-train"
-
-
-@pytest.fixture
-def evaluate(davis, weights, tmp_path, capsys):
-    """Run `stm evaluate`; the exit code, stdout and stderr."""
-
-    def run(*extra, data=davis, dataset="davis2017", out=tmp_path / "out", checkpoint=weights):
-        arguments = ["--data", data, "--dataset", dataset, "--out", out, "--workers", 1]
-        arguments += ["--checkpoint", checkpoint, "--device", "cpu"] if checkpoint else []
-        code = main(["evaluate", *map(str, [*arguments, *extra])])
-        return code, *capsys.readouterr()
-
-    return run
-
-
-def _refused(result, *parts):
-    code, out, err = result
-    assert (code, out) == (2, "")
-    assert err.startswith("stm: error: ") and err.count("\n") == 1, err
-    for part in parts:
-        assert part in err
-    return True
 
 
 def _table(path):
@@ -127,10 +104,10 @@ def test_davis_2016_is_written_as_it_is_annotated(evaluate, davis, tmp_path):
 def test_a_broken_submission_ends_with_one_line(evaluate, davis, tmp_path, copy_truth):
     copy_truth(open_dataset("davis2017", davis), tmp_path / "results")
     (tmp_path / "results/bee/00002.png").unlink()
-    assert _refused(evaluate("--results", tmp_path / "results", checkpoint=None), "bee/00002.png is missing")
+    assert refused(evaluate("--results", tmp_path / "results", checkpoint=None), "bee/00002.png is missing")
     assert not (tmp_path / "out").exists()
     pictures.write_mask(tmp_path / "results/bee/00002.png", np.full((48, 80), 7))
-    assert _refused(evaluate("--results", tmp_path / "results", checkpoint=None), "bee/00002.png: label 7 is no object")
+    assert refused(evaluate("--results", tmp_path / "results", checkpoint=None), "bee/00002.png: label 7 is no object")
 
 
 def test_youtube_vos_writes_the_asked_frames(evaluate, youtube_vos, tmp_path):
@@ -159,7 +136,7 @@ def test_without_public_ground_truth_the_masks_are_written(evaluate, youtube_vos
     assert not list((tmp_path / "out").glob("*.csv")) and (tmp_path / "out" / "report.html").is_file()
     for arguments in (["--study", "memory"], ["--results", tmp_path / "out" / "masks"]):
         found = evaluate(*arguments, data=root, dataset="youtube_vos", out=tmp_path / "b", checkpoint=None)
-        assert _refused(found, "youtube_vos: the ground truth of the split valid is not here to score by")
+        assert refused(found, "youtube_vos: the ground truth of the split valid is not here to score by")
 
 
 def test_a_long_video_streams(evaluate, lvos, tmp_path, monkeypatch):
@@ -288,60 +265,6 @@ def test_neither_pyav_nor_tyro_is_needed():
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
 
 
-class _Links(HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.urls, self.images = [], 0
-
-    def handle_starttag(self, tag, attrs):
-        self.urls += [value for key, value in attrs if key in ("src", "href", "srcset", "data")]
-        self.images += tag == "img"
-
-
-def test_the_report_stands_alone(evaluate, tmp_path):
-    assert evaluate("--overlay", dataset="davis2016")[0] == 0
-    folder = tmp_path / "out"
-    page = (folder / "report.html").read_text()
-    links = _Links()
-    links.feed(page)
-    outside = [url for url in links.urls if not url.startswith("data:image/")]
-    assert outside == ["overlays/ant.mp4", "overlays/bee.mp4", "overlays/cat.mp4"]
-    for url in outside:
-        assert media.open_video(folder / url).frame_count >= 6
-    # bars, J over time, attributes, three views of the worst frame of each of three videos, the contact sheet
-    assert links.images == 3 + 3 * 3 + 1 and "url(" not in page and "@import" not in page and "<script" not in page
-    assert 'name="viewport"' in page
-    for words in ("STM (0.16 s a frame), quoted [1]", "0.887", "[1] Oh et al., ICCV 2019", "first mask repeated"):
-        assert words in page
-    for name in ("videos", "over_time", "attributes", "worst", "contact_sheet"):
-        assert pictures.read_image(folder / "figures" / f"{name}.png").shape[1] > 240
-    summary = json.loads((folder / "evaluation.json").read_text())
-    worst = min((value, row["video"]) for row in summary["objects"] for value in row["J_by_frame"])
-    first = re.search(r"<h2>Worst frames</h2>.*?<figcaption>(\w+), frame \d+: J ([\d.]+)<", page, re.DOTALL)
-    assert first[1] == worst[1] and float(first[2]) == pytest.approx(worst[0], abs=6e-4)
-
-
-def test_names_are_escaped_in_the_report(evaluate, davis, tmp_path):
-    root = shutil.copytree(davis, tmp_path / "davis")
-    for folder in ("JPEGImages", "Annotations"):
-        (root / folder / "480p/bee").rename(root / folder / "480p/b&<i>e")
-    (root / "ImageSets/2017/val.txt").write_text("b&<i>e\n")
-    assert evaluate(data=root)[0] == 0
-    assert "<i>" not in (tmp_path / "out" / "report.html").read_text()
-
-
-def test_error_maps_show_what_is_wrong():
-    frame = np.full((1, 5, 3), 100, dtype=np.uint8)
-    prediction = np.array([[0, 1, 1, 0, 2]], dtype=np.uint8)
-    truth = np.array([[0, 1, 0, 1, 1]], dtype=np.uint8)
-    colours = figures.error_map(frame, prediction, truth)[0].astype(int)
-    for index, colour in ((2, figures.FALSE_POSITIVE), (3, figures.FALSE_NEGATIVE), (4, figures.CONFUSED)):
-        assert abs(colours[index] - (np.array(colour) * 0.8 + 20)).max() <= 1
-    assert len(set(colours[0])) == len(set(colours[1])) == 1 and colours[1, 0] > colours[0, 0]
-    void = figures.error_map(frame, prediction, np.full_like(truth, 255))[0]
-    assert (void == void[0]).all()
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -356,20 +279,20 @@ def test_error_maps_show_what_is_wrong():
         (["--device", "nowhere"], ["nowhere"]),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(evaluate, tmp_path, arguments, words):
-    assert _refused(evaluate(*arguments, checkpoint=None), *words)
+def test_settings_that_make_no_sense_arerefused(evaluate, tmp_path, arguments, words):
+    assert refused(evaluate(*arguments, checkpoint=None), *words)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_that_is_not_there_is_refused(evaluate, tmp_path):
-    assert _refused(evaluate(checkpoint=tmp_path / "no.safetensors"), "no such file", "no.safetensors")
+def test_a_checkpoint_that_is_not_there_isrefused(evaluate, tmp_path):
+    assert refused(evaluate(checkpoint=tmp_path / "no.safetensors"), "no such file", "no.safetensors")
 
 
 def test_a_full_folder_is_refused_and_an_earlier_evaluation_replaced(evaluate, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    assert _refused(evaluate("--no-report"), "is not empty", "--overwrite")
+    assert refused(evaluate("--no-report"), "is not empty", "--overwrite")
     assert evaluate("--no-report", "--overwrite")[0] == 0
     assert evaluate("--no-report", "--overwrite", "--videos", "bee")[0] == 0
     assert (out / "notes.txt").read_text() == "mine"
@@ -380,7 +303,7 @@ def test_results_are_never_overwritten(evaluate, davis, tmp_path, copy_truth):
     copy_truth(open_dataset("davis2017", davis), tmp_path / "out" / "masks")
     for results in (tmp_path / "out" / "masks", tmp_path / "out"):
         found = evaluate("--results", results, "--overwrite", checkpoint=None)
-        assert _refused(found, "would overwrite the results") or _refused(found, "no folder")
+        assert refused(found, "would overwrite the results") or refused(found, "no folder")
     assert len(list((tmp_path / "out" / "masks").glob("*/*.png"))) == 22
 
 
@@ -403,7 +326,7 @@ def test_results_are_never_overwritten(evaluate, davis, tmp_path, copy_truth):
 def test_a_broken_video_is_named(evaluate, davis, tmp_path, change, words):
     root = shutil.copytree(davis, tmp_path / "davis")
     change(root)
-    assert _refused(evaluate(data=root), words)
+    assert refused(evaluate(data=root), words)
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["stopped"] == "unfinished"
 
 

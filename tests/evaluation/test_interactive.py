@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from answers import refused
 
 from stm_model import STM, STMConfig, pictures
 from stm_model.checkpoint import write_tensors
@@ -148,15 +149,6 @@ def evaluate(davis, model, tmp_path, capsys):
     return run
 
 
-def _refused(result, *parts):
-    code, out, err = result
-    assert (code, out) == (2, "")
-    assert err.startswith("stm: error: ") and err.count("\n") == 1, err
-    for part in parts:
-        assert part in err
-    return True
-
-
 def _rows(path):
     with open(path) as file:
         return list(csv.DictReader(file))
@@ -215,7 +207,7 @@ def test_a_killed_run_says_so_and_nothing_is_replaced_unasked(evaluate, tmp_path
         patch.setattr(interactive, "interact", killed)
         assert evaluate()[0] == 130
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["stopped"] == "unfinished"
-    assert _refused(evaluate(), "is not empty", "--overwrite")
+    assert refused(evaluate(), "is not empty", "--overwrite")
     assert evaluate("--overwrite", "--videos", "bee")[0] == 0
     assert "stopped" not in json.loads((tmp_path / "out" / "evaluation.json").read_text())
 
@@ -225,23 +217,23 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(evaluate, dav
     (people / "bee").mkdir(parents=True)
     (people / "bee" / "001.json").write_text("{")
     bee = ("--videos", "bee", "--scribbles", people)
-    assert _refused(evaluate("--interactions", "0"), "interactions: expected at least 1, got 0")
-    assert _refused(evaluate("--split", "none"), "no such file", "none.txt")
-    assert _refused(evaluate("--scribbles", people), "no .json in")
-    assert _refused(evaluate(*bee), "001.json", "broken JSON")
+    assert refused(evaluate("--interactions", "0"), "interactions: expected at least 1, got 0")
+    assert refused(evaluate("--split", "none"), "no such file", "none.txt")
+    assert refused(evaluate("--scribbles", people), "no .json in")
+    assert refused(evaluate(*bee), "001.json", "broken JSON")
     two = {0: [{"path": [[0, 0]], "object_id": 1}], 1: [{"path": [[0, 0]], "object_id": 1}]}
     write_scribbles(people / "bee" / "001.json", "bee", two, 6)
-    assert _refused(evaluate(*bee), "expected scribbles on one frame to begin with, got 2 frames")
+    assert refused(evaluate(*bee), "expected scribbles on one frame to begin with, got 2 frames")
     write_scribbles(people / "bee" / "001.json", "bee", {8: two[0]}, 9)
-    assert _refused(evaluate(*bee), "scribbles on frame 8, but the video has 6 frames")
-    assert _refused(evaluate(checkpoint=tmp_path / "none.safetensors"), "checkpoint: no such file")
-    assert _refused(evaluate("--size", "3"), "size: expected at least 16 pixels, got 3")
+    assert refused(evaluate(*bee), "scribbles on frame 8, but the video has 6 frames")
+    assert refused(evaluate(checkpoint=tmp_path / "none.safetensors"), "checkpoint: no such file")
+    assert refused(evaluate("--size", "3"), "size: expected at least 16 pixels, got 3")
     root = shutil.copytree(davis, tmp_path / "davis")
     (root / "Annotations/480p/bee/00005.png").unlink()
-    assert _refused(evaluate("--videos", "bee", data=root), "bee: the robot needs the ground truth of every frame")
+    assert refused(evaluate("--videos", "bee", data=root), "bee: the robot needs the ground truth of every frame")
     assert not (tmp_path / "out").exists()
     # a network guided by masks reads no scribbles
-    assert _refused(evaluate(checkpoint=weights), "scribbles")
+    assert refused(evaluate(checkpoint=weights), "scribbles")
 
 
 class Official:

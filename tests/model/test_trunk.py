@@ -82,7 +82,7 @@ def test_a_mask_moves_the_stem_as_an_image_does(guidance, tmp_path):
             gain = model.Encoder_M.bn1.running_var.add(1e-3).rsqrt().view(-1, 1, 1, 1)
             weight = model.Encoder_M.get_submodule(name).weight * gain
             variances.append((weight.square().sum() / len(weight)).item())
-    # behind batch norm, white noise with variance 1 gives one with variance 1; a draw of 288 weights errs by a tenth
+    # behind batch norm, white noise of variance 1 gives one of variance 1: one draw errs by a tenth, the mean by less
     assert sum(variances) / len(variances) == pytest.approx(1, abs=0.15)
 
 

@@ -1,8 +1,5 @@
 """What the tests of commands share."""
 
-FRAMES = 8
-"""Of the clip that is tracked."""
-
 
 def refused(result: tuple[int, str, str], *parts: str) -> bool:
     """Whether a command ended with exit code 2 and one line that has these parts, and printed nothing else."""
