@@ -2,8 +2,9 @@
 
 Three facts of CPUs shape it. Fresh memory costs more than the arithmetic, so every buffer is allocated once and reused,
 and no operation on a chunk mixes dtypes, which would convert through fresh memory. Batched products of strided chunks
-are slow, so every product is a 2-D `mm` into a buffer. A bfloat16 product is fast but rounds its result to 8 bits, too
-few for a logit, so the products of the keys are taken twice: once rounded, once what the rounding lost.
+are slow, so every product is one of two matrices. A bfloat16 product is fast but rounds its result to 8 bits, too few
+for a logit: products of keys are taken in float32, or, where that takes longer, twice: once rounded, once what the
+rounding lost.
 """
 
 import math
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stm_kernels.affinity import SKIP_POSITIONS, SKIP_QUERIES, Affinity, wide_dtype
-from stm_kernels.products import Scratch, even_slices, key_products, product_dtype
+from stm_kernels.products import Scratch, by_onednn, even_slices, key_products, product, product_dtype
 from stm_kernels.skipping import Choice, add_to_rows, aligned_slices, cells, gathered, readers, seen
 
 LOG2_E = math.log2(math.e)
@@ -212,7 +213,7 @@ def _backward_item(
         weights = scratch.cast("rounded", weights, narrow)
         _store_product(grad_memory_value[chunk], weights.mT, grads, scratch)
         grad_logits = scratch.take("grad_logits", len(queries), len(keys), narrow)
-        torch.addmm(grad_logits, shifted, values.mT, beta=0, alpha=scale, out=grad_logits).mul_(weights)
+        grad_logits = product(shifted, values.mT, grad_logits, scale).mul_(weights)
         if grad_bias is not None:
             torch.sum(grad_logits, 0, dtype=wide, out=grad_bias[chunk]).div_(scale)
         _store_product(grad_memory_key[chunk], grad_logits.mT, queries, scratch)
@@ -254,23 +255,23 @@ def _beside(matrix: Tensor, column: Tensor | None, joined: Tensor) -> Tensor:
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, scratch: Scratch, runs: list[slice] | None = None) -> None:
     """`total += left · right`, in its rows `runs`, None is all; a narrow product is rounded once, its sum never."""
-    if left.dtype == total.dtype and len(left) == len(total):
+    if left.dtype == total.dtype and len(left) == len(total) and not by_onednn(left, right):
         total.addmm_(left, right)
         return
-    product = torch.mm(left, right, out=scratch.take("product", len(left), total.shape[1], left.dtype))
-    product = scratch.cast("widened", product, total.dtype)
+    added = product(left, right, scratch.take("product", len(left), total.shape[1], left.dtype))
+    added = scratch.cast("widened", added, total.dtype)
     if len(left) == len(total):
-        total.add_(product)
+        total.add_(added)
     else:
-        add_to_rows(total, product, runs)
+        add_to_rows(total, added, runs)
 
 
 def _store_product(target: Tensor, left: Tensor, right: Tensor, scratch: Scratch) -> None:
     """`target = left · right`, through a buffer where the product has another dtype."""
-    if left.dtype == target.dtype:
-        torch.mm(left, right, out=target)
-    else:
-        target.copy_(torch.mm(left, right, out=scratch.take("product", *target.shape, left.dtype)))
+    same = left.dtype == target.dtype
+    stored = product(left, right, target if same else scratch.take("product", *target.shape, left.dtype))
+    if stored is not target:
+        target.copy_(stored)
 
 
 def chunked_usage(affinity: Affinity, lse: Tensor | None) -> Tensor:

@@ -1,9 +1,17 @@
 """Matrix products in buffers that are reused: what the reads in plain PyTorch share."""
 
+import functools
+import platform
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from stm_kernels.affinity import wide_dtype
+
+PROCESSOR = Path("/proc/cpuinfo")
+# fewer take longer to begin than they gain
+ONEDNN_MULTIPLICATIONS = 2**21
 
 
 class Scratch:
@@ -42,13 +50,40 @@ def even_slices(length: int, most: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
+@functools.cache
+def mkl_holds_back() -> bool:
+    """Whether PyTorch's float32 products leave the processor's AVX-512 unused: MKL does on AMD's, oneDNN does not."""
+    maker = PROCESSOR.read_text() if PROCESSOR.is_file() else platform.processor()
+    libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return libraries and torch.backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in maker
+
+
+def by_onednn(left: Tensor, right: Tensor) -> bool:
+    """Whether `left · right` is faster by oneDNN: a call costs more, so small products are not."""
+    if left.dtype != torch.float32 or left.device.type != "cpu":
+        return False
+    return left.numel() * right.shape[1] >= ONEDNN_MULTIPLICATIONS and mkl_holds_back()
+
+
+def product(left: Tensor, right: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
+    """`scale · left · right`, in `out` or where the faster library puts it."""
+    if not by_onednn(left, right):
+        return torch.addmm(out, left, right, beta=0, alpha=scale, out=out)
+    # the operator that torch.compile makes of a linear layer: PyTorch gives no other way to choose the library
+    products = torch.ops.mkldnn._linear_pointwise(left, right.mT, None, "none", [], "")
+    return products if scale == 1 else products.mul_(scale)
+
+
 def key_products(query_key: Tensor, keys: Tensor, wide: torch.dtype, scratch: Scratch) -> Tensor:
     """`query_key · keysᵀ` in a buffer of the wide dtype, as exact as its accumulation."""
     shape, narrow = (len(query_key), len(keys)), query_key.dtype
     products = scratch.take("products", *shape, wide)
-    keys = scratch.cast("keys", keys, narrow).mT
+    if narrow != wide and mkl_holds_back():
+        # without tile registers a product in float32 takes no longer than two in bfloat16
+        query_key, narrow = scratch.cast("wide_query_key", query_key, wide), wide
+    keys = scratch.cast("wide_keys", keys, narrow).mT
     if narrow == wide:
-        return torch.mm(query_key, keys, out=products)
+        return product(query_key, keys, products)
     # one product is rounded to 8 bits, a second one returns what the first has lost
     rounded = torch.mm(query_key, keys, out=scratch.take("rounded", *shape, narrow))
     products.copy_(rounded)

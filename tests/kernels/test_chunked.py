@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import stm_kernels.chunked as chunked
-from stm_kernels import memory_read
+from stm_kernels import memory_read, products
 from stm_kernels.affinity import Affinity
 from stm_kernels.products import even_slices
 from stm_kernels.testing import allocations, assert_exact, extra_memory, make_problem, read_by, results
@@ -32,6 +32,7 @@ def test_bfloat16_where_the_processor_does_not_multiply_it(monkeypatch):
 
 def test_bfloat16_products_of_keys_keep_more_than_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(products, "mkl_holds_back", lambda: False)
     problem = make_problem(1, 70, 300, 128, 16, dtype=torch.bfloat16, peak=8.0)
     _, lse = memory_read(
         problem.query_key, problem.memory_key, problem.memory_value, return_lse=True, implementation="chunked"
@@ -75,9 +76,11 @@ def test_extra_memory_of_a_backward_grows_by_the_gradients_alone(dtype, channel_
     assert extra(6 * most) == extra(2 * most)
 
 
-# not bfloat16: the library that multiplies it takes scratch of its own at every call
+# not bfloat16, and not the other library for float32: they take memory of their own at every call
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_chunks_share_their_buffers(dtype):
+def test_chunks_share_their_buffers(dtype, monkeypatch):
+    monkeypatch.setattr(products, "mkl_holds_back", lambda: False)
+
     def count(N: int) -> int:
         problem = make_problem(1, 64, N, 32, 64, dtype=dtype)
         inputs = (Affinity(problem.query_key, problem.memory_key, problem.scale), problem.memory_value)
