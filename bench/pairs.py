@@ -37,13 +37,7 @@ def read_clip(sequence: Sequence) -> Clip:
 
 
 def pair(clip: Clip, other: Clip, seed: int) -> Clip:
-    """The clip with the objects of `other` pasted in, as long as the shorter of the two.
-
-    Raises:
-        ValueError: they differ in size.
-    """
-    if clip.labels.shape[1:] != other.labels.shape[1:]:
-        raise ValueError(f"frames of one size expected, got {by(clip.labels.shape[1:])} and {by(other.labels.shape[1:])}")
+    """The clip with the objects of `other` pasted in, as long as the shorter of the two."""
     length = min(len(clip.labels), len(other.labels))
     clip, other = (Clip(each.frames[:length], each.labels[:length]) for each in (clip, other))
     mirrored = Clip(other.frames.flip(-1), other.labels.flip(-1))
@@ -65,24 +59,28 @@ def write_video(clip: Clip, root: Path, name: str) -> None:
 
 def write_pairs(sequences: list[Sequence], distances: list[int], root: Path, split: str) -> list[str]:
     """Pair each video with those so many places further down the list; the names of those that show two objects."""
-    names = []
+    written = []
     pairs = [(at, (at + distance) % len(sequences)) for distance in distances for at in range(len(sequences))]
     clips: dict[int, Clip] = {}
     for seed, (first, second) in enumerate(tqdm(pairs, unit="pair")):
         for index in (first, second):
             if index not in clips:
                 clips[index] = read_clip(sequences[index])
+        names = [sequences[index].name for index in (first, second)]
+        sizes = [clips[index].labels.shape[1:] for index in (first, second)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"{', '.join(names)}: expected frames of one size, got {by(sizes[0])} and {by(sizes[1])}")
         made = pair(clips[first], clips[second], seed)
         if made.objects < clips[first].objects + clips[second].objects:
-            tqdm.write(f"{sequences[first].name}, {sequences[second].name}: an object is hidden at first, left out")
+            tqdm.write(f"{', '.join(names)}: an object is hidden at first, left out")
             continue
-        names.append(f"{sequences[first].name}_{sequences[second].name}")
-        write_video(made, root, names[-1])
-    if names:
+        written.append("_".join(names))
+        write_video(made, root, written[-1])
+    if written:
         lists = root / "ImageSets" / "2017"
         lists.mkdir(parents=True)
-        (lists / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
-    return names
+        (lists / f"{split}.txt").write_text("".join(f"{name}\n" for name in written))
+    return written
 
 
 def main() -> None:
