@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from stm_kernels.affinity import SKIP_POSITIONS, SKIP_QUERIES, Affinity, wide_dtype
-from stm_kernels.products import Scratch, by_onednn, even_slices, key_products, product, product_dtype
+from stm_kernels.products import Scratch, by_onednn, even_slices, key_products, product, product_dtype, steady_slices
 from stm_kernels.skipping import Choice, add_to_rows, aligned_slices, cells, gathered, readers, seen
 
 LOG2_E = math.log2(math.e)
 
 # [query block × key chunk] buffers of about 2 MiB stay in the second- and third-level caches
 QUERIES_PER_BLOCK = 576
-KEYS_PER_CHUNK = 1024
+KEYS_PER_CHUNK = 1280
 # the backward pass takes all queries at once, so its chunk shrinks as they grow
 BACKWARD_LOGITS = 2**20
 BACKWARD_KEYS_PER_CHUNK = (64, 2048)
@@ -62,7 +62,7 @@ def chunked_read(affinity: Affinity, memory_value: Tensor, skip: float) -> tuple
             chunks = aligned_slices(count, SKIPPING_KEYS_PER_CHUNK, SKIP_POSITIONS)[::-1]
             blocks = aligned_slices(M, SKIPPING_QUERIES_PER_BLOCK, SKIP_QUERIES)
         else:
-            chunks, blocks = even_slices(count, KEYS_PER_CHUNK), even_slices(M, QUERIES_PER_BLOCK)
+            chunks, blocks = steady_slices(count, M, KEYS_PER_CHUNK), even_slices(M, QUERIES_PER_BLOCK)
         bias = None if key_bias is None else key_bias[item] / affinity.scale
         memory = (memory_key[item], memory_value[item], bias)
         for block in blocks:
@@ -156,7 +156,7 @@ def chunked_read_backward(
         if kept.ndim == 3:
             chunks = aligned_slices(count, SKIPPING_BACKWARD_KEYS_PER_CHUNK, SKIP_POSITIONS)
         else:
-            chunks = even_slices(count, max(least, min(most, BACKWARD_LOGITS // M)))
+            chunks = steady_slices(count, M, max(least, min(most, BACKWARD_LOGITS // M)))
         delta = (grad_out[item].to(wide) * out[item]).sum(1) - grad_lse[item] * share[item]
         bias = None if key_bias is None else key_bias[item] / affinity.scale
         inputs = (grad_out[item], query_key[item], memory_key[item], memory_value[item], bias)
@@ -292,7 +292,7 @@ def chunked_usage(affinity: Affinity, lse: Tensor | None) -> Tensor:
         for block in even_slices(M, QUERIES_PER_BLOCK):
             queries = scratch.cast("query_key", query_key[item, block], narrow)
             row_top = _row_top(lse[item, block], affinity.scale, wide)
-            for chunk in even_slices(affinity.positions(item), KEYS_PER_CHUNK):
+            for chunk in steady_slices(affinity.positions(item), M, KEYS_PER_CHUNK):
                 products = key_products(queries, memory_key[item, chunk], wide, scratch)
                 if affinity.key_bias is not None:
                     products.add_(affinity.key_bias[item, chunk] / affinity.scale)

@@ -50,6 +50,20 @@ def even_slices(length: int, most: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
+def steady_slices(length: int, frame: int, most: int) -> list[slice]:
+    """Cover `range(length)` by slices no longer than `most`, of few lengths whatever multiple of `frame` that is.
+
+    A library that compiles a product for every size of its matrices keeps what it compiled: of a memory that grows by
+    frames, even slices would be of ever new lengths, and take more memory than the frames do.
+    """
+    stretch = max(frame, most // frame * frame)
+    return [
+        slice(start + part.start, start + part.stop)
+        for start in range(0, length, stretch)
+        for part in even_slices(min(stretch, length - start), most)
+    ]
+
+
 @functools.cache
 def mkl_holds_back() -> bool:
     """Whether PyTorch's float32 products leave the processor's AVX-512 unused: MKL does on AMD's, oneDNN does not."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stm_kernels.affinity import Affinity, wide_dtype
-from stm_kernels.products import Scratch, even_slices, key_products, product_dtype
+from stm_kernels.products import Scratch, even_slices, key_products, product_dtype, steady_slices
 
 Select = Callable[[Affinity, int], tuple[Tensor, Tensor]]
 """The chosen positions `[B, M, min(k, N)]`, int32, and their logits in `wide_dtype`, of a memory of at least one
@@ -182,7 +182,7 @@ def chunked_select(affinity: Affinity, k: int) -> tuple[Tensor, Tensor]:
     logits = query_key.new_full(indices.shape, -math.inf, dtype=wide)
     scratch = Scratch(query_key.device)
     for item in range(B):
-        chunks = even_slices(affinity.positions(item), KEYS_PER_CHUNK)
+        chunks = steady_slices(affinity.positions(item), M, KEYS_PER_CHUNK)
         bias = None if key_bias is None else key_bias[item] / affinity.scale
         for block in even_slices(M, QUERIES_PER_BLOCK):
             queries = scratch.cast("query_key", query_key[item, block], narrow)

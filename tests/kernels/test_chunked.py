@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import stm_kernels.chunked as chunked
+import stm_kernels.topk as topk
 from stm_kernels import memory_read, products
 from stm_kernels.affinity import Affinity
-from stm_kernels.products import even_slices
+from stm_kernels.products import even_slices, steady_slices
 from stm_kernels.testing import allocations, assert_exact, extra_memory, make_problem, read_by, results
 
 
@@ -14,6 +16,17 @@ def test_slices_cover_a_range_evenly():
     assert even_slices(7, 3) == [slice(0, 3), slice(3, 6), slice(6, 7)]
     assert even_slices(8, 5) == [slice(0, 4), slice(4, 8)]
     assert even_slices(3, 100) == [slice(0, 3)]
+
+
+def test_slices_of_a_memory_of_frames():
+    assert steady_slices(12, 4, 9) == [slice(0, 8), slice(8, 12)]
+    assert steady_slices(20, 10, 4) == [slice(0, 4), slice(4, 8), slice(8, 10)] + [
+        slice(10, 14),
+        slice(14, 18),
+        slice(18, 20),
+    ]
+    assert steady_slices(7, 30, 10) == [slice(0, 7)]
+    assert steady_slices(0, 30, 10) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -94,6 +107,42 @@ def test_chunks_share_their_buffers(dtype, monkeypatch):
 
     most = chunked.BACKWARD_KEYS_PER_CHUNK[1]
     assert count(6 * most) == count(2 * most)
+
+
+class Products(TorchDispatchMode):
+    """The sizes of all matrix products: a library may compile each, and keep it."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.mkldnn._linear_pointwise):
+            self.sizes.add((operator, *(tuple(value.shape) for value in args if isinstance(value, torch.Tensor))))
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("M", [50, 90, 300])
+def test_a_memory_that_grows_by_frames_needs_no_ever_new_products(monkeypatch, dtype, M):
+    monkeypatch.setattr(chunked, "KEYS_PER_CHUNK", 128)
+    monkeypatch.setattr(chunked, "BACKWARD_KEYS_PER_CHUNK", (64, 128))
+    monkeypatch.setattr(topk, "KEYS_PER_CHUNK", 128)
+
+    def sizes(most: int) -> set:
+        with Products() as products:
+            for frames in range(1, most + 1):
+                problem = make_problem(1, M, frames * M, 8, 8, dtype=dtype)
+                affinity = Affinity(problem.query_key, problem.memory_key, problem.scale)
+                inputs = (affinity, problem.memory_value)
+                outputs = chunked.chunked_read(*inputs, 0.0)
+                chunked.chunked_read_backward(problem.grad_out, problem.grad_lse.double(), *inputs, *outputs)
+                chunked.chunked_usage(affinity, None)
+                topk.chunked_select(affinity, 5)
+        assert len(products.sizes) >= 3
+        return products.sizes
+
+    assert sizes(11) == sizes(4)
 
 
 def test_extra_memory_is_a_tenth_of_the_whole_affinity():
