@@ -212,8 +212,7 @@ def _backward_item(
             weights.masked_fill_(left_out, 0.0)
         weights = scratch.cast("rounded", weights, narrow)
         _store_product(grad_memory_value[chunk], weights.mT, grads, scratch)
-        grad_logits = scratch.take("grad_logits", len(queries), len(keys), narrow)
-        grad_logits = product(shifted, values.mT, grad_logits, scale).mul_(weights)
+        grad_logits = product("grad_logits", shifted, values.mT, scratch, scale).mul_(weights)
         if grad_bias is not None:
             torch.sum(grad_logits, 0, dtype=wide, out=grad_bias[chunk]).div_(scale)
         _store_product(grad_memory_key[chunk], grad_logits.mT, queries, scratch)
@@ -258,8 +257,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, scratch: Scratch, r
     if left.dtype == total.dtype and len(left) == len(total) and not by_onednn(left, right):
         total.addmm_(left, right)
         return
-    added = product(left, right, scratch.take("product", len(left), total.shape[1], left.dtype))
-    added = scratch.cast("widened", added, total.dtype)
+    added = scratch.cast("widened", product("product", left, right, scratch), total.dtype)
     if len(left) == len(total):
         total.add_(added)
     else:
@@ -268,10 +266,10 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, scratch: Scratch, r
 
 def _store_product(target: Tensor, left: Tensor, right: Tensor, scratch: Scratch) -> None:
     """`target = left · right`, through a buffer where the product has another dtype."""
-    same = left.dtype == target.dtype
-    stored = product(left, right, target if same else scratch.take("product", *target.shape, left.dtype))
-    if stored is not target:
-        target.copy_(stored)
+    if left.dtype == target.dtype and not by_onednn(left, right):
+        torch.mm(left, right, out=target)
+    else:
+        target.copy_(product("product", left, right, scratch))
 
 
 def chunked_usage(affinity: Affinity, lse: Tensor | None) -> Tensor:

@@ -79,9 +79,10 @@ def by_onednn(left: Tensor, right: Tensor) -> bool:
     return left.numel() * right.shape[1] >= ONEDNN_MULTIPLICATIONS and mkl_holds_back()
 
 
-def product(left: Tensor, right: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
-    """`scale · left · right`, in `out` or where the faster library puts it."""
+def product(name: str, left: Tensor, right: Tensor, scratch: Scratch, scale: float = 1.0) -> Tensor:
+    """`scale · left · right`, in the buffer of that name or where the faster library puts it."""
     if not by_onednn(left, right):
+        out = scratch.take(name, len(left), right.shape[1], left.dtype)
         return torch.addmm(out, left, right, beta=0, alpha=scale, out=out)
     # the operator that torch.compile makes of a linear layer: PyTorch gives no other way to choose the library
     products = torch.ops.mkldnn._linear_pointwise(left, right.mT, None, "none", [], "")
@@ -90,16 +91,15 @@ def product(left: Tensor, right: Tensor, out: Tensor, scale: float = 1.0) -> Ten
 
 def key_products(query_key: Tensor, keys: Tensor, wide: torch.dtype, scratch: Scratch) -> Tensor:
     """`query_key · keysᵀ` in a buffer of the wide dtype, as exact as its accumulation."""
-    shape, narrow = (len(query_key), len(keys)), query_key.dtype
-    products = scratch.take("products", *shape, wide)
+    narrow = query_key.dtype
     if narrow != wide and mkl_holds_back():
         # without tile registers a product in float32 takes no longer than two in bfloat16
         query_key, narrow = scratch.cast("wide_query_key", query_key, wide), wide
     keys = scratch.cast("wide_keys", keys, narrow).mT
     if narrow == wide:
-        return product(query_key, keys, products)
+        return product("products", query_key, keys, scratch)
     # one product is rounded to 8 bits, a second one returns what the first has lost
-    rounded = torch.mm(query_key, keys, out=scratch.take("rounded", *shape, narrow))
-    products.copy_(rounded)
+    rounded = product("rounded", query_key, keys, scratch)
+    products = scratch.cast("products", rounded, wide)
     lost = rounded.addmm_(query_key, keys, beta=-1)
     return products.add_(scratch.cast("widened", lost, wide))
