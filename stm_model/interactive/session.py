@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stm_model.interactive.corrections import cross_out
 from stm_model.interactive.scribbles import check_scribbles, rasterize, scribble_maps
 from stm_model.interactive.segmenter import Annotation, Memory, Segmenter
 from stm_model.interactive.session_file import describe_video, read_session, write_session
@@ -331,7 +332,9 @@ class ScribbleSession:
         return Annotation(index, soft, positive, negative, known, (state.objects, paths, masks))
 
     def _settle(self, state: State, index: int, new: Tensor, weight: float) -> FrameMasks:
-        """A frame's masks after a round: what is new, mixed with what was, and painted masks as they are."""
+        """A frame's masks after a round: what is new and not crossed out, mixed with what was; painted ones stay."""
+        if index in state.scribbles:
+            new = cross_out(new, rasterize(state.scribbles[index], self.network_size), state.objects)
         old = state.masks.get(index)
         if old is not None and weight < 1:
             new = mix(new, state.objects, old, weight)

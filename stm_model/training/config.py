@@ -253,12 +253,16 @@ class InteractiveConfig(TrainConfig):
     """
 
     init: Path | None = DEFAULT_WEIGHTS
+    freeze_first_stage: bool = True
+    trunk_rate: float = 0.5
+    freeze_batch_norm: float = 0.0
     rounds: int = 3
     steps: int = 4000
     batch: int = 4
+    crop: int = 176
+    crop_width: int | None = 288
     max_skip: tuple[int, int] = (25, 25)
     warmup: int = 100
-    freeze_batch_norm: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,9 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
     Adam takes a gradient that is rounding alone for real, so single weights may part; all but one in 10⁴ agree.
     """
     for processes in (1, 2):
-        finished = run(tmp_path / str(processes), processes, "--accumulate", str(processes), "--init", str(DEFAULT_WEIGHTS))
+        finished = run(
+            tmp_path / str(processes), processes, "--accumulate", str(processes), "--init", str(DEFAULT_WEIGHTS)
+        )
         assert finished.returncode == 0, finished.stderr
     one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in "12")
     start = read_tensors(DEFAULT_WEIGHTS)
