@@ -12,7 +12,7 @@ from torch import Tensor
 
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "stm_lite.safetensors"
 """The weights that come with the package; their card lies beside them."""
-DEFAULT_INTERACTIVE_WEIGHTS = DEFAULT_WEIGHTS.with_name("stm_interactive_small.safetensors")
+DEFAULT_INTERACTIVE_WEIGHTS = DEFAULT_WEIGHTS.with_name("stm_interactive_lite.safetensors")
 """The weights guided by scribbles that come with the package."""
 DEFAULT_WEIGHTS_SIZE = 240
 """Shorter side, in pixels, of the frames that the default weights were trained on."""

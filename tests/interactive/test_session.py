@@ -234,7 +234,7 @@ def test_without_blending_a_round_replaces(scribble_model, clip):
     assert not np.array_equal(before[0], session.labels(0))
 
 
-@pytest.mark.parametrize("size", [None, 48])
+@pytest.mark.parametrize("size", [None, 64])
 def test_a_painted_mask_stays_until_scribbles_correct_it(scribble_model, clip, size):
     frames, truths = clip
     session = ScribbleSession(scribble_model, frames, size=size)

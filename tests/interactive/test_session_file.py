@@ -8,6 +8,7 @@ import pytest
 from drawing import everything, same, stroke
 
 from stm_model.interactive.session import ScribbleSession
+from stm_model.interactive.state import LEVELS
 from stm_model.pictures import read_mask
 
 
@@ -21,7 +22,10 @@ def test_a_saved_session_comes_back_with_all_its_steps(two_rounds, scribble_mode
     assert session.rounds == 1 and session.objects == (1,)
     session.redo()
     session.run()
-    assert same(everything(two_rounds), everything(session))
+    (masks, probabilities, *rest), (other_masks, others, *other_rest) = everything(two_rounds), everything(session)
+    assert np.array_equal(masks, other_masks) and rest == other_rest
+    # frames that are encoded in other groups differ by a rounding, which may cross a step of the kept masks
+    assert (probabilities - others).abs().max() <= 1 / LEVELS + 1e-6
     assert [file.name for file in tmp_path.iterdir()] == ["walk.stm"]
 
 
