@@ -76,7 +76,12 @@ class PublicTracker(Tracker):
 
 
 def build_tracker(
-    version: str, device: str, memory: MemoryRule | str, weights: STM | None = None, compiled: bool = False
+    version: str,
+    device: str,
+    memory: MemoryRule | str,
+    weights: STM | None = None,
+    compiled: bool = False,
+    size: int | None = None,
 ) -> Tracker:
     """The default tracker, or the naive one: float32, NCHW, separate batch norm, whole affinity, expanded maps."""
     model = weights if weights is not None else random_network()
@@ -84,13 +89,13 @@ def build_tracker(
         public = PublicNetwork(model.config)
         public.load_state_dict(model.state_dict())
         public = public.requires_grad_(False).eval().float().to(device, memory_format=torch.contiguous_format)
-        tracker = PublicTracker(public, memory=memory)
+        tracker = PublicTracker(public, memory=memory, size=size)
         tracker.model = public
         return tracker
     from stm_model.runtime import default_dtype
 
     model = model.to(device, default_dtype(device), memory_format=torch.channels_last)
-    return Tracker(model, memory=memory, compiled=compiled)
+    return Tracker(model, memory=memory, compiled=compiled, size=size)
 
 
 def random_network() -> STM:
@@ -160,13 +165,14 @@ def peak_of_process() -> int:
 
 
 def agreement(arguments: argparse.Namespace, frames: np.ndarray, mask: np.ndarray) -> float:
-    """Least J over objects and frames between the masks of both versions with the default weights."""
+    """Least J over objects and frames between the masks of both versions, by the default weights at their own size."""
+    from stm_model.checkpoint import network_size
     from stm_model.evaluation.metrics import region_similarity
 
-    masks = {}
+    masks, size = {}, network_size(None, None, frames.shape[1:3])
     for version in VERSIONS:
         weights = STM.load(device=arguments.device, dtype=torch.float32)
-        tracker = build_tracker(version, arguments.device, "every:5", weights)
+        tracker = build_tracker(version, arguments.device, "every:5", weights, size=size)
         masks[version] = [result.labels for result in tracker.track(frames, {0: mask})]
     return min(
         region_similarity(ours == label, naive == label)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bench.track import build_tracker, random_network, steady_memory, track_until
 from stm_model import STM
+from stm_model.checkpoint import network_size
 from stm_model.data.synthetic import procedural_clip
 from stm_model.evaluation.metrics import region_similarity
 from stm_model.network import fold_batch_norm
@@ -77,7 +78,9 @@ def test_tracked_frame(race: Callable, quick: bool) -> None:
     masks, tracks = {}, {}
     for version in ("naive", "default"):
         weights = STM.load(device="cpu", dtype=torch.float32)
-        tracker = build_tracker(version, "cpu", "every:5", weights)
+        # at the size that these weights were trained on, as `stm track` runs them
+        size = network_size(None, None, frames.shape[1:3])
+        tracker = build_tracker(version, "cpu", "every:5", weights, size=size)
         masks[version] = [result.labels for result in tracker.track(frames[:4], {0: labels[0]})]
         tracks[version] = track_until(build_tracker(version, "cpu", steady_memory(5), weights), frames, labels[0], 5)
     for ours, theirs in zip(*masks.values(), strict=True):
