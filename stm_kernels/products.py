@@ -84,6 +84,9 @@ def product(name: str, left: Tensor, right: Tensor, scratch: Scratch, scale: flo
     if not by_onednn(left, right):
         out = scratch.take(name, len(left), right.shape[1], left.dtype)
         return torch.addmm(out, left, right, beta=0, alpha=scale, out=out)
+    if not (right.is_contiguous() or right.mT.is_contiguous()):
+        # oneDNN takes a thousand times as long over a matrix with gaps
+        right = scratch.take("without gaps", *right.shape, right.dtype).copy_(right)
     # the operator that torch.compile makes of a linear layer: PyTorch gives no other way to choose the library
     products = torch.ops.mkldnn._linear_pointwise(left, right.mT, None, "none", [], "")
     return products if scale == 1 else products.mul_(scale)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stm_kernels import chunked, memory_read, products
 from stm_kernels.affinity import SKIP_POSITIONS
@@ -59,6 +60,25 @@ def test_a_slice_of_a_larger_matrix_is_multiplied_alone(library):
     left, right = torch.randn(40, 50)[3:30, 7:20], torch.randn(13, 90)[:, 5:64]
     found = products.product("any", left, right, products.Scratch(left.device))
     torch.testing.assert_close(found.double(), left.double() @ right.double(), rtol=0, atol=13 * 2**-21)
+
+
+@needs_onednn
+@pytest.mark.parametrize("turned", [False, True])
+def test_onednn_is_given_no_matrix_with_gaps(monkeypatch, turned):
+    class Weights(TorchDispatchMode):
+        seen = None
+
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if operator.overloadpacket is torch.ops.mkldnn._linear_pointwise:
+                self.seen = args[1]
+            return operator(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(products, "mkl_holds_back", lambda: True)
+    monkeypatch.setattr(products, "ONEDNN_MULTIPLICATIONS", 1)
+    right = torch.randn(90, 70)[5:64, 7:20].mT if turned else torch.randn(30, 90)[7:20, 5:64]
+    with Weights() as weights:
+        products.product("any", torch.randn(27, 13), right, products.Scratch(right.device))
+    assert weights.seen.is_contiguous() or weights.seen.mT.is_contiguous()
 
 
 def test_only_large_float32_products_change_the_library(monkeypatch):

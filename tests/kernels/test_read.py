@@ -44,10 +44,10 @@ def test_memory_of_another_grid():
 
 
 def test_frames_are_read_without_a_copy():
-    query_key, *memory = frames(1, 16, 32, T=300, H=12, W=12)
+    query_key, *memory = frames(1, 16, 32, T=600, H=12, W=12)
 
     def part_of_a_longer_memory(tensor):
-        return torch.cat([tensor, tensor], dim=2)[:, :, :300]
+        return torch.cat([tensor, tensor], dim=2)[:, :, :600]
 
     def channels_last(tensor):
         return tensor.to(memory_format=torch.channels_last_3d)

@@ -66,7 +66,7 @@ def test_files_that_are_no_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path, config", [(None, STMConfig.lite()), (DEFAULT_INTERACTIVE_WEIGHTS, STMConfig.small("scribbles"))]
+    "path, config", [(None, STMConfig.lite()), (DEFAULT_INTERACTIVE_WEIGHTS, STMConfig.lite("scribbles"))]
 )
 def test_the_default_weights_are_small_and_load(path, config):
     model = STM.load(path, device="cpu", dtype=torch.float32)
