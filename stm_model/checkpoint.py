@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stm_model.files import whole
+
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "stm_lite.safetensors"
 """The weights that come with the package; their card lies beside them."""
 DEFAULT_INTERACTIVE_WEIGHTS = DEFAULT_WEIGHTS.with_name("stm_interactive_lite.safetensors")
@@ -89,16 +91,22 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, dtype:
         tensors: what to write.
         path: where to, ending in `.safetensors`.
         dtype: floating-point type in the file; None keeps each tensor's own.
+
+    Raises:
+        OSError: it cannot be written; what was there before stays.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path = Path(path)
     stored = {
         name: value.detach().cpu().to(dtype if dtype and value.is_floating_point() else value.dtype).contiguous()
         for name, value in tensors.items()
     }
-    temporary = path.with_name(path.name + ".part")
-    save_file(stored, temporary)
-    # safetensors writes for the owner alone; a file among a package's others is for everybody
-    temporary.chmod(0o644)
-    os.replace(temporary, path)
+    with whole(path) as partial:
+        try:
+            save_file(stored, partial)
+        except SafetensorError as error:
+            # a missing folder or a full disk, without an error number
+            raise OSError(f"{path}: cannot be written ({error})") from error
+        # safetensors writes for the owner alone; a file among a package's others is for everybody
+        partial.chmod(0o644)

@@ -1,5 +1,7 @@
 """What the tests of commands share."""
 
+from collections.abc import Callable
+
 
 def refused(result: tuple[int, str, str], *parts: str) -> bool:
     """Whether a command ended with exit code 2 and one line that has these parts, and printed nothing else."""
@@ -9,3 +11,13 @@ def refused(result: tuple[int, str, str], *parts: str) -> bool:
     for part in parts:
         assert part in err
     return True
+
+
+def gave_up(main: Callable[[], None], monkeypatch, *arguments: object) -> str | None:
+    """Run a script's `main` with arguments: what it says as it gives up, None where it does not."""
+    monkeypatch.setattr("sys.argv", ["script", *map(str, arguments)])
+    try:
+        main()
+    except SystemExit as stop:
+        return str(stop)
+    return None

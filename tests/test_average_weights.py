@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from answers import gave_up
 
 from bench.average_weights import main
 from stm_model.checkpoint import read_tensors, write_tensors
@@ -9,20 +10,20 @@ from stm_model.checkpoint import read_tensors, write_tensors
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Average files of `tmp_path` into out.safetensors; what it says as it gives up, None where it does not."""
+    """Average files of `tmp_path` into one of them."""
     write_tensors({"a": torch.tensor([1.0, 2.0]), "n": torch.tensor(7)}, tmp_path / "one.safetensors")
     write_tensors({"a": torch.tensor([4.0, 8.0]), "n": torch.tensor(9)}, tmp_path / "two.safetensors")
     write_tensors({"a": torch.tensor([4.0]), "n": torch.tensor(9)}, tmp_path / "other.safetensors")
 
-    def call(*files: str) -> str | None:
-        out = str(tmp_path / "out.safetensors")
-        monkeypatch.setattr("sys.argv", ["average", *(str(tmp_path / file) for file in files), "--out", out])
-        try:
-            main()
-        except SystemExit as stop:
-            return str(stop)
+    def call(*files: str, out: str = "out.safetensors") -> str | None:
+        return gave_up(main, monkeypatch, *(tmp_path / file for file in files), "--out", tmp_path / out)
 
     return call
+
+
+def test_a_folder_that_is_missing_is_named(run, tmp_path):
+    said = run("one.safetensors=1", out="none/out.safetensors")
+    assert f"{tmp_path / 'none' / 'out.safetensors'}: cannot be written" in said
 
 
 def test_each_file_counts_as_often_as_is_said(run, tmp_path):

@@ -1,10 +1,12 @@
 """Videos of two objects made of videos of one: what is pasted, where it is written, what is refused."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from answers import gave_up
 
 from bench.pairs import main, pair
 from stm_model import pictures
@@ -45,18 +47,8 @@ def davis_2016(tmp_path) -> Path:
 
 @pytest.fixture
 def run(davis_2016, tmp_path, monkeypatch):
-    """Run the command into `tmp_path / "pairs"`; what it says as it gives up, None where it does not."""
-
-    def call(*options: str) -> str | None:
-        monkeypatch.setattr(
-            "sys.argv", ["pairs", "--data", str(davis_2016), "--out", str(tmp_path / "pairs"), *options]
-        )
-        try:
-            main()
-        except SystemExit as stop:
-            return str(stop)
-
-    return call
+    """Pair the videos into `tmp_path / "pairs"`."""
+    return partial(gave_up, main, monkeypatch, "--data", davis_2016, "--out", tmp_path / "pairs")
 
 
 def test_each_video_shows_its_own_object_and_the_next_ones(run, tmp_path):
