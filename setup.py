@@ -15,7 +15,7 @@ setup(
     packages=find_packages(include=["stm_kernels", "stm_kernels.*", "stm_model", "stm_model.*"]),
     package_data={
         "stm_kernels": ["py.typed"],
-        "stm_model": ["py.typed", "weights/*.safetensors", "weights/*.jsonl", "weights/*.md", "interactive/page/*"],
+        "stm_model": ["py.typed", "weights/*.safetensors", "weights/*.jsonl", "weights/*.md", "interactive/web/page/*"],
     },
     python_requires=">=3.10",
     install_requires=[
@@ -48,7 +48,7 @@ setup(
         "train": ["tensorboard"],
         "app": ["gradio>=6"],
     },
-    entry_points={"console_scripts": ["stm=stm_model.cli:main"]},
+    entry_points={"console_scripts": ["stm=stm_model.commands.main:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Operating System :: POSIX :: Linux",

@@ -16,7 +16,7 @@ from torch import Tensor
 # a checkout that nobody installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from stm_model.checkpoint import read_tensors, write_tensors
+from stm_model.network.weights import read_tensors, write_tensors
 
 
 def average(parts: list[tuple[dict[str, Tensor], float]]) -> dict[str, Tensor]:

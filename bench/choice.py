@@ -26,10 +26,10 @@ from track import device_name
 from stm_kernels import PagedMemory
 from stm_kernels.operator import read_operator
 from stm_model import STM, Tracker
-from stm_model.checkpoint import DEFAULT_WEIGHTS_SIZE
 from stm_model.data.davis import davis_sequences
 from stm_model.data.video import Sequence
 from stm_model.evaluation.metrics import sequence_scores
+from stm_model.network.weights import DEFAULT_WEIGHTS_SIZE
 from stm_model.runtime import default_device
 
 VARIANTS = {"exact": {}, "skip=1e-3": {"skip": 1e-3}, "top_k=30": {"top_k": 30}}

@@ -26,14 +26,14 @@ from typing import Any
 import torch
 from machine import revision
 
-from stm_model.checkpoint import DEFAULT_INTERACTIVE_WEIGHTS, network_size
-from stm_model.interactive.app import serve
 from stm_model.interactive.footage import Footage
 from stm_model.interactive.session import ScribbleSession
-from stm_model.interactive.workbench import Workbench
-from stm_model.media import VideoWriter, open_video
+from stm_model.interactive.web.app import serve
+from stm_model.interactive.web.workbench import Workbench
+from stm_model.io.images import resize_frame
+from stm_model.io.video import VideoWriter, open_video
 from stm_model.network import STM
-from stm_model.pictures import resize_frame
+from stm_model.network.weights import DEFAULT_INTERACTIVE_WEIGHTS, network_size
 from stm_model.runtime import peak_process_memory
 
 HEIGHT, MOST_FRAMES = 480, 300

@@ -10,12 +10,12 @@ import torch
 
 from bench.workers import Result, Task
 from stm_model import STM, Tracker
-from stm_model.budget import EVICTIONS, MemoryBudget, budget_page
-from stm_model.checkpoint import DEFAULT_WEIGHTS_SIZE
 from stm_model.data.davis import davis_sequences
 from stm_model.evaluation.metrics import sequence_scores
 from stm_model.network import STRIDE
-from stm_model.tracker import network_size
+from stm_model.network.weights import DEFAULT_WEIGHTS_SIZE
+from stm_model.tracking.budget import EVICTIONS, MemoryBudget, budget_page
+from stm_model.tracking.tracker import network_size
 
 BUDGET_FRAMES = (5, 10)
 RULES = ("every:1", "every:5")

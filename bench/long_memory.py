@@ -19,8 +19,8 @@ from bench.workers import Result, Task
 from stm_kernels import PagedMemory
 from stm_kernels.testing import draw_problem, make_problem, sample_of
 from stm_kernels.timing import call_seconds
-from stm_model.budget import MemoryBudget, budget_page
-from stm_model.memory import MemoryBank, MemoryRule
+from stm_model.tracking.budget import MemoryBudget, budget_page
+from stm_model.tracking.memory import MemoryBank, MemoryRule
 
 READERS = ("naive", "everything kept", "fifo", "importance", "host pages")
 

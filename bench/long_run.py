@@ -24,8 +24,8 @@ from tqdm import tqdm
 from bench.machine import ROOT
 from bench.workers import Result
 from stm_model import STM, STMConfig
-from stm_model.checkpoint import write_tensors
 from stm_model.data.synthetic import procedural_clip
+from stm_model.network.weights import write_tensors
 from stm_model.training.state import initialize
 
 SAMPLE_SECONDS = 0.2
@@ -97,8 +97,8 @@ def track_long_video(video: LongVideo, device: torch.device, threads: int) -> Re
 
 def prepare(video: LongVideo, folder: Path, device: torch.device) -> list[str]:
     """Write the video, its mask and a network; the command that tracks it."""
-    from stm_model.media import VideoWriter
-    from stm_model.pictures import write_mask
+    from stm_model.io.images import write_mask
+    from stm_model.io.video import VideoWriter
 
     frames, labels = procedural_clip(video.clip, video.size, video.objects, video.seed)
     with VideoWriter(folder / "video.mp4") as writer:
@@ -111,7 +111,7 @@ def prepare(video: LongVideo, folder: Path, device: torch.device) -> list[str]:
     initialize(network)
     write_tensors(network.state_dict(), folder / "network.safetensors")
     paths = {"--mask": "mask.png", "--out": "out", "--checkpoint": "network.safetensors"}
-    command = [sys.executable, "-m", "stm_model.cli", "track", str(folder / "video.mp4")]
+    command = [sys.executable, "-m", "stm_model", "track", str(folder / "video.mp4")]
     command += [word for option, name in paths.items() for word in (option, str(folder / name))]
     command += ["--memory", video.memory, "--memory-budget", video.budget, "--dtype", "float32"]
     return [*command, "--device", str(device)]

@@ -26,7 +26,7 @@ from stm_model.data.augment import paste_objects, visible_objects
 from stm_model.data.clips import Clip, clip_of, generator
 from stm_model.data.davis import davis_sequences
 from stm_model.data.video import Sequence
-from stm_model.pictures import by, encode_jpeg, write_mask
+from stm_model.io.images import by, encode_jpeg, write_mask
 
 QUALITY = 95
 

@@ -31,13 +31,13 @@ import torch
 # a checkout that nobody installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import stm_model.tracker
+import stm_model.tracking.tracker
 from bench.track import OBJECTS, VERSIONS, agreement, build_tracker, device_name, steady_memory, synchronize
 from bench.workers import write_json
 from stm_model.data.synthetic import procedural_clip
-from stm_model.media import VideoWriter, open_video
-from stm_model.overlap import Ahead, Behind
-from stm_model.pictures import overlay, write_mask
+from stm_model.io.images import overlay, write_mask
+from stm_model.io.threads import Ahead, Behind
+from stm_model.io.video import VideoWriter, open_video
 
 STAGES = ("decode", "query encoder", "memory encoder", "read", "decoder", "aggregation", "resize, labels", "write")
 COLOURS = ("#999999", "#0072b2", "#56b4e9", "#d55e00", "#009e73", "#f0e442", "#cc79a7", "#444444")
@@ -109,11 +109,11 @@ class Pipeline:
 
     def step(self) -> dict[str, list[float]]:
         """Decode, track and write a frame; the seconds of its stages."""
-        aggregate = self.clock.timed("aggregation", stm_model.tracker.soft_aggregate)
+        aggregate = self.clock.timed("aggregation", stm_model.tracking.tracker.soft_aggregate)
         with self.clock.stage("decode"):
             frame = next(self.source)
         self.waiting.append(frame)
-        with self.clock.stage("track"), mock.patch.object(stm_model.tracker, "soft_aggregate", aggregate):
+        with self.clock.stage("track"), mock.patch.object(stm_model.tracking.tracker, "soft_aggregate", aggregate):
             result = next(self.track)
         with self.clock.stage("write"):
             self.write(iter([(result.index, result.labels, frame)]))

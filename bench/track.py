@@ -25,14 +25,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import stm_model.memory
+import stm_model.tracking.memory
 from stm_kernels import PagedMemory
 from stm_model import STM, Tracker
 from stm_model.data.synthetic import procedural_clip
-from stm_model.memory import MemoryRule
 from stm_model.network import Query
 from stm_model.network.encoders import FrameFeatures
-from stm_model.tracker import FrameResult
+from stm_model.tracking.memory import MemoryRule
+from stm_model.tracking.tracker import FrameResult
 from stm_model.training.state import initialize
 
 OBJECTS = 2
@@ -68,7 +68,7 @@ class PublicTracker(Tracker):
         results = super().track(*inputs, **options)
         while True:
             # only while this tracker works: others run in between
-            with mock.patch.object(stm_model.memory, "PagedMemory", PublicMemory):
+            with mock.patch.object(stm_model.tracking.memory, "PagedMemory", PublicMemory):
                 result = next(results, None)
             if result is None:
                 return
@@ -166,8 +166,8 @@ def peak_of_process() -> int:
 
 def agreement(arguments: argparse.Namespace, frames: np.ndarray, mask: np.ndarray) -> float:
     """Least J over objects and frames between the masks of both versions, by the default weights at their own size."""
-    from stm_model.checkpoint import network_size
     from stm_model.evaluation.metrics import region_similarity
+    from stm_model.network.weights import network_size
 
     masks, size = {}, network_size(None, None, frames.shape[1:3])
     for version in VERSIONS:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.track import device_name
-from stm_model.files import write_json
+from stm_model.io.files import write_json
 from stm_model.runtime import default_device
 
 BASE = {
@@ -69,7 +69,7 @@ def command(arguments: argparse.Namespace, name: str, seed: int) -> list[str]:
     paths = {"--data": arguments.data, "--trunk": arguments.trunk, "--out": folder(arguments.out, name, seed)}
     options = [word for option, value in settings.items() for word in (option, *value.split())]
     files = [str(word) for pair in paths.items() for word in pair]
-    return [sys.executable, "-m", "stm_model.cli", "train", "--preset", "lite", *options, *files]
+    return [sys.executable, "-m", "stm_model", "train", "--preset", "lite", *options, *files]
 
 
 def outcome(run: Path, steps: int) -> dict[str, float] | None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from stm_model.cli import main
-from stm_model.media import open_video
+from stm_model.commands.main import main
+from stm_model.io.video import open_video
 
 EVERY = 2
 """One frame of so many is shown."""

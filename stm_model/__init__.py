@@ -10,7 +10,7 @@ def __getattr__(name: str):
 
         return getattr(network, name)
     if name == "Tracker":
-        from stm_model.tracker import Tracker
+        from stm_model.tracking.tracker import Tracker
 
         return Tracker
     raise AttributeError(f"module 'stm_model' has no attribute {name!r}")

@@ -1,11 +1,20 @@
 """Shared by all rooms: without a GPU the Triton kernels run in Triton's interpreter; a tiny network."""
 
 import os
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from stm_model import STM
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 if not torch.cuda.is_available():
     # read by triton when a kernel is defined, so it must stand before the first import of one
@@ -29,10 +38,55 @@ def pytest_configure(config: pytest.Config) -> None:
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A network small enough to run in milliseconds; it has learnt nothing."""
     from stm_model import STM, STMConfig
-    from stm_model.checkpoint import write_tensors
+    from stm_model.network.weights import write_tensors
 
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     model = STM(STMConfig("resnet18", key_channels=16, value_channels=16, decoder_channels=16))
     write_tensors(model.state_dict(), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real frames and reference numbers, which lie beside the project where there are any."""
+    if not SHARED.is_dir():
+        pytest.skip("the shared data is not here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def parity_tensors(shared_data):
+    """The generated weights with which the released model computed its reference numbers."""
+    sys.path.insert(0, str(shared_data / "stm_parity"))
+    import weights
+
+    return weights.torch_state_dict()
+
+
+@pytest.fixture(scope="session")
+def released_model(parity_tensors) -> "STM":
+    """The network in the released shape with the generated weights, float32."""
+    from stm_model import STM
+
+    model = STM().eval().requires_grad_(False)
+    model.load_state_dict(parity_tensors)
+    return model
+
+
+@pytest.fixture(scope="session")
+def small_model() -> "STM":
+    """An untrained small network whose masks are far from empty and far from full."""
+    from stm_model import STM, STMConfig
+
+    torch.manual_seed(0)
+    model = STM(STMConfig(backbone="resnet18", key_channels=16, value_channels=32, decoder_channels=16))
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def clip() -> "tuple[np.ndarray, np.ndarray]":
+    """Eight small frames with two objects."""
+    from stm_model.data.synthetic import procedural_clip
+
+    return procedural_clip(frames=8, size=(70, 90), objects=2, seed=3)

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 import stm_kernels
 import stm_model
-from stm_model.cli import main
+from stm_model.commands.main import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,7 +53,7 @@ def test_the_version_and_the_command_are_those_of_the_package():
     arguments = _setup_arguments()
     assert arguments["version"] == stm_model.__version__ == stm_kernels.__version__
     assert f"## {arguments['version']}" in (ROOT / "CHANGELOG.md").read_text()
-    assert arguments["entry_points"] == {"console_scripts": ["stm=stm_model.cli:main"]} and callable(main)
+    assert arguments["entry_points"] == {"console_scripts": ["stm=stm_model.commands.main:main"]} and callable(main)
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.13"])
@@ -75,7 +75,7 @@ def test_every_package_and_weight_is_shipped():
     shipped = {
         file for package in patterns for pattern in patterns[package] for file in ROOT.glob(f"{package}/{pattern}")
     }
-    folders = (ROOT / "stm_model" / name for name in ("weights", "interactive/page"))
+    folders = (ROOT / "stm_model" / name for name in ("weights", "interactive/web/page"))
     files = {file for folder in folders for file in folder.iterdir() if not file.name.startswith(".")}
     assert files | {ROOT / package / "py.typed" for package in ("stm_kernels", "stm_model")} == shipped
 
@@ -85,8 +85,8 @@ def test_every_package_and_weight_is_shipped():
     [
         ("stm_kernels", "triton numpy scipy PIL av tyro tqdm safetensors matplotlib gradio"),
         ("stm_model", "torch numpy triton scipy PIL av tyro tqdm safetensors matplotlib gradio"),
-        ("stm_model.network, stm_model.tracker", "triton scipy PIL av tyro tqdm matplotlib gradio"),
-        ("stm_model.media", "torch triton scipy tyro tqdm safetensors matplotlib gradio"),
+        ("stm_model.network, stm_model.tracking.tracker", "triton scipy PIL av tyro tqdm matplotlib gradio"),
+        ("stm_model.io.video", "torch triton scipy tyro tqdm safetensors matplotlib gradio"),
         ("stm_model.evaluation.metrics", "torch triton PIL av tyro tqdm safetensors matplotlib gradio"),
     ],
 )

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from bench.track import build_tracker, random_network, steady_memory, track_until
 from stm_model import STM
-from stm_model.checkpoint import network_size
 from stm_model.data.synthetic import procedural_clip
 from stm_model.evaluation.metrics import region_similarity
 from stm_model.network import fold_batch_norm
+from stm_model.network.weights import network_size
 from stm_model.runtime import default_dtype
 
 OBJECTS = 2

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from stm_model.pictures import VOID, MediaError
+from stm_model.io.images import VOID, MediaError
 
 
 class Clip(NamedTuple):

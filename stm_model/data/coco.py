@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stm_model import pictures
 from stm_model.data.video import same_size
-from stm_model.pictures import VOID, MediaError
+from stm_model.io import images
+from stm_model.io.images import VOID, MediaError
 
 
 class CocoImage(NamedTuple):
@@ -27,7 +27,7 @@ class CocoImage(NamedTuple):
         Raises:
             MediaError: the image cannot be read, or its annotations not understood.
         """
-        frame = pictures.read_image(self.path)
+        frame = images.read_image(self.path)
         labels = np.zeros(frame.shape[:2], dtype=np.uint8)
         label = 0
         for annotation in self.annotations[: VOID - 1]:
@@ -105,7 +105,7 @@ def decode_segmentation(segmentation: list | dict, size: tuple[int, int]) -> np.
     """
     if isinstance(segmentation, dict):
         return decode_runs(segmentation["counts"], segmentation["size"])
-    return pictures.fill_polygons(size, segmentation)
+    return images.fill_polygons(size, segmentation)
 
 
 def decode_runs(counts: Sequence[int] | str, size: Sequence[int]) -> np.ndarray:

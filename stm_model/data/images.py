@@ -13,10 +13,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from stm_model import pictures
 from stm_model.data import video
 from stm_model.data.augment import random_color, random_region, random_view, visible_objects
 from stm_model.data.clips import Clip, DrawnClips, clip_of
+from stm_model.io.images import VOID, MediaError, has_palette, picture_files, read_image, read_mask
 
 _MASK_FOLDER = re.compile(r"mask|gt|ground|annotation|label|segmentation", re.IGNORECASE)
 
@@ -46,19 +46,19 @@ class ImageFile(NamedTuple):
     mask_path: Path
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
-        return video.same_size(pictures.read_image(self.image_path), _read_image_mask(self.mask_path), self.mask_path)
+        return video.same_size(read_image(self.image_path), _read_image_mask(self.mask_path), self.mask_path)
 
 
 def _read_image_mask(path: Path) -> np.ndarray:
     """Labels of a palette or label picture; a grey one that reaches white, or has soft edges, shows one object."""
-    if pictures.has_palette(path):
-        return pictures.read_mask(path)
+    if has_palette(path):
+        return read_mask(path)
     try:
-        labels = pictures.read_mask(path)
-    except pictures.MediaError:
+        labels = read_mask(path)
+    except MediaError:
         # soft edges or JPEG; what cannot be read at all fails again
-        return pictures.read_mask(path, binary=True)
-    return pictures.read_mask(path, binary=True) if labels.max() == pictures.VOID else labels
+        return read_mask(path, binary=True)
+    return read_mask(path, binary=True) if labels.max() == VOID else labels
 
 
 def frames_as_images(sequences: Iterable[video.Sequence]) -> list[SequenceFrame]:
@@ -116,10 +116,10 @@ def _pairs(folder: Path) -> list[ImageFile]:
     """Pairs that lie in a folder, or in its two subfolders."""
     inside = sorted(path for path in folder.iterdir() if path.is_dir())
     masks = [path for path in inside if _MASK_FOLDER.search(path.name)]
-    images = [path for path in inside if path not in masks and pictures.picture_files(path)]
+    images = [path for path in inside if path not in masks and picture_files(path)]
     if len(masks) == len(images) == 1:
-        return _match(pictures.picture_files(images[0]), pictures.picture_files(masks[0]), folder)
-    files = pictures.picture_files(folder)
+        return _match(picture_files(images[0]), picture_files(masks[0]), folder)
+    files = picture_files(folder)
     photographs = [path for path in files if path.suffix.lower() in (".jpg", ".jpeg")]
     beside = [path for path in files if path not in photographs]
     # pictures of one kind alone are one half of a pair of folders

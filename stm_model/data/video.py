@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from stm_model import pictures
 from stm_model.data.augment import random_color, random_view, visible_objects
 from stm_model.data.clips import Clip, DrawnClips, clip_of
-from stm_model.pictures import MediaError
+from stm_model.io import images
+from stm_model.io.images import MediaError
 
 
 class Sequence(NamedTuple):
@@ -30,7 +30,7 @@ class Sequence(NamedTuple):
 
     def load(self) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
         """All frames uint8 `[H, W, 3]` and all label maps uint8 `[H, W]`, None where there is no mask."""
-        return [pictures.read_image(path) for path in self.frame_paths], [
+        return [images.read_image(path) for path in self.frame_paths], [
             None if path is None else read_labels(path) for path in self.mask_paths
         ]
 
@@ -41,12 +41,12 @@ class Sequence(NamedTuple):
             MediaError: a file cannot be read, or the two differ in size.
         """
         mask_path = self.mask_paths[index]
-        return same_size(pictures.read_image(self.frame_paths[index]), read_labels(mask_path), mask_path)
+        return same_size(images.read_image(self.frame_paths[index]), read_labels(mask_path), mask_path)
 
 
 def read_labels(path: Path) -> np.ndarray:
     """Labels of an annotation; DAVIS-2016's 255 is its one object."""
-    labels = pictures.read_mask(path)
+    labels = images.read_mask(path)
     return np.where(labels == 255, 1, labels).astype(np.uint8) if set(np.unique(labels)) <= {0, 255} else labels
 
 
@@ -54,7 +54,7 @@ def same_size(frame: np.ndarray, labels: np.ndarray, mask_path: Path) -> tuple[n
     """A frame and its labels; MediaError where they differ in size."""
     if frame.shape[:2] != labels.shape:
         raise MediaError(
-            f"{mask_path}: the mask is {pictures.by(labels.shape)} pixels, its frame {pictures.by(frame.shape)}"
+            f"{mask_path}: the mask is {images.by(labels.shape)} pixels, its frame {images.by(frame.shape)}"
         )
     return frame, labels
 
@@ -100,7 +100,7 @@ class VideoClips(DrawnClips):
         pairs = {index: source.load_pair(index) for index in set(indices)}
         sizes = {pairs[index][1].shape for index in indices}
         if len(sizes) > 1:
-            sizes = " and ".join(pictures.by(size) for size in sorted(sizes))
+            sizes = " and ".join(images.by(size) for size in sorted(sizes))
             raise MediaError(f"sequence {source.name}: frames differ in size: {sizes} pixels")
         clip = clip_of(*zip(*(pairs[index] for index in indices), strict=True))
         clip = random_view(clip.frames, clip.labels, self.size, random, jitter=self.motion, bend=self.motion)

@@ -17,6 +17,8 @@ from typing import Any, Literal
 import torch
 
 from stm_model import __version__
+from stm_model.distributed import Ranks
+from stm_model.evaluation.predict import Speed, TrackingSettings, track_videos
 from stm_model.evaluation.protocol import Dataset, open_dataset
 from stm_model.evaluation.scoring import find_results, score
 from stm_model.evaluation.studies import STUDIES, run_study
@@ -27,12 +29,10 @@ from stm_model.evaluation.tables import (
     summarize,
     write_score_tables,
 )
-from stm_model.evaluation.tracking import Speed, TrackingSettings, track_videos
-from stm_model.files import write_json
-from stm_model.memory import MemoryRule
+from stm_model.io.files import write_json
 from stm_model.network import STRIDE
-from stm_model.ranks import Ranks
 from stm_model.runtime import default_device, default_dtype
+from stm_model.tracking.memory import MemoryRule
 
 SUMMARY = "evaluation.json"
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from stm_model.evaluation.scoring import ObjectScore
 from stm_model.evaluation.studies import PERCENTILES, Study
-from stm_model.pictures import VOID
+from stm_model.io.images import VOID
 
 # Okabe & Ito's, told apart with any kind of colour vision
 FALSE_POSITIVE, FALSE_NEGATIVE, CONFUSED = (213, 94, 0), (0, 114, 178), (204, 121, 167)

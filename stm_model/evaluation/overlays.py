@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from stm_model.evaluation.protocol import Dataset
 from stm_model.evaluation.scoring import find_results, read_result
-from stm_model.pictures import overlay, read_image
+from stm_model.io.images import overlay, read_image
 
 
 def write_overlays(dataset: Dataset, masks: Path, out: Path, binary: bool) -> dict[str, Path]:
@@ -24,7 +24,7 @@ def write_overlays(dataset: Dataset, masks: Path, out: Path, binary: bool) -> di
         Video → file.
     """
     # only here: what runs without --overlay must not need PyAV
-    from stm_model.media import VideoWriter
+    from stm_model.io.video import VideoWriter
 
     out.mkdir(parents=True, exist_ok=True)
     files = {}

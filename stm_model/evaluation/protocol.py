@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from stm_model import pictures
-from stm_model.pictures import VOID, MediaError
+from stm_model.io import images
+from stm_model.io.images import VOID, MediaError
 
 SEEN, UNSEEN = "seen", "unseen"
 
@@ -65,7 +65,7 @@ class Video:
 
     def is_black_and_white(self) -> bool:
         """Whether its one object is annotated by 255, as DAVIS-2016 is released."""
-        return self.single_object and set(np.unique(pictures.read_mask(self.annotations[0]))) == {0, VOID}
+        return self.single_object and set(np.unique(images.read_mask(self.annotations[0]))) == {0, VOID}
 
     def mask_name(self, frame: int) -> str:
         """File name of a frame's mask in a submission."""
@@ -117,7 +117,7 @@ def open_dataset(
 
 def read_annotation(path: Path, single_object: bool) -> np.ndarray:
     """Labels of an annotation; with `single_object` any object is label 1, and so is 255 where nothing else is."""
-    labels = pictures.read_mask(path)
+    labels = images.read_mask(path)
     if not single_object:
         return labels
     if labels[(labels > 0) & (labels < VOID)].size:
@@ -231,7 +231,7 @@ def _open_lvos(root: Path, split: str | None, resolution: str | None, wanted: se
         for frame in sorted(annotations):
             if known:
                 scored[frame] = known
-            entering = tuple(sorted(set(_labels_in(pictures.read_mask(annotations[frame]))) - set(known)))
+            entering = tuple(sorted(set(_labels_in(images.read_mask(annotations[frame]))) - set(known)))
             if entering:
                 entries[frame] = entering
                 known = tuple(sorted((*known, *entering)))
@@ -267,7 +267,7 @@ def _refuse_resolution(resolution: str | None) -> None:
 
 
 def _pictures(folder: Path, owner: str) -> tuple[Path, ...]:
-    files = pictures.picture_files(folder) if folder.is_dir() else []
+    files = images.picture_files(folder) if folder.is_dir() else []
     if not files:
         raise FileNotFoundError(f"{owner}: no pictures in {folder}")
     return tuple(files)

@@ -16,7 +16,7 @@ from stm_model.evaluation import figures
 from stm_model.evaluation.protocol import Video
 from stm_model.evaluation.scoring import ObjectScore, find_results, read_result
 from stm_model.evaluation.tables import QUOTED, Evaluation, mean_region
-from stm_model.pictures import contact_sheet, overlay, read_image, resize_frame, write_image
+from stm_model.io.images import contact_sheet, overlay, read_image, resize_frame, write_image
 
 WORST_FRAMES = 6
 SHEET_VIDEOS, SHEET_FRAMES = 12, 4

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from stm_model.evaluation.metrics import Statistics, contour_accuracy, region_similarity, statistics
 from stm_model.evaluation.protocol import Dataset, Video
-from stm_model.pictures import VOID, MediaError, by, read_mask
+from stm_model.io.images import VOID, MediaError, by, read_mask
 
 CHUNK = 32
 """Frames that a process scores at a time."""

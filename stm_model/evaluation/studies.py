@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from stm_model.distributed import Ranks
+from stm_model.evaluation.predict import Speed, TrackingSettings, track_videos_apart
 from stm_model.evaluation.protocol import Dataset
 from stm_model.evaluation.scoring import ObjectScore, score
 from stm_model.evaluation.tables import summarize, write_csv
-from stm_model.evaluation.tracking import Speed, TrackingSettings, track_videos_apart
-from stm_model.ranks import Ranks
 
 PERCENTILES = tuple(range(101))
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from stm_model.evaluation.predict import Speed
 from stm_model.evaluation.protocol import SEEN, UNSEEN, Dataset
 from stm_model.evaluation.scoring import ObjectScore
-from stm_model.evaluation.tracking import Speed
-from stm_model.files import whole
+from stm_model.io.files import whole
 
 
 @dataclass(frozen=True)

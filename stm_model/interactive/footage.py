@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from stm_model.media import BrokenVideo, open_video
-from stm_model.pictures import MediaError
+from stm_model.io.images import MediaError
+from stm_model.io.video import BrokenVideo, open_video
 
 
 class Footage:

@@ -16,7 +16,7 @@ import numpy as np
 from scipy import ndimage
 from scipy.stats import binom
 
-from stm_model.files import whole
+from stm_model.io.files import whole
 
 Scribble = Mapping[str, Any]
 

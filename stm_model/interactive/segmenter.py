@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from stm_kernels import memory_read
 from stm_model.network import STM, STRIDE, Query, as_positions, fold_batch_norm, soft_aggregate
 from stm_model.network.encoders import FrameFeatures
-from stm_model.tracker import check_frame, network_size, pad_to_stride
+from stm_model.tracking.tracker import check_frame, network_size, pad_to_stride
 
 BATCH_BYTES = 64 * 2**20
 """What the decoder may hold of the frames that are segmented together, roughly."""

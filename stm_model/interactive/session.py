@@ -20,7 +20,7 @@ from stm_model.interactive.segmenter import Annotation, Memory, Segmenter
 from stm_model.interactive.session_file import describe_video, read_session, write_session
 from stm_model.interactive.state import NO_MASKS, FrameMasks, State, blend_weights, mix, unpack_bits
 from stm_model.network import STM
-from stm_model.tracker import Tracker
+from stm_model.tracking.tracker import Tracker
 
 Progress = Callable[[int, int], Any]
 """Called with the frames done and the frames in all. What it raises stops the work and leaves the session as it was."""
@@ -281,8 +281,8 @@ class ScribbleSession:
             ValueError: the folder is not empty.
         """
         # here alone, so that a session runs without PyAV
-        from stm_model.media import VideoWriter
-        from stm_model.pictures import overlay, write_mask
+        from stm_model.io.images import overlay, write_mask
+        from stm_model.io.video import VideoWriter
 
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

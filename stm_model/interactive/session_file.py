@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from stm_model.files import whole
 from stm_model.interactive.scribbles import MOST_LABEL, check_scribbles
 from stm_model.interactive.state import FrameMasks, State, unpack_bits
-from stm_model.pictures import by
+from stm_model.io.files import whole
+from stm_model.io.images import by
 
 VERSION = 1
 MOST_BYTES = 2 * 2**30

@@ -7,7 +7,7 @@ import torch
 from scipy import ndimage
 
 from stm_model.interactive.scribbles import polyline, thin
-from stm_model.pictures import VOID
+from stm_model.io.images import VOID
 
 MOST_STROKES = 3
 """Strokes of one scribble: at most so many pieces of a region get one."""

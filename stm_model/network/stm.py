@@ -11,10 +11,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from stm_model.checkpoint import DEFAULT_WEIGHTS, check_tensors, read_tensors
 from stm_model.network.backbones import BACKBONES
 from stm_model.network.decoder import Decoder
 from stm_model.network.encoders import GUIDANCE, FrameFeatures, KeyValue, MemoryEncoder, QueryEncoder
+from stm_model.network.weights import DEFAULT_WEIGHTS, check_tensors, read_tensors
 from stm_model.runtime import default_device, default_dtype
 
 STRIDE = 16

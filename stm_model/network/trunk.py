@@ -8,9 +8,9 @@ import re
 import torch
 from torch import nn
 
-from stm_model.checkpoint import check_tensors, read_tensors
 from stm_model.network.backbones import BACKBONES
 from stm_model.network.stm import STM
+from stm_model.network.weights import check_tensors, read_tensors
 
 _LITE_STAGES = {"res2": (0, 1, 2), "res3": (3, 4), "res4": (5, 6, 7, 8, 9, 10)}
 """EfficientNet-Lite0 counts its blocks through."""

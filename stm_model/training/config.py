@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from stm_model.checkpoint import DEFAULT_WEIGHTS
 from stm_model.network import STRIDE, STMConfig
+from stm_model.network.weights import DEFAULT_WEIGHTS
 
 
 @dataclass(frozen=True)

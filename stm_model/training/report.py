@@ -16,9 +16,9 @@ from stm_model.data.augment import visible_objects
 from stm_model.data.clips import Clip, clip_of
 from stm_model.data.video import Sequence
 from stm_model.evaluation.metrics import sequence_scores
+from stm_model.io.images import contact_sheet, overlay, write_image
 from stm_model.network import STM
-from stm_model.pictures import contact_sheet, overlay, write_image
-from stm_model.tracker import Tracker, pad_to_stride
+from stm_model.tracking.tracker import Tracker, pad_to_stride
 from stm_model.training.config import TrainConfig
 from stm_model.training.rounds import segment_rounds
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from stm_model.checkpoint import check_tensors, read_tensors, write_tensors
-from stm_model.files import write_checkpoint
+from stm_model.io.files import write_checkpoint
 from stm_model.network import STM, STMConfig, scribble_tensors
 from stm_model.network.decoder import ResBlock
 from stm_model.network.efficientnet import InvertedResidual
 from stm_model.network.resnet import BasicBlock, Bottleneck
 from stm_model.network.trunk import load_trunk
+from stm_model.network.weights import check_tensors, read_tensors, write_tensors
 from stm_model.runtime import default_dtype
 from stm_model.training.config import TrainConfig
 

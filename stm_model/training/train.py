@@ -1,6 +1,6 @@
 """Train the network: `stm train --out RUN --data DAVIS`.
 
-On N GPUs `torchrun --nproc-per-node N -m stm_model.cli train --out RUN --data DAVIS`, which gives the same weights.
+On N GPUs `torchrun --nproc-per-node N -m stm_model train --out RUN --data DAVIS`, which gives the same weights.
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from stm_model import media, pictures
-from stm_model.cli import main
+from stm_model.commands.main import main
 from stm_model.data.synthetic import procedural_clip
+from stm_model.io import images
+from stm_model.io.video import VideoWriter
 
 
 @pytest.fixture(scope="session")
@@ -14,13 +15,13 @@ def clip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
     frames, labels = procedural_clip(frames=8, size=(48, 80), objects=2, seed=1)
     labels = np.array([0, 7, 9], dtype=np.uint8)[labels]
-    with media.VideoWriter(folder / "clip.mp4") as writer:
+    with VideoWriter(folder / "clip.mp4") as writer:
         for frame in frames:
             writer.write(frame)
     (folder / "true").mkdir()
     for index, mask in enumerate(labels):
-        pictures.write_mask(folder / "true" / f"{index:05d}.png", mask)
-    pictures.write_mask(folder / "mask.png", labels[0])
+        images.write_mask(folder / "true" / f"{index:05d}.png", mask)
+    images.write_mask(folder / "mask.png", labels[0])
     return folder
 
 

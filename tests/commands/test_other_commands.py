@@ -10,7 +10,7 @@ import torch
 import tyro
 from answers import refused
 
-from stm_model.cli import main
+from stm_model.commands.main import main
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_help_comes_without_importing_anything_heavy(capsys):
     assert "--resize-mask" in capsys.readouterr().out
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("stm-kernels 0.")
-    code = "import sys, stm_model.cli as cli; cli.main(['track', '--help']); print(*sys.modules)"
+    code = "import sys, stm_model.commands.main as cli; cli.main(['track', '--help']); print(*sys.modules)"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, check=True, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True)
     assert "--resize-mask" in done.stdout and not {"torch", "av", "numpy"} & set(done.stdout.split())

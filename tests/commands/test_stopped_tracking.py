@@ -8,12 +8,15 @@ import sys
 import time
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
 
-from stm_model import Tracker, media, pictures
+from stm_model import Tracker
 from stm_model.data.synthetic import procedural_clip
+from stm_model.io import images
+from stm_model.io.video import VideoWriter, open_video
 
 FRAMES = 8
 
@@ -21,10 +24,10 @@ FRAMES = 8
 def test_a_broken_video_keeps_what_was_tracked(track, tmp_path):
     random = np.random.default_rng(0)
     path = tmp_path / "cut.mkv"
-    with media.VideoWriter(tmp_path / "whole.mp4") as writer:
+    with VideoWriter(tmp_path / "whole.mp4") as writer:
         for _ in range(24):
             writer.write(random.integers(0, 255, (48, 80, 3), dtype=np.uint8))
-    with media.av.open(str(tmp_path / "whole.mp4")) as source, media.av.open(str(path), "w") as target:
+    with av.open(str(tmp_path / "whole.mp4")) as source, av.open(str(path), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(video=0):
             if packet.dts is not None:
@@ -43,7 +46,7 @@ def test_a_broken_video_keeps_what_was_tracked(track, tmp_path):
     )
     assert "breaks off" in summary["stopped"]
     assert len(list((tmp_path / "out" / "masks").iterdir())) == count
-    assert media.open_video(tmp_path / "out" / "overlay.mp4").frame_count == count
+    assert open_video(tmp_path / "out" / "overlay.mp4").frame_count == count
 
 
 def _stop_after(monkeypatch, error, count=3):
@@ -72,14 +75,14 @@ def test_whatever_stops_a_run_keeps_what_was_tracked(track, tmp_path, monkeypatc
     assert result == code
     assert err.startswith(f"stm: error: {words}") and "masks of 3 frames are kept" in err and err.count("\n") == 1
     assert len(list((tmp_path / "out" / "masks").iterdir())) == 3
-    assert media.open_video(tmp_path / "out" / "overlay.mp4").frame_count == 3
+    assert open_video(tmp_path / "out" / "overlay.mp4").frame_count == 3
     assert words in json.loads((tmp_path / "out" / "summary.json").read_text())["stopped"]
 
 
 @pytest.mark.parametrize("written", [0, 3, FRAMES - 1])
 def test_a_disk_that_is_full_ends_the_run(track, tmp_path, monkeypatch, written):
     """What fails in the writing thread ends the tracking, with the same line."""
-    write, names = pictures.write_mask, []
+    write, names = images.write_mask, []
 
     def until_full(path, labels):
         if len(names) == written:
@@ -87,7 +90,7 @@ def test_a_disk_that_is_full_ends_the_run(track, tmp_path, monkeypatch, written)
         names.append(path.name)
         write(path, labels)
 
-    monkeypatch.setattr(pictures, "write_mask", until_full)
+    monkeypatch.setattr(images, "write_mask", until_full)
     code, out, err = track()
     assert code == 2 and err.count("\n") == 1
     assert err.startswith("stm: error: ") and f"{written:05d}.png: No space left on device" in err
@@ -96,7 +99,7 @@ def test_a_disk_that_is_full_ends_the_run(track, tmp_path, monkeypatch, written)
     assert not list((tmp_path / "out").glob(".*"))
     if written:
         assert f"masks of {written} frames are kept" in err
-        assert media.open_video(tmp_path / "out" / "overlay.mp4").frame_count == written
+        assert open_video(tmp_path / "out" / "overlay.mp4").frame_count == written
 
 
 def test_a_bug_of_ours_shows_its_traceback(track, tmp_path, monkeypatch):
@@ -109,12 +112,12 @@ def test_a_bug_of_ours_shows_its_traceback(track, tmp_path, monkeypatch):
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
 def test_ctrl_c_keeps_what_was_tracked(weights, tmp_path):
     frames, labels = procedural_clip(frames=24, size=(240, 432), objects=1)
-    with media.VideoWriter(tmp_path / "clip.mp4") as writer:
+    with VideoWriter(tmp_path / "clip.mp4") as writer:
         for frame in np.concatenate([frames, frames[::-1]] * 8):
             writer.write(frame)
-    pictures.write_mask(tmp_path / "mask.png", labels[0])
+    images.write_mask(tmp_path / "mask.png", labels[0])
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "stm_model.cli", "track", "clip.mp4", "--mask", "mask.png", "--out", "out"]
+    command = [sys.executable, "-m", "stm_model", "track", "clip.mp4", "--mask", "mask.png", "--out", "out"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(
         [*command, "--checkpoint", str(weights), "--device", "cpu"],
@@ -135,5 +138,5 @@ def test_ctrl_c_keeps_what_was_tracked(weights, tmp_path):
     assert process.returncode == 130, err
     count = len(list((out / "masks").glob("?????.png")))
     assert "interrupted; the masks of" in err and "Traceback" not in err and 4 <= count < 384
-    assert media.open_video(out / "overlay.mp4").frame_count == count
+    assert open_video(out / "overlay.mp4").frame_count == count
     assert json.loads((out / "summary.json").read_text())["stopped"] == "interrupted"

@@ -9,9 +9,11 @@ import pytest
 import torch
 from answers import refused
 
-from stm_model import STM, Tracker, media, pictures
-from stm_model.cli import main
+from stm_model import STM, Tracker
+from stm_model.commands.main import main
 from stm_model.evaluation.metrics import sequence_scores
+from stm_model.io import images
+from stm_model.io.video import VideoFile, open_video
 
 FRAMES = 8
 CLIP = Path(__file__).parents[3] / "shared" / "data" / "clips" / "bear_480p"
@@ -22,9 +24,9 @@ def test_track_writes_masks_overlay_and_summary(track, clip, tmp_path):
     assert (code, err) == (0, "")
     files = sorted((tmp_path / "out" / "masks").iterdir())
     assert [file.name for file in files] == [f"{index:05d}.png" for index in range(FRAMES)]
-    np.testing.assert_array_equal(pictures.read_mask(files[0]), pictures.read_mask(clip / "mask.png"))
-    assert all(set(np.unique(pictures.read_mask(file))) <= {0, 7, 9} for file in files)
-    overlay = media.open_video(tmp_path / "out" / "overlay.mp4")
+    np.testing.assert_array_equal(images.read_mask(files[0]), images.read_mask(clip / "mask.png"))
+    assert all(set(np.unique(images.read_mask(file))) <= {0, 7, 9} for file in files)
+    overlay = open_video(tmp_path / "out" / "overlay.mp4")
     assert (overlay.frame_count, overlay.size, overlay.fps) == (FRAMES, (48, 80), 24)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["frames"], summary["objects"], summary["size"], summary["stopped"]) == (
@@ -51,14 +53,14 @@ def test_json_stands_alone_on_stdout(track, tmp_path):
 
 
 def test_the_speed_leaves_decoding_out(track, monkeypatch):
-    decode = media.VideoFile._decoded
+    decode = VideoFile._decoded
 
     def slowly(self):
         for frame in decode(self):
             time.sleep(0.2)
             yield frame
 
-    monkeypatch.setattr(media.VideoFile, "_decoded", slowly)
+    monkeypatch.setattr(VideoFile, "_decoded", slowly)
     code, out, _ = track("--json")
     seconds = json.loads(out)["seconds"]
     assert code == 0 and seconds["decoding"] > 0.2 * FRAMES and seconds["tracking"] > 0
@@ -68,22 +70,22 @@ def test_the_speed_leaves_decoding_out(track, monkeypatch):
 
 def test_the_masks_are_the_trackers(track, clip, weights, tmp_path):
     assert track("--dtype", "float32")[0] == 0
-    frames = list(media.open_video(clip / "clip.mp4"))
+    frames = list(open_video(clip / "clip.mp4"))
     tracker = Tracker(STM.load(weights, device="cpu", dtype=torch.float32))
-    for result in tracker.track(frames, {0: pictures.read_mask(clip / "mask.png")}):
-        written = pictures.read_mask(tmp_path / "out" / "masks" / f"{result.index:05d}.png")
+    for result in tracker.track(frames, {0: images.read_mask(clip / "mask.png")}):
+        written = images.read_mask(tmp_path / "out" / "masks" / f"{result.index:05d}.png")
         np.testing.assert_array_equal(written, result.labels)
 
 
 def test_objects_enter_by_a_folder_of_masks(track, clip, tmp_path):
     folder = tmp_path / "given"
     folder.mkdir()
-    truth = pictures.read_mask(clip / "true" / "00003.png")
-    pictures.write_mask(folder / "first_0.png", np.where(pictures.read_mask(clip / "mask.png") == 7, 7, 0))
-    pictures.write_mask(folder / "later_3.png", np.where(truth == 9, 9, 0))
+    truth = images.read_mask(clip / "true" / "00003.png")
+    images.write_mask(folder / "first_0.png", np.where(images.read_mask(clip / "mask.png") == 7, 7, 0))
+    images.write_mask(folder / "later_3.png", np.where(truth == 9, 9, 0))
     code, out, _ = track("--json", mask=folder)
     assert code == 0 and json.loads(out)["objects"] == [7, 9]
-    labels = [set(np.unique(pictures.read_mask(tmp_path / "out" / "masks" / f"{t:05d}.png"))) for t in range(4)]
+    labels = [set(np.unique(images.read_mask(tmp_path / "out" / "masks" / f"{t:05d}.png"))) for t in range(4)]
     assert all(9 not in seen for seen in labels[:3]) and 9 in labels[3]
 
 
@@ -93,26 +95,26 @@ def test_a_mask_for_every_frame_is_pointed_out(track, clip):
 
 
 def test_a_black_and_white_mask_needs_binary(track, clip, tmp_path):
-    pictures.write_mask(tmp_path / "mask.png", np.where(pictures.read_mask(clip / "mask.png") == 7, 255, 0))
+    images.write_mask(tmp_path / "mask.png", np.where(images.read_mask(clip / "mask.png") == 7, 255, 0))
     assert refused(track(mask=tmp_path / "mask.png"), "its only label is 255", "--binary")
     code, out, _ = track("--json", "--binary", mask=tmp_path / "mask.png")
     assert code == 0 and json.loads(out)["objects"] == [1]
 
 
 def test_a_mask_of_another_size_is_resized_only_when_asked(track, clip, tmp_path):
-    pictures.write_mask(tmp_path / "mask.png", pictures.resize_mask(pictures.read_mask(clip / "mask.png"), (96, 160)))
+    images.write_mask(tmp_path / "mask.png", images.resize_mask(images.read_mask(clip / "mask.png"), (96, 160)))
     assert refused(track(mask=tmp_path / "mask.png"), "160x96", "80x48", "--resize-mask")
     assert not (tmp_path / "out").exists()
     code, _, _ = track("--resize-mask", mask=tmp_path / "mask.png")
-    assert code == 0 and pictures.read_mask(tmp_path / "out" / "masks" / "00000.png").shape == (48, 80)
+    assert code == 0 and images.read_mask(tmp_path / "out" / "masks" / "00000.png").shape == (48, 80)
 
 
 def test_one_mask_of_another_size_among_many(track, clip, tmp_path):
     folder = tmp_path / "given"
     folder.mkdir()
-    labels = pictures.read_mask(clip / "mask.png")
-    pictures.write_mask(folder / "00000.png", np.where(labels == 7, 7, 0))
-    pictures.write_mask(folder / "00003.png", np.where(labels == 9, 9, 0)[:, 1:])
+    labels = images.read_mask(clip / "mask.png")
+    images.write_mask(folder / "00000.png", np.where(labels == 7, 7, 0))
+    images.write_mask(folder / "00003.png", np.where(labels == 9, 9, 0)[:, 1:])
     assert refused(track(mask=folder), "the mask of frame 3 is 79x48", "80x48", "--resize-mask")
     code, out, _ = track("--json", "--resize-mask", mask=folder)
     assert code == 0 and json.loads(out)["objects"] == [7, 9]
@@ -122,7 +124,7 @@ def test_a_full_folder_is_refused_and_only_results_are_overwritten(track, tmp_pa
     out = tmp_path / "out"
     (out / "masks").mkdir(parents=True)
     (out / "notes.txt").write_text("mine")
-    pictures.write_mask(out / "masks" / "00099.png", np.zeros((4, 4), dtype=np.uint8))
+    images.write_mask(out / "masks" / "00099.png", np.zeros((4, 4), dtype=np.uint8))
     (out / "masks" / ".00100.partial.png").write_text("left by a run that was killed")
     assert refused(track(), "is not empty", "--overwrite")
     assert (out / "masks" / "00099.png").exists()
@@ -151,23 +153,23 @@ def test_what_a_run_will_remember_is_said_before_and_after(track, tmp_path):
 
 
 def test_a_video_of_unknown_length_is_tracked_without_a_plan(track, monkeypatch):
-    monkeypatch.setattr(media.VideoFile, "frame_count", property(lambda self: None, lambda self, count: None), False)
+    monkeypatch.setattr(VideoFile, "frame_count", property(lambda self: None, lambda self, count: None), False)
     code, out, err = track("--json")
     assert (code, err) == (0, "") and json.loads(out)["memory"]["planned"] is None
     assert json.loads(out)["frames"] == FRAMES
 
 
 def test_the_summary_says_where_an_object_is_likely_lost(track, clip, tmp_path, monkeypatch):
-    import stm_model.tracker
+    import stm_model.tracking.tracker
 
     certainties = iter([[1.0, 1.0], [0.9, 0.7]] + [[0.85, 0.8]] * (FRAMES - 3) + [[0.0, 0.9]])
-    monkeypatch.setattr(stm_model.tracker, "_certainty", lambda probabilities: next(certainties))
+    monkeypatch.setattr(stm_model.tracking.tracker, "_certainty", lambda probabilities: next(certainties))
     code, out, _ = track("--skip-uncertain")
     assert code == 0 and f"object 7 in 1 frames from {FRAMES - 1} on" in out and "object 9 in 1 frames from 1 on" in out
     signals = json.loads((tmp_path / "out" / "summary.json").read_text())["signals"]
     assert signals["7"]["uncertain"] == [FRAMES - 1] and signals["9"]["uncertain"] == [1]
     for label, noted in signals.items():
-        masks = [pictures.read_mask(tmp_path / "out" / "masks" / f"{index:05d}.png") for index in range(FRAMES)]
+        masks = [images.read_mask(tmp_path / "out" / "masks" / f"{index:05d}.png") for index in range(FRAMES)]
         assert noted["area"] == [round(float((mask == int(label)).mean()), 6) for mask in masks]
         assert noted["from"] == 0 and len(noted["certainty"]) == FRAMES
         assert noted["familiarity"][0] is None and all(value is not None for value in noted["familiarity"][1:])
@@ -197,7 +199,7 @@ def test_a_budget_that_cannot_work_is_refused_before_the_run(track, tmp_path):
 def test_bad_input_is_one_line(track, clip, weights, tmp_path):
     (tmp_path / "file").write_text("text")
     (tmp_path / "empty").mkdir()
-    pictures.write_mask(tmp_path / "blank.png", np.zeros((48, 80), dtype=np.uint8))
+    images.write_mask(tmp_path / "blank.png", np.zeros((48, 80), dtype=np.uint8))
     torch.save({"module.fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pth")
     assert refused(track(video=tmp_path / "gone.mp4"), "gone.mp4: no such video")
     assert refused(track(video=tmp_path / "file"), "file: does not open as a video")
@@ -221,10 +223,10 @@ def test_bad_input_is_one_line(track, clip, weights, tmp_path):
 @pytest.mark.skipif(not CLIP.is_dir(), reason="the bear clip is not here")
 def test_a_real_video_end_to_end(tmp_path):
     """The default weights on a real H.264 video, through the command, scored against its ground truth."""
-    truths = [pictures.read_mask(file) for file in sorted((CLIP / "Annotations").iterdir())]
+    truths = [images.read_mask(file) for file in sorted((CLIP / "Annotations").iterdir())]
     arguments = [CLIP / "bear.mp4", "--mask", CLIP / "Annotations" / "00000.png", "--out", tmp_path]
     assert main(["track", *map(str, arguments), "--no-overlay"]) == 0
-    predictions = [pictures.read_mask(file) for file in sorted((tmp_path / "masks").iterdir())]
+    predictions = [images.read_mask(file) for file in sorted((tmp_path / "masks").iterdir())]
     assert json.loads((tmp_path / "summary.json").read_text())["settings"]["size"] == 240
     region, _ = sequence_scores(predictions, truths)[1]
     assert region >= 0.5

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from stm_model import pictures
-from stm_model.cli import main
+from stm_model.commands.main import main
 from stm_model.data.synthetic import procedural_clip
+from stm_model.io import images
 
 SIZE = (48, 80)
 
@@ -17,9 +17,9 @@ def write_video(frames_folder, masks_folder, frames, labels, name="{:05d}", mask
     for folder in (frames_folder, masks_folder):
         folder.mkdir(parents=True, exist_ok=True)
     for index, (frame, mask) in enumerate(zip(frames, labels)):
-        pictures.write_image(frames_folder / f"{name.format(index)}.jpg", frame)
+        images.write_image(frames_folder / f"{name.format(index)}.jpg", frame)
         if masks is None or index in masks:
-            pictures.write_mask(masks_folder / f"{name.format(index)}.png", mask)
+            images.write_mask(masks_folder / f"{name.format(index)}.png", mask)
 
 
 @pytest.fixture(scope="session")
@@ -113,7 +113,7 @@ def copy_truth():
             target.mkdir(parents=True)
             for frame in video.asked:
                 if frame in video.annotations:
-                    pictures.write_mask(target / video.mask_name(frame), change(video.read_annotation(frame)))
+                    images.write_mask(target / video.mask_name(frame), change(video.read_annotation(frame)))
         return folder
 
     return copy

@@ -16,13 +16,14 @@ import pytest
 import torch
 from answers import refused
 
-from stm_model import STM, Tracker, pictures
-from stm_model.evaluation import figures, studies, tracking
+from stm_model import STM, Tracker
+from stm_model.distributed import Ranks
+from stm_model.evaluation import figures, predict, studies
 from stm_model.evaluation.metrics import sequence_scores
 from stm_model.evaluation.protocol import open_dataset
 from stm_model.evaluation.scoring import ObjectScore
 from stm_model.evaluation.studies import STUDIES
-from stm_model.ranks import Ranks
+from stm_model.io import images
 
 HELD = Path(__file__).parents[3] / "shared" / "data" / "davis2016-train"
 
@@ -40,10 +41,10 @@ def test_a_split_is_tracked_scored_and_reported(evaluate, davis, weights, clips,
     expected = {}
     for name, (_, labels) in clips.items():
         video = next(video for video in open_dataset("davis2017", davis).videos if video.name == name)
-        frames = [pictures.read_image(path) for path in video.frame_paths]
+        frames = [images.read_image(path) for path in video.frame_paths]
         masks = [result.labels for result in tracker.track(frames, {0: labels[0]})]
         for index, mask in enumerate(masks):
-            np.testing.assert_array_equal(pictures.read_mask(folder / "masks" / name / f"{index:05d}.png"), mask)
+            np.testing.assert_array_equal(images.read_mask(folder / "masks" / name / f"{index:05d}.png"), mask)
         expected |= {f"{name}_{label}": score for label, score in sequence_scores(masks, labels).items()}
     rows = _table(folder / "per-sequence_results-val.csv")
     assert {row["Sequence"]: (float(row["J-Mean"]), float(row["F-Mean"])) for row in rows} == {
@@ -60,14 +61,14 @@ def test_a_split_is_tracked_scored_and_reported(evaluate, davis, weights, clips,
 
 
 def test_the_speed_leaves_files_out_and_drops_the_warm_up(evaluate, monkeypatch):
-    read, write = tracking.read_image, tracking.write_mask
-    monkeypatch.setattr(tracking, "read_image", lambda path: (time.sleep(0.05), read(path))[1])
-    monkeypatch.setattr(tracking, "write_mask", lambda *arguments: (time.sleep(0.05), write(*arguments))[1])
+    read, write = predict.read_image, predict.write_mask
+    monkeypatch.setattr(predict, "read_image", lambda path: (time.sleep(0.05), read(path))[1])
+    monkeypatch.setattr(predict, "write_mask", lambda *arguments: (time.sleep(0.05), write(*arguments))[1])
     seen = []
     track = Tracker.track
     monkeypatch.setattr(Tracker, "track", lambda self, *a, **k: (seen.append(0), track(self, *a, **k))[1])
     times = iter(range(10**6))
-    monkeypatch.setattr(tracking.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(predict.time, "perf_counter", lambda: next(times))
     code, out, _ = evaluate("--json", "--no-report", "--videos", "bee")
     speed = json.loads(out)["speed"]
     # a clock that ticks at every look: between a resume and the pause after it lies one tick, twice a frame: up to the
@@ -89,14 +90,14 @@ def test_results_of_others_are_scored(evaluate, davis, tmp_path, copy_truth):
 def test_davis_2016_is_written_as_it_is_annotated(evaluate, davis, tmp_path):
     root = shutil.copytree(davis, tmp_path / "davis")
     for path in root.glob("Annotations/480p/*/*.png"):
-        pictures.write_mask(path, np.where(pictures.read_mask(path) > 0, 255, 0))
+        images.write_mask(path, np.where(images.read_mask(path) > 0, 255, 0))
     scores = []
     for data in (davis, root):
         code, out, err = evaluate("--json", data=data, dataset="davis2016", out=tmp_path / data.name / "out")
         assert (code, err) == (0, "")
         scores.append(json.loads(out)["scores"])
     assert scores[0] == scores[1]
-    labels = [pictures.read_mask(data / "out/masks/ant/00000.png") for data in (tmp_path / davis.name, root)]
+    labels = [images.read_mask(data / "out/masks/ant/00000.png") for data in (tmp_path / davis.name, root)]
     np.testing.assert_array_equal(labels[0] * np.uint8(255), labels[1])
     assert set(np.unique(labels[0])) == {0, 1}
 
@@ -106,7 +107,7 @@ def test_a_broken_submission_ends_with_one_line(evaluate, davis, tmp_path, copy_
     (tmp_path / "results/bee/00002.png").unlink()
     assert refused(evaluate("--results", tmp_path / "results", checkpoint=None), "bee/00002.png is missing")
     assert not (tmp_path / "out").exists()
-    pictures.write_mask(tmp_path / "results/bee/00002.png", np.full((48, 80), 7))
+    images.write_mask(tmp_path / "results/bee/00002.png", np.full((48, 80), 7))
     assert refused(evaluate("--results", tmp_path / "results", checkpoint=None), "bee/00002.png: label 7 is no object")
 
 
@@ -116,10 +117,10 @@ def test_youtube_vos_writes_the_asked_frames(evaluate, youtube_vos, tmp_path):
     masks = tmp_path / "out" / "masks" / "Annotations"
     assert sorted(path.name for path in (masks / "ant").iterdir()) == [f"{frame:05d}.png" for frame in (0, 2, 4, 6, 8)]
     assert sorted(path.name for path in (masks / "bee").iterdir()) == ["00002.png", "00004.png"]
-    assert set(np.unique(pictures.read_mask(masks / "ant/00002.png"))) <= {0, 1}
-    truth = pictures.read_mask(youtube_vos / "valid/Annotations/ant/00004.png")
+    assert set(np.unique(images.read_mask(masks / "ant/00002.png"))) <= {0, 1}
+    truth = images.read_mask(youtube_vos / "valid/Annotations/ant/00004.png")
     # the object that enters comes back as it was given
-    np.testing.assert_array_equal(pictures.read_mask(masks / "ant/00004.png") == 2, truth == 2)
+    np.testing.assert_array_equal(images.read_mask(masks / "ant/00004.png") == 2, truth == 2)
     (row,) = _table(tmp_path / "out" / "global_results-valid.csv")
     assert list(row) == ["Overall", "J_seen", "J_unseen", "F_seen", "F_unseen"]
     assert float(row["Overall"]) == pytest.approx(np.mean([float(row[key]) for key in list(row)[1:]]), abs=2e-6)
@@ -141,13 +142,13 @@ def test_without_public_ground_truth_the_masks_are_written(evaluate, youtube_vos
 
 def test_a_long_video_streams(evaluate, lvos, tmp_path, monkeypatch):
     """No more than one frame has been read ahead of the masks written."""
-    read, order = tracking.read_image, []
-    monkeypatch.setattr(tracking, "read_image", lambda path: (order.append("read"), read(path))[1])
-    write = tracking.write_mask
-    monkeypatch.setattr(tracking, "write_mask", lambda path, labels: (order.append("write"), write(path, labels))[1])
+    read, order = predict.read_image, []
+    monkeypatch.setattr(predict, "read_image", lambda path: (order.append("read"), read(path))[1])
+    write = predict.write_mask
+    monkeypatch.setattr(predict, "write_mask", lambda path, labels: (order.append("write"), write(path, labels))[1])
     code, _, err = evaluate("--no-report", data=lvos, dataset="lvos")
     assert (code, err) == (0, "")
-    assert order[tracking.WARM_UP :] == ["read", "write"] * 54
+    assert order[predict.WARM_UP :] == ["read", "write"] * 54
     summary = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert [len(row["frames"]) for row in summary["objects"]] == [8, 3]
 
@@ -158,7 +159,7 @@ def _torchrun(arguments, folder, processes=2):
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
     return subprocess.run(
-        [*command, "-m", "stm_model.cli", "evaluate", *map(str, arguments)],
+        [*command, "-m", "stm_model", "evaluate", *map(str, arguments)],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -194,14 +195,14 @@ def test_an_error_of_one_rank_ends_all(davis, weights, tmp_path):
 @pytest.mark.parametrize("name", list(STUDIES))
 def test_a_study_compares_its_variants(evaluate, name, tmp_path, monkeypatch):
     # in this process: fresh ones, which keep their memory apart, take seconds to start
-    monkeypatch.setattr("stm_model.evaluation.studies.track_videos_apart", tracking.track_videos)
+    monkeypatch.setattr("stm_model.evaluation.studies.track_videos_apart", predict.track_videos)
     code, out, err = evaluate("--study", name, "--videos", "bee", "--dtype", "float32")
     assert (code, err) == (0, "")
     variants = list(STUDIES[name].variants)
     rows = _table(tmp_path / "out" / f"study_{name}.csv")
     assert [row["Variant"] for row in rows] == variants
     assert all(0 <= float(row["J-Mean"]) <= 1 and float(row["FPS"]) > 0 for row in rows)
-    assert pictures.read_image(tmp_path / "out" / f"study_{name}.png").shape[0] > 200
+    assert images.read_image(tmp_path / "out" / f"study_{name}.png").shape[0] > 200
     distribution = _table(tmp_path / "out" / f"study_{name}_percentiles.csv")
     assert len(distribution) == 101 and list(distribution[0]) == ["Percentile", *variants]
     for variant in variants:
@@ -215,10 +216,10 @@ def test_a_study_shows_how_j_is_distributed(davis, tmp_path, monkeypatch):
         ObjectScore("ant", 1, None, (1, 2, 3), (0.9, 0.0, 0.5), (1.0, 1.0, 1.0)),
         ObjectScore("bee", 1, None, (1, 2), (0.25, 1.0), (1.0, 1.0)),
     ]
-    monkeypatch.setattr(studies, "track_videos_apart", lambda *_, **__: tracking.Speed(5, 2.0, 3 * 2**20, 2**20))
+    monkeypatch.setattr(studies, "track_videos_apart", lambda *_, **__: predict.Speed(5, 2.0, 3 * 2**20, 2**20))
     monkeypatch.setattr(studies, "score", lambda *_, **__: scores)
     dataset = open_dataset("davis2016", davis)
-    rows = studies.run_study(STUDIES["memory"], dataset, tracking.TrackingSettings(), tmp_path, Ranks(), 1)
+    rows = studies.run_study(STUDIES["memory"], dataset, predict.TrackingSettings(), tmp_path, Ranks(), 1)
     row = rows["first"]
     assert [row["percentiles"][place] for place in (0, 25, 50, 75, 100)] == [0.0, 0.25, 0.5, 0.9, 1.0]
     assert (row["FPS"], row["Peak-MiB"], row["Added-MiB"]) == (2.5, 3.0, 2.0)
@@ -230,22 +231,22 @@ def test_a_study_shows_how_j_is_distributed(davis, tmp_path, monkeypatch):
 def test_the_figure_of_a_study_that_scores_nothing(name, tmp_path):
     row = {"J-Mean": 0.0, "FPS": 0.0, "Added-MiB": 0.0, "percentiles": [0.0] * 101}
     figures.draw_study(STUDIES[name], dict.fromkeys(STUDIES[name].variants, row), tmp_path / "study.png")
-    assert pictures.read_image(tmp_path / "study.png").shape[0] > 200
+    assert images.read_image(tmp_path / "study.png").shape[0] > 200
 
 
 def test_a_variants_memory_is_of_its_own_process(davis, weights, tmp_path):
     videos = list(open_dataset("davis2017", davis, videos=["bee"]).videos)
-    settings = tracking.TrackingSettings(weights, "cpu", "float32")
+    settings = predict.TrackingSettings(weights, "cpu", "float32")
     block = torch.zeros(2**28)  # 1 GiB that the other process must not count
     block += 1
-    speed = tracking.track_videos_apart(videos, settings, tmp_path / "apart")
+    speed = predict.track_videos_apart(videos, settings, tmp_path / "apart")
     assert speed.frames == 6 and speed.peak_bytes < 2**30
     assert len(list((tmp_path / "apart" / "bee").iterdir())) == 6
 
 
 def test_the_studies_reach_the_tracker(evaluate, monkeypatch):
     seen = []
-    monkeypatch.setattr("stm_model.evaluation.studies.track_videos_apart", tracking.track_videos)
+    monkeypatch.setattr("stm_model.evaluation.studies.track_videos_apart", predict.track_videos)
     initialize = Tracker.__init__
     monkeypatch.setattr(
         Tracker,
@@ -312,13 +313,13 @@ def test_results_are_never_overwritten(evaluate, davis, tmp_path, copy_truth):
     [
         (lambda root: (root / "JPEGImages/480p/bee/00003.jpg").write_bytes(b"no"), "bee/00003.jpg: cannot be read"),
         (
-            lambda root: pictures.write_image(
+            lambda root: images.write_image(
                 root / "JPEGImages/480p/bee/00003.jpg", np.zeros((40, 80, 3), dtype=np.uint8)
             ),
             "bee: frame 3: expected 48×80",
         ),
         (
-            lambda root: pictures.write_mask(root / "Annotations/480p/bee/00000.png", np.ones((40, 80))),
+            lambda root: images.write_mask(root / "Annotations/480p/bee/00000.png", np.ones((40, 80))),
             "bee/00000.png: 80x40 pixels; expected 80x48",
         ),
     ],

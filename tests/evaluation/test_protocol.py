@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from stm_model import pictures
 from stm_model.evaluation.protocol import open_dataset
+from stm_model.io import images
 
 
 def test_davis_gives_the_first_mask_and_scores_all_but_the_ends(davis, clips):
@@ -29,7 +29,7 @@ def test_davis_2016_has_one_object(davis, clips, tmp_path):
     # as released its annotations are black and white
     root = shutil.copytree(davis, tmp_path / "davis")
     for path in (root / "Annotations/480p/bee").iterdir():
-        pictures.write_mask(path, np.where(pictures.read_mask(path) > 0, 255, 0))
+        images.write_mask(path, np.where(images.read_mask(path) > 0, 255, 0))
     white = open_dataset("davis2016", root, videos=["bee"]).videos[0]
     assert white.objects == (1,)
     np.testing.assert_array_equal(white.read_annotation(2), video.read_annotation(2))
@@ -108,7 +108,7 @@ def _remove(path):
         ("davis2016", lambda root: (root / "ImageSets/2016/val.txt").write_text(""), "names no video"),
         (
             "davis2017",
-            lambda root: pictures.write_mask(root / "Annotations/480p/ant/00000.png", np.zeros((48, 80))),
+            lambda root: images.write_mask(root / "Annotations/480p/ant/00000.png", np.zeros((48, 80))),
             "ant/00000.png: expected an object in the first frame",
         ),
     ],

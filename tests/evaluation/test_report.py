@@ -8,8 +8,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from stm_model import media, pictures
 from stm_model.evaluation import figures
+from stm_model.io import images
+from stm_model.io.video import open_video
 
 
 class _Links(HTMLParser):
@@ -31,14 +32,14 @@ def test_the_report_stands_alone(evaluate, tmp_path):
     outside = [url for url in links.urls if not url.startswith("data:image/")]
     assert outside == ["overlays/ant.mp4", "overlays/bee.mp4", "overlays/cat.mp4"]
     for url in outside:
-        assert media.open_video(folder / url).frame_count >= 6
+        assert open_video(folder / url).frame_count >= 6
     # bars, J over time, attributes, three views of the worst frame of each of three videos, the contact sheet
     assert links.images == 3 + 3 * 3 + 1 and "url(" not in page and "@import" not in page and "<script" not in page
     assert 'name="viewport"' in page
     for words in ("STM (0.16 s a frame), quoted [1]", "0.887", "[1] Oh et al., ICCV 2019", "first mask repeated"):
         assert words in page
     for name in ("videos", "over_time", "attributes", "worst", "contact_sheet"):
-        assert pictures.read_image(folder / "figures" / f"{name}.png").shape[1] > 240
+        assert images.read_image(folder / "figures" / f"{name}.png").shape[1] > 240
     summary = json.loads((folder / "evaluation.json").read_text())
     worst = min((value, row["video"]) for row in summary["objects"] for value in row["J_by_frame"])
     first = re.search(r"<h2>Worst frames</h2>.*?<figcaption>(\w+), frame \d+: J ([\d.]+)<", page, re.DOTALL)

@@ -6,11 +6,11 @@ import shutil
 import numpy as np
 import pytest
 
-from stm_model import pictures
 from stm_model.evaluation.metrics import contour_accuracy, region_similarity, sequence_scores
 from stm_model.evaluation.protocol import Dataset, Video, open_dataset
 from stm_model.evaluation.scoring import ResultError, score
 from stm_model.evaluation.tables import summarize, write_score_tables
+from stm_model.io import images
 
 
 def _shifted(labels):
@@ -98,7 +98,7 @@ def test_black_and_white_results_of_one_object(davis, tmp_path, copy_truth):
 def test_black_and_white_results_beside_such_annotations(davis, tmp_path, copy_truth):
     root = shutil.copytree(davis, tmp_path / "davis")
     for path in root.glob("Annotations/480p/*/*.png"):
-        pictures.write_mask(path, np.where(pictures.read_mask(path) > 0, 255, 0))
+        images.write_mask(path, np.where(images.read_mask(path) > 0, 255, 0))
     dataset = open_dataset("davis2016", root)
     copy_truth(dataset, tmp_path / "results", lambda labels: np.where(labels == 1, 255, 0).astype(np.uint8))
     assert [row.region_statistics.mean for row in score(dataset, tmp_path / "results", workers=1)] == [1.0] * 3
@@ -109,9 +109,9 @@ def test_void_pixels_count_for_nothing(davis, tmp_path, copy_truth):
     copy_truth(dataset, tmp_path / "results", lambda labels: np.maximum(labels, np.arange(80) < 20).astype(np.uint8))
     root = shutil.copytree(davis, tmp_path / "davis")
     for path in root.glob("Annotations/480p/bee/*.png"):
-        labels = pictures.read_mask(path)
+        labels = images.read_mask(path)
         labels[:, :20] = 255
-        pictures.write_mask(path, labels)
+        images.write_mask(path, labels)
     spilled = score(dataset, tmp_path / "results", workers=1)
     ignored = score(open_dataset("davis2017", root, videos=["bee"]), tmp_path / "results", workers=1)
     assert spilled[0].region_statistics.mean < 0.9 and ignored[0].region_statistics.mean == 1.0
@@ -124,12 +124,12 @@ def test_a_sequence_of_300_frames(tmp_path):
     truth = np.zeros((30, 40), dtype=np.uint8)
     truth[5:25, 5:20] = 1
     (tmp_path / "results" / "long").mkdir(parents=True)
-    pictures.write_mask(tmp_path / "truth.png", truth)
+    images.write_mask(tmp_path / "truth.png", truth)
     lost = [min(index * 300 // 302, 299) for index in range(302)]
     for index, path in enumerate(frames):
         kept = np.zeros_like(truth)
         kept[5:25, 5:20] = (np.arange(300) >= lost[index]).reshape(20, 15)
-        pictures.write_mask(tmp_path / "results" / "long" / f"{path.stem}.png", kept)
+        images.write_mask(tmp_path / "results" / "long" / f"{path.stem}.png", kept)
     video = Video(
         "long", tuple(frames), dict.fromkeys(range(302), tmp_path / "truth.png"), {0: (1,)}, tuple(range(302)),
         dict.fromkeys(range(1, 301), (1,)),
@@ -144,9 +144,9 @@ def test_a_sequence_of_300_frames(tmp_path):
 
 
 def _with_label(path, label):
-    labels = pictures.read_mask(path)
+    labels = images.read_mask(path)
     labels[0, 0] = label
-    pictures.write_mask(path, labels)
+    images.write_mask(path, labels)
 
 
 @pytest.mark.parametrize(
@@ -159,11 +159,11 @@ def _with_label(path, label):
         (lambda folder: _with_label(folder / "bee/00003.png", 9), r"bee/00003.png: label 9 is no object.*0, 1, 2"),
         (lambda folder: _with_label(folder / "bee/00003.png", 255), r"bee/00003.png: label 255 is no object"),
         (
-            lambda folder: pictures.write_mask(folder / "bee/00003.png", np.zeros((47, 80))),
+            lambda folder: images.write_mask(folder / "bee/00003.png", np.zeros((47, 80))),
             r"bee/00003.png: 80x47 pixels; expected 80x48",
         ),
         (
-            lambda folder: pictures.write_mask(folder / "bee/00003.png", np.full((48, 80), 255)),
+            lambda folder: images.write_mask(folder / "bee/00003.png", np.full((48, 80), 255)),
             r"bee/00003.png: black and white .0 and 255.; expected labels 0, 1, 2$",
         ),
         (lambda folder: (folder / "bee/00003.png").write_bytes(b"no"), r"bee/00003.png: cannot be read"),

@@ -1,18 +1,10 @@
-import numpy as np
 import pytest
 import torch
 from drawing import middle, stroke
 
 from stm_model import STM
-from stm_model.checkpoint import DEFAULT_INTERACTIVE_WEIGHTS
-from stm_model.data.synthetic import procedural_clip
 from stm_model.interactive.session import ScribbleSession
-
-
-@pytest.fixture(scope="session")
-def clip() -> tuple[np.ndarray, np.ndarray]:
-    """Eight small frames with two objects, and their masks."""
-    return procedural_clip(frames=8, size=(70, 90), objects=2, seed=3)
+from stm_model.network.weights import DEFAULT_INTERACTIVE_WEIGHTS
 
 
 @pytest.fixture(scope="session")

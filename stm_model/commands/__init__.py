@@ -1,0 +1,1 @@
+"""The `stm` commands, one file each, with their settings."""

@@ -1,0 +1,211 @@
+"""Many videos tracked by one command, spread over the processes that torchrun starts: `stm track LIST`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import shlex
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from stm_model import STM
+from stm_model.commands.track import finished, load_model, make_tracker, track_video
+from stm_model.distributed import Ranks
+from stm_model.io.files import write_json
+from stm_model.io.video import open_video
+from stm_model.tracking.run import INTERRUPTED, is_out_of_memory, is_output_of, one_line, plain_settings
+
+COMMAND = "track list"
+
+
+@dataclass(frozen=True)
+class ListedVideo:
+    """One line of a list."""
+
+    name: str
+    """Its folder among the results."""
+    video: Path
+    """A video file, or a folder of frames."""
+    mask: Path
+    """Its mask, or folder of masks."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video with all settings."""
+
+    name: str
+    config: Any
+    """The settings of the command, for this video alone."""
+    earlier: dict[str, Any] | None = None
+    """Summary of an earlier run that finished it with the same settings."""
+    frames: int = 0
+    """Length, as far as it is known."""
+
+
+def read_list(path: Path) -> list[ListedVideo]:
+    """Read a list of videos: on each line a video, its mask and, if it should not be called as the video is, a name.
+
+    Args:
+        path: a text file. Paths are relative to its folder, those with spaces stand in quotes; # starts a comment.
+
+    Raises:
+        ValueError: the file is no such list; the message names the line.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            lines = list(file)
+    except (UnicodeDecodeError, IsADirectoryError):
+        raise ValueError(f"{path}: expected a text file that lists videos; a single video needs its --mask") from None
+    found: dict[str, tuple[int, ListedVideo]] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            words = shlex.split(re.split(r"(?:^|\s)#", line, maxsplit=1)[0])
+            if not words:
+                continue
+            listed = _listed(words, path.parent)
+            if listed.name in found:
+                raise ValueError(f"{listed.name} is the name of line {found[listed.name][0]}; add another one")
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        found[listed.name] = number, listed
+    if not found:
+        raise ValueError(f"{path}: expected at least one video, got none")
+    return [listed for _, listed in found.values()]
+
+
+def _listed(words: list[str], folder: Path) -> ListedVideo:
+    if not 2 <= len(words) <= 3:
+        raise ValueError(f"expected VIDEO MASK [NAME] (quotes around spaces), got {len(words)} words")
+    video, mask = ((folder / word).resolve() for word in words[:2])
+    name = words[2] if len(words) == 3 else video.name if video.is_dir() else video.stem
+    if Path(name).name != name or name in ("", "..", "summary.json"):
+        raise ValueError(f"expected the name of a folder among the results, got {name!r}")
+    return ListedVideo(name, video, mask)
+
+
+def track_list(config: Any) -> dict[str, Any]:
+    """Track the videos of a list, each into a folder of its own; what an earlier run finished is left as it is.
+
+    Args:
+        config: the settings, those of `stm track`; `video` is the list, `out` gets a folder for each video and a
+            summary.json.
+
+    Returns:
+        What summary.json holds, in every process: the state of each video (done, failed, unfinished), why it failed,
+        its frames and their speed, the rank that tracked it now, or that it was done earlier.
+
+    Raises:
+        ValueError: the list or the settings make no sense, or the results of an earlier run had others.
+        KeyboardInterrupt: also after the video at hand was interrupted; what is done is kept.
+    """
+    load = functools.cache(load_model)
+    with Ranks() as ranks:
+        jobs = ranks.on_first(lambda: _prepare(config, load))
+        records = {job.name: _record(job.earlier) | {"earlier": True} for job in jobs if job.earlier}
+        mine = ranks.share([job for job in jobs if not job.earlier], lambda job: max(job.frames, 1))
+        device = ranks.device(config.device)
+
+        def work() -> dict[str, dict[str, Any]]:
+            for number, job in enumerate(mine, 1):
+                title = f"{job.name} ({number}/{len(mine)})" if ranks.first else None
+                record = _track(dataclasses.replace(job.config, device=device), load, title)
+                records[job.name] = record | {"rank": ranks.index}
+            return records
+
+        try:
+            for others in ranks.each(work):
+                records |= others
+        except KeyboardInterrupt:
+            if ranks.first:
+                _write_summary(config, jobs, records, "interrupted")
+            raise
+        return ranks.on_first(lambda: _write_summary(config, jobs, records, None))
+
+
+def _prepare(config: Any, load: Callable[..., STM]) -> list[Job]:
+    """Refuse what can be refused before anything is written, and see what is left to do."""
+    listed = read_list(config.video)
+    if config.out.exists() and not config.out.is_dir():
+        raise ValueError(f"--out {config.out}: is a file; expected a folder")
+    if not config.overwrite and not is_output_of(COMMAND, config.out):
+        raise ValueError(f"--out {config.out}: holds something else than results of a list; choose another folder")
+    jobs = []
+    for entry in listed:
+        own = {"video": entry.video, "mask": entry.mask, "out": config.out / entry.name}
+        own = dataclasses.replace(config, **own, resume=not config.overwrite)
+        jobs.append(Job(entry.name, own, None if config.overwrite else finished(own)))
+    make_tracker(config, load)
+    jobs = [
+        job if job.earlier else dataclasses.replace(job, frames=_length(job.config.video))
+        for job in tqdm(jobs, desc="open", unit="video", delay=1, disable=None)
+    ]
+    config.out.mkdir(parents=True, exist_ok=True)
+    _write_summary(config, jobs, {}, "unfinished")
+    return jobs
+
+
+def _length(video: Path) -> int:
+    try:
+        return open_video(video).frame_count or 0
+    except (ValueError, OSError):
+        return 0  # it fails in its turn, and says why
+
+
+def _track(config: Any, load: Callable[..., STM], title: str | None) -> dict[str, Any]:
+    """Track one video; its record, whatever becomes of it."""
+    try:
+        run, code = track_video(config, load, title, announce=False)
+        run.write_summary()
+    except Exception as error:
+        if not isinstance(error, (ValueError, OSError)) and not is_out_of_memory(error):
+            traceback.print_exc()  # a bug of ours
+        return {"state": "failed", "reason": one_line(error), "frames": 0, "fps": None}
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
+    return _record(run.summary)
+
+
+def _record(summary: dict[str, Any]) -> dict[str, Any]:
+    stopped = summary["stopped"]
+    return {
+        "state": "failed" if stopped else "done",
+        "reason": stopped,
+        "frames": summary["frames"],
+        "fps": summary["fps"],
+    }
+
+
+def _write_summary(config: Any, jobs: list[Job], records: dict[str, Any], stopped: str | None) -> dict[str, Any]:
+    missing = {"state": "unfinished", "reason": None, "frames": 0, "fps": None}
+    videos = {job.name: {"earlier": False, "rank": None} | records.get(job.name, missing) for job in jobs}
+    states = [record["state"] for record in videos.values()]
+    summary = {
+        "command": COMMAND,
+        "stopped": stopped,
+        "done": states.count("done"),
+        "failed": states.count("failed"),
+        "frames": sum(record["frames"] for record in videos.values()),
+        "videos": videos,
+        "settings": plain_settings(config),
+    }
+    write_json(config.out / "summary.json", summary)
+    return summary
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """A summary as the lines that the command prints."""
+    width = max(map(len, summary["videos"]))
+    lines = []
+    for name, record in summary["videos"].items():
+        speed = f", {record['fps']:.2f} frames a second" if record["fps"] else ""
+        earlier = " (earlier)" if record["earlier"] else ""
+        lines.append(f"{name:{width}}  {record['state']:6}  {record['frames']} frames{speed}{earlier}")
+    lines.append(f"{summary['done']} of {len(summary['videos'])} videos done, {summary['failed']} failed")
+    return "\n".join([*lines, f"written to {summary['settings']['out']}"])

@@ -1,0 +1,87 @@
+"""`stm interact`: a video in a page in the browser, scribbles in, masks out."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class InteractConfig:
+    """Segment a video with scribbles, in a page in the browser."""
+
+    video: Path
+    """A video file, or a folder of frames."""
+    checkpoint: Path | None = None
+    """A network guided by scribbles; None takes the one in the package."""
+    tracking_checkpoint: Path | None = None
+    """A network guided by masks, to track from a frame; None takes the one in the package."""
+    session: Path | None = None
+    """A saved session of this video to go on from."""
+    size: int | None = None
+    """Shorter side in pixels at which the networks run; None takes the video's own, with the package's weights at most
+    240."""
+    device: str | None = None
+    """Where to run, like cpu or cuda:0; None takes the GPU if there is one."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Number format of the networks; None takes bfloat16 where the device computes it natively, else float32."""
+    host: str = "127.0.0.1"
+    """Address to listen on. The page is for whoever reaches it: with another than the loopback's, for the network."""
+    port: int = 7860
+    """Port to listen on; 0 takes a free one."""
+    memory_limit: str = "2GiB"
+    """How much the features of frames may take, so that a round need not compute them anew."""
+    most_frames: int = 2000
+    """Longer videos are refused."""
+    upload_limit: str = "1GiB"
+    """Larger uploads are refused."""
+
+
+def interact(config: InteractConfig) -> int:
+    """Serve the page until interrupted; the exit code.
+
+    Raises:
+        ValueError, OSError: the input or a setting makes no sense.
+    """
+    from stm_model.commands.track import load_model
+    from stm_model.interactive.footage import Footage
+    from stm_model.interactive.session import ScribbleSession
+    from stm_model.interactive.web.workbench import Workbench
+    from stm_model.network.weights import DEFAULT_INTERACTIVE_WEIGHTS, network_size
+    from stm_model.tracking.budget import parse_size
+
+    try:
+        from stm_model.interactive.web.app import serve
+    except ImportError as error:
+        raise ValueError(f"the page needs gradio ({error}): pip install 'stm-kernels[app]'") from error
+    limits = {}
+    for option in ("memory_limit", "upload_limit"):
+        try:
+            limits[option] = parse_size(getattr(config, option))
+        except ValueError as error:
+            raise ValueError(f"--{option.replace('_', '-')}: {error}") from error
+    weights = config.checkpoint or DEFAULT_INTERACTIVE_WEIGHTS
+    model = load_model(weights, config.device, config.dtype)
+    footage = Footage(config.video, config.most_frames)
+
+    def make_session(footage: Footage) -> ScribbleSession:
+        size = network_size(config.size, config.checkpoint, footage.size)
+        return ScribbleSession(model, footage.frames, size=size, memory_limit=limits["memory_limit"])
+
+    workbench = Workbench(
+        footage,
+        make_session,
+        lambda: load_model(config.tracking_checkpoint, config.device, config.dtype),
+        most_frames=config.most_frames,
+        upload_bytes=limits["upload_limit"],
+    )
+    try:
+        if config.session is not None:
+            workbench.session.restore(config.session)
+        threading.Thread(target=workbench.warm_up, daemon=True).start()
+        serve(workbench, config.host, config.port, lambda address: print(f"open {address}", flush=True))
+    finally:
+        workbench.close()
+    return 0

@@ -1,0 +1,196 @@
+"""A split tracked into a folder of masks, its speed and peak memory measured by the field's convention."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from stm_model.evaluation.protocol import Video
+from stm_model.io.images import VOID, MediaError, by, picture_size, read_image, write_mask
+from stm_model.network import STM
+from stm_model.network.weights import network_size
+from stm_model.runtime import default_device, held_process_memory, peak_process_memory
+from stm_model.tracking.tracker import Tracker
+
+WARM_UP = 5
+"""Frames tracked once before the clock runs, and thrown away."""
+
+
+@dataclass(frozen=True)
+class TrackingSettings:
+    """With what a split is tracked."""
+
+    checkpoint: Path | None = None
+    """Weights; None takes those in the package."""
+    device: str | None = None
+    """Where to run; None takes the GPU if there is one."""
+    dtype: str | None = None
+    """Number format of the network; None takes what the device computes natively."""
+    size: int | None = None
+    """Shorter side at which the network runs, in pixels; None takes the frames' own, with the package's weights at most
+    the size they were trained on."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of the `Tracker`: the rule of its memory, how it reads."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast frames were tracked. Reading and writing files is not counted, objects are not, frames are."""
+
+    frames: int
+    """Frames timed."""
+    seconds: float
+    """Seconds they took, the device synchronised after each."""
+    peak_bytes: int | None
+    """Greatest memory held: allocated on a GPU, else of the process; None where the system does not say."""
+    loaded_bytes: int | None
+    """Memory held before the first timed frame, the network loaded and warmed up, counted the same way."""
+
+    @property
+    def fps(self) -> float:
+        """Frames over seconds."""
+        return self.frames / max(self.seconds, 1e-9)
+
+    def __add__(self, other: Speed) -> Speed:
+        """Two runs side by side: frames and seconds add up, the greater memory counts."""
+        greater = max((self, other), key=lambda run: run.peak_bytes or 0)
+        return Speed(self.frames + other.frames, self.seconds + other.seconds, greater.peak_bytes, greater.loaded_bytes)
+
+
+def track_videos(videos: list[Video], settings: TrackingSettings, out: Path, quiet: bool = False) -> Speed:
+    """Track videos one after the other and write the masks that their benchmark asks for.
+
+    Args:
+        videos: what to track.
+        settings: with what.
+        out: folder that gets a folder of masks for each video.
+        quiet: show no progress.
+
+    Returns:
+        The speed over all frames of all videos, but for `WARM_UP` frames tracked beforehand.
+
+    Raises:
+        MediaError: a frame or a mask cannot be read, or does not fit its video; the message names it.
+        ValueError: the settings make no sense.
+    """
+    device = torch.device(settings.device) if settings.device else default_device()
+    dtype = getattr(torch, settings.dtype) if settings.dtype else None
+    model = STM.load(settings.checkpoint, device=device, dtype=dtype)
+    meter = _Meter(device)
+    trackers: dict[int | None, Tracker] = {}
+    total = sum(len(video.frame_paths) for video in videos)
+    with tqdm(total=total, desc="track", unit="frame", delay=1, disable=quiet or None) as progress:
+        for video in videos:
+            size = network_size(settings.size, settings.checkpoint, picture_size(video.frame_paths[0]))
+            if size not in trackers:
+                trackers[size] = Tracker(model, size=size, **settings.options)
+            if meter.loaded_bytes is None:
+                for _ in zip(range(WARM_UP), _results(trackers[size], video, _Meter(device))):
+                    pass
+                meter.start_counting()
+            _track_video(video, trackers[size], meter, out / video.name, progress)
+    return meter.speed()
+
+
+def track_videos_apart(videos: list[Video], settings: TrackingSettings, out: Path, quiet: bool = False) -> Speed:
+    """`track_videos` in a fresh process, so that its memory is its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(track_videos, videos, settings, out, quiet).result()
+
+
+def _track_video(video: Video, tracker: Tracker, meter: _Meter, out: Path, progress: tqdm) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    asked = set(video.asked)
+    # a submission looks like the annotations
+    white = np.uint8(VOID if video.is_black_and_white() else 1)
+    progress.set_postfix_str(video.name)
+    for index, labels in _results(tracker, video, meter):
+        if index in asked:
+            write_mask(out / video.mask_name(index), labels * white)
+        progress.update()
+
+
+def _results(tracker: Tracker, video: Video, meter: _Meter) -> Iterator[tuple[int, np.ndarray]]:
+    """(frame, labels) of a video, the meter running while the tracker does and at no other time."""
+    given = _given_masks(video)
+    results = tracker.track(_frames(video, meter), given, frame_count=len(video.frame_paths))
+    while True:
+        meter.resume()
+        try:
+            result = next(results, None)
+        except MediaError:
+            raise
+        except ValueError as error:
+            raise MediaError(f"{video.name}: {error}") from error
+        meter.pause()
+        if result is None:
+            return
+        meter.frames += 1
+        yield result.index, result.labels
+
+
+def _frames(video: Video, meter: _Meter) -> Iterator[np.ndarray]:
+    """The frames as the tracker pulls them, the meter halted while they are read."""
+    for path in video.frame_paths:
+        meter.pause()
+        frame = read_image(path)
+        meter.resume()
+        yield frame
+
+
+def _given_masks(video: Video) -> dict[int, np.ndarray]:
+    masks = video.given_masks()
+    for frame, mask in masks.items():
+        size = picture_size(video.frame_paths[frame])
+        if mask.shape != size:
+            annotation = video.annotations[frame]
+            raise MediaError(f"{annotation}: {by(mask.shape)} pixels; expected {by(size)} like its frame")
+        for label in video.entries[frame]:
+            if not (mask == label).any():
+                raise MediaError(
+                    f"{video.annotations[frame]}: object {label} should enter here, but is not in the mask"
+                )
+    return masks
+
+
+class _Meter:
+    """Adds up seconds of tracking and finds the peak of the memory."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.frames, self.seconds = device, 0, 0.0
+        self.loaded_bytes: int | None = None
+        self.running_since: float | None = None
+
+    def start_counting(self) -> None:
+        """Note what is held now; on a GPU the peak starts anew."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.loaded_bytes = torch.cuda.memory_allocated(self.device)
+        else:
+            self.loaded_bytes = held_process_memory()
+
+    def resume(self) -> None:
+        self.running_since = time.perf_counter()
+
+    def pause(self) -> None:
+        if self.running_since is not None:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.seconds += time.perf_counter() - self.running_since
+            self.running_since = None
+
+    def speed(self) -> Speed:
+        on_gpu = self.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else peak_process_memory()
+        return Speed(self.frames, self.seconds, peak, self.loaded_bytes)

@@ -1,0 +1,240 @@
+"""Score the interactive network, corrected by a robot: `stm evaluate --dataset davis-interactive --data DAVIS`.
+
+From Python: evaluate_interactive(InteractiveConfig(Path("DAVIS"))).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from stm_model.distributed import Ranks
+from stm_model.evaluation.evaluate import SUMMARY, begin, check_network, check_out, facts
+from stm_model.evaluation.protocol import Dataset, Video, open_dataset
+from stm_model.evaluation.tables import format_table, write_csv
+from stm_model.interactive.protocol import INTERACTIONS, Sample, interact, summarize_samples
+from stm_model.interactive.scribbles import Scribble, ScribbleError, read_scribbles
+from stm_model.interactive.session import ScribbleSession
+from stm_model.io.files import write_json
+from stm_model.io.images import VOID, MediaError, read_image, write_mask
+from stm_model.network import STM
+from stm_model.network.weights import DEFAULT_INTERACTIVE_WEIGHTS, network_size
+from stm_model.runtime import default_device
+
+ROBOT = "robot"
+"""Name of the first scribbles that the robot draws."""
+
+
+@dataclass(frozen=True)
+class InteractiveConfig:
+    """Score the interactive network on DAVIS: a robot scribbles on the worst frame, again and again.
+
+    Writes masks/ (after the last round), rounds.csv, samples.csv, curve.png, evaluation.json and report.html. torchrun
+    spreads the videos over processes.
+    """
+
+    data: Path
+    """The dataset's folder, as DAVIS 2017 or 2016 is released."""
+    split: str | None = None
+    """Name of the list under ImageSets; None is val."""
+    resolution: str | None = None
+    """Folder under JPEGImages; None takes 480p, or the only one."""
+    videos: tuple[str, ...] = ()
+    """Names of the videos; none takes the whole split."""
+    scribbles: Path | None = None
+    """Folder of first scribbles by people, VIDEO/NAME.json, each a sample; None lets the robot begin."""
+    interactions: int = INTERACTIONS
+    """Rounds of scribbling."""
+    out: Path = Path("stm-evaluation")
+    """Folder for what is written."""
+    overwrite: bool = False
+    """Replace an earlier evaluation in a folder that is not empty."""
+    checkpoint: Path | None = None
+    """Our .safetensors of a network guided by scribbles; None takes the weights that come with the package."""
+    size: int | None = None
+    """Shorter side in pixels at which the network runs. None takes the frames' own; with the package's weights at most
+    240, the size they were trained on."""
+    device: str | None = None
+    """Where to run, like cpu or cuda:0; None takes the GPU if there is one."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Number format of the network; None takes bfloat16 where the device computes it natively, else float32."""
+    json: bool = False
+    """Print the summary as JSON, alone on stdout."""
+
+    def __post_init__(self) -> None:
+        if self.interactions < 1:
+            raise ValueError(f"interactions: expected at least 1, got {self.interactions}")
+
+
+class _Start(NamedTuple):
+    """A video, and with what its segmentation begins."""
+
+    video: Video
+    name: str
+    first: tuple[int, Sequence[Scribble]] | None
+
+    @property
+    def folder(self) -> str:
+        """Folder of its masks."""
+        return self.video.name if self.first is None else f"{self.video.name}/{self.name}"
+
+
+def evaluate_interactive(config: InteractiveConfig) -> dict[str, Any]:
+    """Run the interactive evaluation and write its files.
+
+    Returns:
+        What evaluation.json holds, in every process of a torchrun.
+
+    Raises:
+        FileNotFoundError, ValueError: data, scribbles or settings make no sense; the message names the file.
+    """
+    with Ranks() as ranks:
+        # what can be refused is refused before anything is written
+        dataset, starts = ranks.on_first(lambda: _prepare(config))
+        config = dataclasses.replace(config, device=ranks.device(config.device))
+        mine = ranks.share(starts, lambda start: len(start.video.frame_paths))
+        samples = ranks.each(lambda: _run(config, mine, quiet=not ranks.first))
+        return ranks.on_first(lambda: _finish(config, dataset, [sample for part in samples for sample in part]))
+
+
+def describe_interactive(summary: dict[str, Any]) -> str:
+    """A summary as the lines that the command prints."""
+    rows = {row["sample"]: {key: row[key] for key in summary["scores"]} for row in summary["samples"]}
+    table = format_table({**rows, "mean": summary["scores"]})
+    return f"{table}\nwritten to {summary['settings']['out']}"
+
+
+def open_interactive(config: InteractiveConfig) -> Dataset:
+    """The split, of DAVIS 2017 where there is a list of it, else of 2016.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_dataset`, or a frame without ground truth.
+    """
+    split = config.split or "val"
+    years = [year for year in ("2017", "2016") if (config.data / "ImageSets" / year / f"{split}.txt").is_file()]
+    dataset = open_dataset(f"davis{(years or ['2017'])[0]}", config.data, split, config.resolution, config.videos)
+    for video in dataset.videos:
+        if len(video.annotations) < len(video.frame_paths):
+            raise ValueError(f"{video.name}: the robot needs the ground truth of every frame, and some is not here")
+    return dataclasses.replace(dataset, name=f"davis-interactive ({years[0]})")
+
+
+def _prepare(config: InteractiveConfig) -> tuple[Dataset, list[_Start]]:
+    dataset = open_interactive(config)
+    check_out(config.out, config.overwrite, {"data": config.data, "scribbles": config.scribbles})
+    check_network(config.checkpoint or DEFAULT_INTERACTIVE_WEIGHTS, config.device, config.size)
+    starts = [start for video in dataset.videos for start in _starts(video, config.scribbles)]
+    begin(config.out, facts(config, dataset))
+    return dataset, starts
+
+
+def _starts(video: Video, folder: Path | None) -> Iterator[_Start]:
+    if folder is None:
+        yield _Start(video, ROBOT, None)
+        return
+    paths = sorted((folder / video.name).glob("*.json"))
+    if not paths:
+        raise FileNotFoundError(f"scribbles: no .json in {folder / video.name}")
+    for path in paths:
+        frames = read_scribbles(path, len(video.frame_paths), video.objects)
+        if len(frames) != 1:
+            raise ScribbleError(f"{path}: expected scribbles on one frame to begin with, got {len(frames)} frames")
+        yield _Start(video, path.stem, next(iter(frames.items())))
+
+
+def _run(config: InteractiveConfig, starts: Sequence[_Start], quiet: bool) -> list[Sample]:
+    if not starts:
+        return []
+    device = torch.device(config.device) if config.device else default_device()
+    dtype = getattr(torch, config.dtype) if config.dtype else None
+    model = STM.load(config.checkpoint or DEFAULT_INTERACTIVE_WEIGHTS, device=device, dtype=dtype)
+    samples = []
+    total = len(starts) * config.interactions
+    with tqdm(total=total, desc="interact", unit="round", disable=quiet or None) as progress:
+        for start in starts:
+            progress.set_postfix_str(start.folder)
+            samples.append(_run_sample(config, model, start, progress))
+            progress.update(len(samples) * config.interactions - progress.n)
+    return samples
+
+
+def _run_sample(config: InteractiveConfig, model: STM, start: _Start, progress: tqdm) -> Sample:
+    video = start.video
+    # read before the clock runs
+    frames = [read_image(path) for path in video.frame_paths]
+    truths = [video.read_annotation(index) for index in range(len(frames))]
+    if any(truth.shape != frame.shape[:2] for frame, truth in zip(frames, truths)):
+        raise MediaError(f"{video.name}: frames and annotations differ in size")
+    try:
+        size = network_size(config.size, config.checkpoint, frames[0].shape[:2])
+        session = ScribbleSession(model, frames, size=size)
+        rounds, masks = [], np.zeros((len(frames), *truths[0].shape), np.uint8)
+        for result in interact(session, truths, video.objects, first=start.first, interactions=config.interactions):
+            masks = result[1]
+            rounds.append(result[0])
+            progress.update()
+    except ValueError as error:
+        raise MediaError(f"{video.name}: {error}") from error
+    folder = config.out / "masks" / start.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    white = np.uint8(VOID if video.is_black_and_white() else 1)
+    for index, labels in enumerate(masks):
+        write_mask(folder / video.mask_name(index), labels * white)
+    return Sample(video.name, start.name, len(video.objects), config.interactions, tuple(rounds))
+
+
+def _finish(config: InteractiveConfig, dataset: Dataset, samples: list[Sample]) -> dict[str, Any]:
+    """Write the tables, the picture of the curve, the report and, last, the summary."""
+    samples.sort(key=lambda sample: (sample.video, sample.start))
+    summary = facts(config, dataset) | {
+        "scores": summarize_samples(samples, config.interactions),
+        "samples": [_record(sample, config.interactions) for sample in samples],
+    }
+    columns = list(summary["scores"])
+    write_csv(
+        config.out / "samples.csv",
+        ["Sample", "Rounds", "Seconds", *columns],
+        [
+            [row["sample"], len(row["rounds"]), sum(done["seconds"] for done in row["rounds"])]
+            + [row[column] for column in columns]
+            for row in summary["samples"]
+        ],
+    )
+    write_csv(
+        config.out / "rounds.csv",
+        ["Sample", "Round", "Frame", "Scribbles", "Seconds", "J", "F", "J&F"],
+        [
+            [row["sample"], number, *(done[key] for key in ("frame", "scribbles", "seconds", "J", "F", "J&F"))]
+            for row in summary["samples"]
+            for number, done in enumerate(row["rounds"], start=1)
+        ],
+    )
+    # matplotlib takes a second to import
+    from stm_model.interactive.report import write_interactive_report
+
+    write_interactive_report(dataset, samples, summary, config.out)
+    write_json(config.out / SUMMARY, summary)
+    return summary
+
+
+def _record(sample: Sample, interactions: int) -> dict[str, Any]:
+    rounds = [
+        {
+            "frame": done.frame,
+            "scribbles": done.scribbles,
+            "seconds": done.seconds,
+            "J": done.region,
+            "F": done.contour,
+            "J&F": done.both,
+        }
+        for done in sample.rounds
+    ]
+    name = sample.video if sample.start == ROBOT else f"{sample.video}/{sample.start}"
+    return {"sample": name, "objects": sample.objects} | summarize_samples([sample], interactions) | {"rounds": rounds}

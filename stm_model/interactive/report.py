@@ -1,0 +1,109 @@
+"""The interactive evaluation as a picture of its curves and as a page that needs no network."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from stm_model.evaluation.figures import DASHES, LINES, save
+from stm_model.evaluation.protocol import Dataset
+from stm_model.evaluation.report import page, picture
+from stm_model.evaluation.scoring import read_result
+from stm_model.interactive.protocol import THRESHOLD, Sample
+from stm_model.io.images import contact_sheet, overlay, read_image, resize_frame, write_image
+
+MOST_SAMPLES = 12
+SHEET_FRAMES, SHEET_WIDTH = 4, 240
+"""Frames of a sample on the contact sheet, and how wide each is in pixels."""
+CURVE = "curve.png"
+
+
+def write_interactive_report(dataset: Dataset, samples: Sequence[Sample], summary: dict[str, Any], out: Path) -> None:
+    """Write curve.png, contact_sheet.png and report.html, which holds both.
+
+    Args:
+        dataset: the split.
+        samples: what was measured, in the order of `summary["samples"]`.
+        summary: what evaluation.json holds.
+        out: folder for all three, which holds masks/ already.
+    """
+    draw_curves(samples, summary, out / CURVE)
+    _draw_sheet(dataset, summary, out)
+    where = "{device}, {threads} CPU threads, {dtype}".format_map(summary)
+    sections = [
+        f"<h1>{html.escape(dataset.name)}, split {html.escape(dataset.split)}</h1>",
+        f"<p>{len(samples)} samples, corrected by a robot in at most {samples[0].interactions} rounds; "
+        f"{html.escape(where)}.</p>",
+        _table(summary),
+        '<p class="note">J@k, F@k and J&amp;F@k: means over all frames after k rounds. AUC: area under J&amp;F over '
+        "time, from 0 at the start to the end of the budget of 30 seconds a round and object, over that budget; "
+        f"J&amp;F@{THRESHOLD:.0f}s is read off the same curve. Time runs from the scribbles to the masks.</p>",
+        picture(out / CURVE, "J&F over the rounds and over time"),
+        picture(out / "contact_sheet.png", "masks after the last round, from the first frame to the last"),
+        f"<h2>Where this comes from</h2><p><code>{html.escape(summary['command'])}</code></p>",
+    ]
+    (out / ".report.partial.html").write_text(page(dataset.name, sections), encoding="utf-8")
+    (out / ".report.partial.html").replace(out / "report.html")
+
+
+def draw_curves(samples: Sequence[Sample], summary: dict[str, Any], path: Path) -> None:
+    """J&F over the rounds, each sample a line and their mean a thick one, and over time."""
+    rounds = range(1, samples[0].interactions + 1)
+    figure = Figure((8.6, 3.8), layout="constrained")
+    over_rounds, over_time = figure.subplots(1, 2, sharey=True)
+    end = max(sum(done.seconds for done in sample.rounds) for sample in samples)
+    times = np.linspace(0, max(end * 1.1, THRESHOLD), 400)
+    for index, (sample, row) in enumerate(zip(samples, summary["samples"])):
+        style = {"color": LINES[index % len(LINES)], "linestyle": DASHES[index // len(LINES) % len(DASHES)]}
+        label = row["sample"] if len(samples) <= MOST_SAMPLES else None
+        over_rounds.plot(rounds, [sample.after(number) for number in rounds], linewidth=1, label=label, **style)
+        over_time.plot(times, np.interp(times, *sample.curve()), linewidth=1, **style)
+    means = [fmean(sample.after(number) for sample in samples) for number in rounds]
+    over_rounds.plot(rounds, means, "o-", color="black", linewidth=2.4, markersize=4, label="mean")
+    curves = np.mean([np.interp(times, *sample.curve()) for sample in samples], 0)
+    over_time.plot(times, curves, color="black", linewidth=2.4)
+    over_time.axvline(THRESHOLD, color="grey", linewidth=0.8)
+    scores = summary["scores"]
+    over_rounds.set(xlabel="round", ylabel="J&F", title=f"after {len(rounds)} rounds {means[-1]:.3f}", ylim=(0, 1))
+    over_rounds.set_xticks(list(rounds))
+    over_time.set(
+        xlabel="seconds", title=f"AUC {scores['AUC']:.3f}, at 60 s {scores['J&F@60s']:.3f}", xlim=(0, times[-1])
+    )
+    for axes in (over_rounds, over_time):
+        axes.grid(alpha=0.3)
+    over_rounds.legend(loc="lower right", frameon=False, fontsize=8)
+    save(figure, path)
+
+
+def _table(summary: dict[str, Any]) -> str:
+    columns = list(summary["scores"])
+    rows = [*((row["sample"], row) for row in summary["samples"]), ("mean", summary["scores"])]
+    lines = [
+        f'<tr class="{"ours" if name == "mean" else ""}"><td>{html.escape(name)}</td>'
+        + "".join(f"<td>{row[column]:.3f}</td>" for column in columns)
+        + "</tr>"
+        for name, row in rows
+    ]
+    header = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    return f'<div class="wide"><table><tr><th></th>{header}</tr>{"".join(lines)}</table></div>'
+
+
+def _draw_sheet(dataset: Dataset, summary: dict[str, Any], out: Path) -> None:
+    """Frames spread over the samples, one row a sample."""
+    videos = {video.name: video for video in dataset.videos}
+    tiles = []
+    for row in summary["samples"][:MOST_SAMPLES]:
+        video = videos[row["sample"].partition("/")[0]]
+        for place in np.linspace(0, len(video.frame_paths) - 1, SHEET_FRAMES).round().astype(int):
+            frame = read_image(video.frame_paths[place])
+            labels = read_result(out / "masks" / row["sample"] / video.mask_name(place), video, frame.shape[:2])
+            shown = overlay(frame, labels)
+            height = max(1, round(frame.shape[0] * SHEET_WIDTH / frame.shape[1]))
+            tiles.append(resize_frame(shown, (height, SHEET_WIDTH)))
+    write_image(out / "contact_sheet.png", contact_sheet(tiles, columns=SHEET_FRAMES))

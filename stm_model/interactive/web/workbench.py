@@ -1,0 +1,324 @@
+"""What stands behind the page: one session, who has it, the work in the background, and files to take away."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+import threading
+import traceback
+import uuid
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stm_model.interactive.footage import Footage
+from stm_model.interactive.session import Progress, ScribbleSession
+from stm_model.io.images import OVERLAY_COLOURS, encode_jpeg, fill_polygons, overlay
+from stm_model.network import STM
+
+
+class Refused(ValueError):
+    """Something that cannot be done now; the message says why and what can."""
+
+
+class TakenElsewhere(Refused):
+    """Another tab has the session."""
+
+
+class _Stopped(Exception):
+    pass
+
+
+@dataclass
+class Job:
+    """Work in the background."""
+
+    name: str
+    """What it does."""
+    done: int = 0
+    """Frames done."""
+    total: int = 0
+    """Frames in all; 0 before that is known."""
+    error: str | None = None
+    """Why it failed."""
+    running: bool = True
+    """Whether it still runs."""
+    stopping: bool = False
+    """Whether it was asked to stop."""
+
+    def progress(self, done: int, total: int) -> None:
+        """Note how far it is; where it is asked to stop, it stops here."""
+        self.done, self.total = done, total
+        if self.stopping:
+            raise _Stopped
+
+
+class Workbench:
+    """A session for one browser tab at a time.
+
+    Args:
+        footage: the video.
+        make_session: gives the session of a video.
+        load_tracking_model: gives the network that tracks, when it is first needed.
+        most_frames: longer videos are refused.
+        upload_bytes: larger uploads are refused.
+    """
+
+    def __init__(
+        self,
+        footage: Footage,
+        make_session: Callable[[Footage], ScribbleSession],
+        load_tracking_model: Callable[[], STM],
+        *,
+        most_frames: int,
+        upload_bytes: int,
+    ):
+        self._make_session, self._load_tracking_model = make_session, load_tracking_model
+        self.most_frames, self.upload_bytes = most_frames, upload_bytes
+        self._opened = footage, make_session(footage)
+        self._lock = threading.RLock()
+        self._owner: str | None = None
+        self.job: Job | None = None
+        self.files: dict[str, Path] = {}
+        """Name → file, of what was exported."""
+        self._folder = tempfile.TemporaryDirectory(prefix="stm-interact-")
+        # unlike any of another run, whose pictures a browser may still hold
+        self._nonce, self._version = uuid.uuid4().hex[:8], 0
+
+    def warm_up(self) -> None:
+        """Compute a preview that nobody sees: a process's first takes longer than those after it."""
+        session = self._make_session(self._opened[0])
+        session.add_scribbles(0, [{"path": [[0.5, 0.5]], "object_id": 1}])
+        session.preview(0)
+
+    def close(self) -> None:
+        """Stop the work and remove the files."""
+        if self.job is not None:
+            self.job.stopping = True
+        self._folder.cleanup()
+
+    @property
+    def session(self) -> ScribbleSession:
+        """The session; it changes when another video is opened."""
+        return self._opened[1]
+
+    def enter(self, tab: str, take: bool = False) -> dict[str, Any]:
+        """A tab asks for the session: it gets it where no other has it, or takes it from the other."""
+        with self._lock:
+            if self._owner is None or take:
+                self._owner = tab
+            return self.status(tab)
+
+    def leave(self, tab: str) -> None:
+        """A tab closes."""
+        with self._lock:
+            if self._owner == tab:
+                self._owner = None
+
+    def status(self, tab: str | None) -> dict[str, Any]:
+        """All that the page shows, but for pictures."""
+        with self._lock:
+            (footage, session), job = self._opened, self.job
+            steps, position = session.steps
+            return {
+                "yours": self._owner == tab,
+                "video": {
+                    "name": footage.name,
+                    "frames": len(footage.frames),
+                    "height": footage.size[0],
+                    "width": footage.size[1],
+                    "fps": float(footage.fps),
+                    "damage": footage.damage,
+                },
+                "objects": list(session.objects),
+                "colours": [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in OVERLAY_COLOURS],
+                "annotated": list(session.annotated_frames),
+                "segmented": bool(session.state.masks),
+                "rounds": session.rounds,
+                "steps": list(steps),
+                "position": position,
+                "scribbles": {str(frame): list(drawn) for frame, drawn in session.state.scribbles.items()},
+                "version": f"{self._nonce}.{self._version}",
+                "job": None if job is None else {**vars(job)},
+                "files": sorted(self.files),
+            }
+
+    def picture(self, index: int, masks: bool) -> bytes:
+        """A frame as JPEG, with its masks or without."""
+        footage, session = self._opened
+        labels = session.labels(index)
+        frame = np.asarray(footage.frames[index])
+        return encode_jpeg(overlay(frame, labels) if masks else frame)
+
+    def preview(self, tab: str, index: int) -> bytes:
+        """A frame as JPEG, with the masks that a round would give it."""
+        with self._editing(tab, changes=False) as session:
+            return encode_jpeg(overlay(np.asarray(session.frames[index]), session.preview(index)))
+
+    def scribble(self, tab: str, index: int, label: int, path: list[list[float]]) -> None:
+        """Draw a stroke."""
+        with self._editing(tab) as session:
+            self._check_label(session, label, background=True)
+            session.add_scribbles(index, [{"path": path, "object_id": label}])
+
+    def paint(self, tab: str, index: int, label: int, path: list[list[float]], erase: bool = False) -> None:
+        """Add what an outline encloses to an object's mask on a frame, or take it away."""
+        with self._editing(tab) as session:
+            self._check_label(session, label, background=False)
+            corners = np.asarray(path, dtype=float)
+            if corners.ndim != 2 or corners.shape[1:] != (2,) or len(corners) < 3:
+                raise Refused("outline: expected at least three points [x, y]")
+            if not ((corners >= 0) & (corners <= 1)).all():
+                raise Refused("outline: a point is outside the frame; expected values from 0 to 1")
+            height, width = session.frame_size
+            area = fill_polygons((height, width), [(corners * (width - 1, height - 1)).ravel().tolist()])
+            mask = session.labels(index) == label
+            session.paint(index, mask & ~area if erase else mask | area, label)
+
+    def undo(self, tab: str) -> None:
+        """Go a step back."""
+        with self._editing(tab) as session:
+            session.undo()
+
+    def redo(self, tab: str) -> None:
+        """Go a step forward again."""
+        with self._editing(tab) as session:
+            session.redo()
+
+    def run(self, tab: str) -> None:
+        """Start a round."""
+        with self._editing(tab, changes=False) as session:
+            if not session.objects:
+                raise Refused("no object yet: draw a scribble on one first")
+            self._start(f"round {session.rounds + 1}", session.run)
+
+    def track(self, tab: str, index: int, direction: str) -> None:
+        """Start to track the objects of a frame."""
+        with self._editing(tab, changes=False) as session:
+            if not session.labels(index).any():
+                raise Refused(f"frame {index} has no mask to track from")
+            self._start(
+                f"tracking from frame {index}",
+                lambda progress: session.track_from(index, self._load_tracking_model(), direction, progress),
+            )
+
+    def export(self, tab: str) -> None:
+        """Start to write masks and overlay."""
+        footage = self._opened[0]
+
+        def work(progress: Progress) -> None:
+            folder = Path(tempfile.mkdtemp(dir=self._folder.name))
+            session.export(folder / "out", footage.fps, progress)
+            with zipfile.ZipFile(folder / "masks.zip", "w") as archive:
+                for file in sorted((folder / "out" / "masks").iterdir()):
+                    archive.write(file, f"masks/{file.name}")
+            shutil.rmtree(folder / "out" / "masks")
+            self.files = {"masks.zip": folder / "masks.zip", "overlay.mp4": folder / "out" / "overlay.mp4"}
+
+        with self._editing(tab, changes=False) as session:
+            self._start("export", work)
+
+    def stop(self, tab: str) -> None:
+        """Ask the work in the background to stop; the session stays as it was before."""
+        with self._lock:
+            self._check_owner(tab)
+            if self.job is not None:
+                self.job.stopping = True
+
+    def saved_session(self) -> Path:
+        """The session as a file."""
+        path = Path(self._folder.name) / "session.stm"
+        with self._lock:
+            self.session.save(path)
+        return path
+
+    def download_name(self, name: str) -> str:
+        """What to call a file when it is taken away."""
+        return f"{safe_name(self._opened[0].name)}-{name}"
+
+    @contextmanager
+    def upload(self) -> Iterator[Path]:
+        """A name for a file that is being uploaded, which goes when the block ends."""
+        path = Path(self._folder.name) / f"upload-{uuid.uuid4().hex}"
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    def restore(self, tab: str, path: Path, name: str) -> None:
+        """Go on from a saved session of this video."""
+        with self._editing(tab) as session, _named(path, name):
+            session.restore(path)
+
+    def open(self, tab: str, path: Path, name: str) -> None:
+        """Begin with another video."""
+        with self._editing(tab), _named(path, name):
+            footage = Footage(path, self.most_frames, Path(safe_name(name)).stem)
+            self._opened = footage, self._make_session(footage)
+            self.files, self.job = {}, None
+
+    @contextmanager
+    def _editing(self, tab: str, changes: bool = True) -> Iterator[ScribbleSession]:
+        with self._lock:
+            self._check_owner(tab)
+            if self.job is not None and self.job.running:
+                raise Refused(f"{self.job.name} is running; wait, or stop it")
+            yield self.session
+            self._version += changes
+            if changes:
+                self.files = {}
+
+    def _check_owner(self, tab: str) -> None:
+        if self._owner != tab:
+            raise TakenElsewhere("this session is open in another tab; take it over to go on here")
+
+    @staticmethod
+    def _check_label(session: ScribbleSession, label: Any, background: bool) -> None:
+        if isinstance(label, bool) or not isinstance(label, int):
+            raise Refused(f"object: expected a whole number, got {label!r}")
+        new = max(session.objects, default=0) + 1
+        known = ([0] if background else []) + sorted(session.objects)
+        if label not in (*known, new):
+            listed = f"one of {', '.join(map(str, known))}, or " if known else ""
+            raise Refused(f"object {label} is unknown; expected {listed}{new} for a new one")
+
+    def _start(self, name: str, work: Callable[[Progress], None]) -> None:
+        self.job = Job(name)
+        threading.Thread(target=self._work, args=(self.job, work), daemon=True).start()
+
+    def _work(self, job: Job, work: Callable[[Progress], None]) -> None:
+        try:
+            work(job.progress)
+        except _Stopped:
+            job.error = f"{job.name} was stopped"
+        # whatever it was, the page must hear of it: nobody else sees what a thread raises
+        except Exception as error:
+            job.error = f"{job.name} failed: {str(error).partition(chr(10))[0] or type(error).__name__}"
+            if not isinstance(error, (ValueError, OSError, MemoryError)):
+                traceback.print_exc()
+        finally:
+            with self._lock:
+                self._version += 1
+                job.running = False
+
+
+@contextmanager
+def _named(path: Path, name: str) -> Iterator[None]:
+    """Complaints about an uploaded file call it by the name it has for the user."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refused(str(error).replace(str(path), safe_name(name))) from error
+
+
+def safe_name(name: str | os.PathLike) -> str:
+    """A file's name with nothing in it but letters, digits, dots and dashes, and no folders."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", re.split(r"[/\\]", str(name))[-1]).strip("._")
+    return plain[:80] or "video"

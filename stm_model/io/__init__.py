@@ -1,0 +1,1 @@
+"""Video, pictures and files, in and out."""

@@ -1,0 +1,319 @@
+"""Video in and out: files read and written through FFmpeg, folders of frames, and the masks given for a video."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+from stm_model.io.images import (
+    IMAGE_SUFFIXES,
+    VOID,
+    MediaError,
+    by,
+    picture_files,
+    picture_size,
+    read_image,
+    read_mask,
+    reason,
+)
+
+FOLDER_FPS = Fraction(24)
+
+
+class BrokenVideo(MediaError):
+    """A video that stops before its end; `frames_read` frames came out before that."""
+
+    def __init__(self, message: str, frames_read: int):
+        super().__init__(message)
+        self.frames_read = frames_read
+
+
+def open_video(path: str | os.PathLike) -> VideoFile | FrameFolder:
+    """Open a video file or a folder of frames, without reading it into memory.
+
+    Args:
+        path: a file that FFmpeg reads (mp4, mkv, webm, avi, …), or a folder of pictures, taken in natural order
+            (`frame2` before `frame10`).
+
+    Returns:
+        A source. Iterating yields uint8 RGB `[H, W, 3]` frames, from the start each time. It has `path`, `name`,
+        `size` (H, W) in pixels, `fps` (Fraction, frames a second; 24 for a folder) and `frame_count` (None if unknown).
+
+    Raises:
+        MediaError: nothing there, not a video, no frames, or frames of different sizes in a folder.
+        BrokenVideo: while iterating, after the last whole frame of a video that breaks off.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return FrameFolder(path)
+    if not path.exists():
+        raise MediaError(f"{path}: no such video file or folder of frames")
+    return VideoFile(path)
+
+
+class FrameFolder:
+    """A folder of pictures as a video; see `open_video`."""
+
+    fps = FOLDER_FPS
+
+    def __init__(self, path: Path):
+        self.path, self.name = path, path.resolve().name
+        self.files = picture_files(path)
+        if not self.files:
+            raise MediaError(f"{path}: no frames; expected pictures ({' '.join(sorted(IMAGE_SUFFIXES))})")
+        self.size = picture_size(self.files[0])
+        for file in self.files[1:]:
+            if (size := picture_size(file)) != self.size:
+                raise MediaError(f"{file}: {by(size)} pixels, but the frames before it are {by(self.size)}")
+        self.frame_count = len(self.files)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for index, file in enumerate(self.files):
+            try:
+                frame = read_image(file)
+            except MediaError as error:
+                raise BrokenVideo(f"{error}; {index} of {self.frame_count} frames read", index) from error
+            yield frame
+
+
+class VideoFile:
+    """A video file read through FFmpeg; see `open_video`. Rotation noted in the file is applied."""
+
+    def __init__(self, path: Path):
+        self.path, self.name = path, path.stem
+        with self._opened() as (_, stream):
+            self.fps = Fraction(stream.average_rate or stream.guessed_rate or FOLDER_FPS)
+            self.frame_count = stream.frames or None
+        # some containers (mkv, webm) do not say how many frames they hold: count them without decoding
+        self.frame_count = self.frame_count or self._count_packets()
+        first = next(self._decoded(), None)
+        if first is None:
+            raise MediaError(f"{path}: no frame in it can be decoded")
+        self.size = first.shape[:2]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        count = 0
+        try:
+            for frame in self._decoded():
+                if frame.shape[:2] != self.size:
+                    raise _Break(f"its pictures change from {by(self.size)} to {by(frame.shape)} pixels")
+                yield frame
+                count += 1
+        except _Break as stop:
+            known = f" of {self.frame_count}" if (self.frame_count or 0) > count else ""
+            message = f"{self.path}: the video breaks off after {count}{known} frames ({stop})"
+            raise BrokenVideo(message, count) from stop
+
+    @contextmanager
+    def _opened(self):
+        try:
+            container = av.open(str(self.path))
+        except (av.error.FFmpegError, OSError) as error:
+            raise MediaError(f"{self.path}: does not open as a video ({reason(error)})") from error
+        with container:
+            if not container.streams.video:
+                raise MediaError(f"{self.path}: holds no video stream")
+            yield container, container.streams.video[0]
+
+    def _count_packets(self) -> int | None:
+        with self._opened() as (container, stream):
+            try:
+                return sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream)) or None
+            except (av.error.FFmpegError, OSError):
+                return None
+
+    def _decoded(self) -> Iterator[np.ndarray]:
+        """Every frame that can be decoded; `_Break` where the rest cannot be."""
+        started = False
+        with self._opened() as (container, stream):
+            stream.thread_type = "SLICE"  # frame threads report damage late, after pictures that follow it
+            packets = container.demux(stream)
+            clock = _Clock(container, stream, self.fps)
+            while True:
+                packet = None
+                try:
+                    if (packet := next(packets, None)) is None:
+                        break
+                    clock.see(packet)
+                    frames = packet.decode()
+                except (av.error.FFmpegError, OSError) as error:
+                    if not started:  # a video cut out of a longer one may start with frames that need an earlier one
+                        continue
+                    yield from map(_upright, _held_back(stream, packet))
+                    raise _Break(reason(error)) from error
+                started = started or bool(frames)
+                yield from map(_upright, frames)
+            if started and (shortfall := clock.shortfall()):
+                raise _Break(shortfall)
+
+
+class _Break(Exception):
+    """Why a video cannot be decoded any further."""
+
+
+class _Clock:
+    """Compares where a stream ends with where its file says it ends: FFmpeg takes a cut mkv or avi for a short one."""
+
+    def __init__(self, container, stream, fps: Fraction):
+        self.fps = fps
+        self.start: Fraction | None = None
+        self.end: Fraction | None = None
+        self.expected: Fraction | None = None
+        if tag := re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", "")):
+            self.expected = int(tag[1]) * 3600 + int(tag[2]) * 60 + Fraction(tag[3])
+        elif container.format.name == "avi" and stream.frames:
+            self.expected = stream.frames / fps
+        elif stream.duration:
+            self.expected = stream.duration * stream.time_base
+
+    def see(self, packet) -> None:
+        if packet.pts is not None:
+            start = packet.pts * packet.time_base
+            end = start + (packet.duration * packet.time_base if packet.duration else 1 / self.fps)
+            self.start = start if self.start is None else min(start, self.start)
+            self.end = end if self.end is None else max(end, self.end)
+
+    def shortfall(self) -> str | None:
+        """What is missing, if the stream ends early."""
+        if self.start is None or self.end is None or self.expected is None:
+            return None
+        # some files count from their first frame, some from zero
+        if max(self.end, self.end - self.start) >= self.expected - Fraction(1, 10) - 2 / self.fps:
+            return None
+        return f"it ends at {float(self.end):.2f} s of {float(self.expected):.2f} s"
+
+
+def _held_back(stream, bad_packet) -> list:
+    """The pictures that the decoder holds to put them in order, up to the one that cannot be decoded."""
+    try:
+        frames = stream.codec_context.decode(None)
+    except (av.error.FFmpegError, OSError):
+        return []
+    if bad_packet is None or bad_packet.pts is None:
+        return frames
+    return [frame for frame in frames if frame.pts is not None and frame.pts < bad_packet.pts]
+
+
+def _upright(frame) -> np.ndarray:
+    pixels = frame.to_ndarray(format="rgb24")
+    quarters = round(frame.rotation / 90) % 4
+    return np.ascontiguousarray(np.rot90(pixels, quarters)) if quarters else pixels
+
+
+def read_masks(
+    path: str | os.PathLike, video: VideoFile | FrameFolder | None = None, *, binary: bool = False
+) -> dict[int, np.ndarray]:
+    """Read the given masks of a video by frame index.
+
+    Args:
+        path: one mask (for frame 0), or a folder of masks. In a folder the number that ends a file's name is its frame
+            (`00005.png`, `mask_5.png`); if `video` is a folder with frames of the same names, the mask's name is.
+        video: the source that the masks belong to, if there is one to check against.
+        binary: see `read_mask`.
+
+    Returns:
+        uint8 labels `[H, W]` by frame index, in order.
+
+    Raises:
+        MediaError: what `read_mask` raises, no masks, two for one frame, one of a frame that the video does not have,
+            or no object in any of them.
+    """
+    path = Path(path)
+    files = picture_files(path) if path.is_dir() else [path]
+    if not files:
+        raise MediaError(f"{path}: no masks; expected PNG files named by frame number, like 00000.png")
+    by_index: dict[int, Path] = {}
+    for file, index in zip(files, _frame_indices(files, video) if path.is_dir() else [0]):
+        if index in by_index:
+            raise MediaError(f"{file}: frame {index} already has the mask {by_index[index].name}")
+        by_index[index] = file
+    masks = {index: read_mask(by_index[index], binary=binary) for index in sorted(by_index)}
+    if not any(((labels > 0) & (labels < VOID)).any() for labels in masks.values()):
+        if any((labels == VOID).any() for labels in masks.values()):
+            raise MediaError(f"{path}: its only label is 255, which is void; for a black-and-white mask use --binary")
+        raise MediaError(f"{path}: an empty mask, no pixel belongs to an object")
+    return masks
+
+
+def _frame_indices(files: list[Path], video: VideoFile | FrameFolder | None) -> list[int]:
+    frame_stems = {file.stem: index for index, file in enumerate(getattr(video, "files", []))}
+    by_name = any(file.stem in frame_stems for file in files)
+    count = getattr(video, "frame_count", None)
+    indices = []
+    for file in files:
+        number = re.search(r"(\d+)$", file.stem)
+        index = frame_stems.get(file.stem) if by_name else int(number[1]) if number else None
+        if index is None:
+            wanted = "the name of a frame of the video" if by_name else "a name that ends in the frame's number"
+            raise MediaError(f"{file}: expected {wanted}")
+        if video is not None and count is not None and index >= count:
+            raise MediaError(f"{file}: a mask for frame {index}, but {video.path} has {count} frames, 0 to {count - 1}")
+        indices.append(index)
+    return indices
+
+
+class VideoWriter:
+    """Writes uint8 RGB `[H, W, 3]` frames as an H.264 mp4 (MPEG-4 where there is no x264); a context manager.
+
+    The file gets its name when it is closed, after an exception too, so that what was written stays watchable; without
+    a frame there is no file. An odd side grows by one repeated row or column.
+
+    Args:
+        path: where the mp4 goes.
+        fps: frames a second.
+        codec: FFmpeg's name of an encoder; None chooses.
+    """
+
+    def __init__(self, path: str | os.PathLike, fps: Fraction | float = FOLDER_FPS, codec: str | None = None):
+        self.path = Path(path)
+        self._fps = Fraction(fps).limit_denominator(1001)
+        self._codec = codec or ("libx264" if "libx264" in av.codecs_available else "mpeg4")
+        self._partial = self.path.with_name(f".{self.path.stem}.partial.mp4")
+        self._container: Any = None
+        self._stream: Any = None
+
+    def write(self, frame: np.ndarray) -> None:
+        """Append one frame; all have the size of the first."""
+        height, width = frame.shape[:2]
+        if height % 2 or width % 2:
+            frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        if self._container is None:
+            self._open(frame)
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        self._container.mux(self._stream.encode(picture))
+
+    def _open(self, frame: np.ndarray) -> None:
+        self._container = av.open(str(self._partial), "w", format="mp4")
+        self._stream = self._container.add_stream(self._codec, rate=self._fps)
+        self._stream.height, self._stream.width = frame.shape[:2]
+        self._stream.pix_fmt = "yuv420p"
+        if self._codec == "libx264":
+            self._stream.options = {"crf": "20", "preset": "veryfast"}
+        else:
+            self._stream.bit_rate = 8_000_000
+
+    def close(self) -> None:
+        """Finish the file. Closing twice is fine."""
+        if self._container is None:
+            return
+        container, self._container = self._container, None
+        try:
+            container.mux(self._stream.encode())
+            container.close()
+            os.replace(self._partial, self.path)
+        finally:
+            self._partial.unlink(missing_ok=True)
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()

@@ -1,0 +1,1 @@
+"""Semi-supervised tracking: the loop, its memory, and a video tracked into a folder."""

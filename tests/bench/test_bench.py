@@ -1,0 +1,235 @@
+"""The bench for a GPU, run dry: what it writes, what it does not report, and what survives a process that dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import bench.checks as checks
+import bench.gpu as gpu
+import bench.tables as tables
+from bench.peers import PEERS, naive
+from bench.plot import draw
+from bench.shapes import FRAMES, MEMORIES, MOST_IMPORTANT, Size, sizes
+from bench.workers import attempt, run_apart, run_here, write_json
+
+ROOT = Path(__file__).parents[2]
+SIZE = Size(33, 2, 1, 16, 32)
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels are not interpreted")
+
+
+def doubled(*inputs, scale):
+    return (2 * naive(*inputs, scale=scale)[0],)
+
+
+def right_only_forward(*inputs, scale):
+    out = naive(*inputs, scale=scale)[0]
+    return (out.detach() + 2 * (out - out.detach()),)
+
+
+def missing(*inputs, scale):
+    import no_such_package  # noqa: F401
+
+
+def raising(*inputs, scale):
+    raise RuntimeError("no kernel for this width\nand much more")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Few tasks, with readers among them that are wrong, absent and broken."""
+    every_check, every_choice = checks.check_tasks, tables.choice_tasks
+    readers = {"ours": PEERS["ours"], "naive": naive, "doubled": doubled, "half right": right_only_forward}
+    monkeypatch.setattr(tables, "PEERS", readers | {"missing": missing, "raising": raising})
+    monkeypatch.setattr(tables, "SLOW_TO_COMPILE", ("raising",))
+    monkeypatch.setattr(tables, "sizes", lambda tiny, quick: [SIZE])
+    monkeypatch.setattr(tables, "_tile_tasks", lambda *_: {})
+    monkeypatch.setattr(checks, "check_tasks", lambda *options: dict(list(every_check(*options).items())[:2]))
+    monkeypatch.setattr(checks, "random_tasks", lambda *_: {"broken": raising})
+    kept = (f"forward, {SIZE}, peaked, exact", f"usage, {SIZE}")
+    monkeypatch.setattr(tables, "choice_tasks", lambda *options: {name: every_choice(*options)[name] for name in kept})
+
+
+@without_gpu
+def test_a_dry_run_writes_figures_and_a_plot_and_no_speed_for_what_is_wrong(small, tmp_path, capsys):
+    path = tmp_path / "deep" / "gpu.json"
+    assert gpu.main(["--device", "cpu", "--workers", "0", "--out", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert path.with_suffix(".png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert sorted(file.name for file in path.parent.iterdir()) == ["gpu.json", "gpu.png"]
+    assert report["machine"]["versions"]["torch"] == torch.__version__ and report["machine"]["revision"]
+    assert all(result["error_over_allowed"] <= 1 for name, result in report["checks"].items() if name != "broken")
+    assert "TypeError" in report["checks"]["broken"]["failed"]
+    reads = {name.split(f"{SIZE}, ")[1] + name.split(",")[0]: cell for name, cell in report["reads"].items()}
+    for direction in ("forward", "forward+backward"):
+        for reader in ("ours", "naive"):
+            cell = reads[reader + direction]
+            assert cell["error_over_allowed"] <= 1 and cell["repeats"] >= 2 and cell["extra_bytes"] > 0
+            assert cell["quartiles"][0] <= cell["seconds"] <= cell["quartiles"][1]
+            assert cell["tflops"] == pytest.approx(SIZE.flops(direction) / cell["seconds"] / 1e12)
+            ceiling = report["ceilings"]["matmul float16"]["tflops"]
+            assert cell["share_of_matmul"] == pytest.approx(cell["tflops"] / ceiling)
+        assert "error over allowed error: {'out'" in reads["doubled" + direction]["failed"]
+        assert reads["missing" + direction]["skipped"] == "not installed: No module named 'no_such_package'"
+        assert reads["raising" + direction]["failed"] == "RuntimeError: no kernel for this width"
+    assert "seconds" in reads["half rightforward"]
+    assert "grad_memory_value" in reads["half rightforward+backward"]["failed"]
+    for cell in report["reads"].values():
+        assert ("seconds" in cell) == ("tflops" in cell) == (not {"failed", "skipped"} & set(cell))
+    assert "checks: 2 right, 1 wrong, 0 not run\n  wrong: broken" in capsys.readouterr().out
+
+
+@without_gpu
+def test_every_check_and_every_measurement_has_its_place():
+    sections = gpu.build_tasks(gpu.parse(["--device", "cpu", "--out", "x"]))
+    assert list(sections) == ["checks", "ceilings", "reads", "choices", "more reads"]
+    names = [name for tasks in sections.values() for name in tasks]
+    assert len(names) == len(set(names))
+    for word in ("skip", "top-k", "usage", "paged", "merge", "2 splits", "tile 1", "backward tile 1", "random shapes"):
+        assert any(word in name for name in sections["checks"]), word
+
+
+@without_gpu
+@without_gpu
+def test_only_what_was_asked_for_is_done(capsys):
+    sections = gpu.build_tasks(gpu.parse(["--device", "cpu", "--out", "x", "--only", "M=33 T=3 B=2, naive"]))
+    assert {section: len(tasks) for section, tasks in sections.items() if tasks} == {"ceilings": 3, "reads": 2}
+    assert gpu.main(["--device", "cpu", "--sanitize", "--only", "float32: odd sizes"]) == 0
+    assert capsys.readouterr().out.endswith("of allowed\n1 checks, 0 wrong\n")
+
+
+@without_gpu
+def test_sanitizing_ends_with_an_error_where_a_kernel_is_wrong(monkeypatch):
+    monkeypatch.setattr(checks, "check_tasks", lambda *_: {"broken": raising})
+    assert gpu.main(["--device", "cpu", "--sanitize"]) == 1
+
+
+@without_gpu
+def test_a_wrong_kernel_is_seen_by_its_check(monkeypatch):
+    import stm_kernels.gpu.forward as forward
+
+    tasks = checks.check_tasks(torch.device("cpu"), True, 0)
+    assert "error_over_allowed" in attempt(tasks["float32: odd sizes"])
+    merge = forward.triton_merge
+    monkeypatch.setattr(forward, "triton_merge", lambda outs, lses, dtype: merge(outs, lses + 1e-3, dtype))
+    assert "error over allowed" in attempt(tasks["float32: 3 splits"])["failed"]
+
+
+def test_out_of_time_and_out_of_memory_are_said():
+    told = {}
+
+    def starved():
+        raise torch.OutOfMemoryError("tried to allocate\nmuch")
+
+    run_here({"a": starved}, ["a"], time.time() + 60, told.__setitem__)
+    run_here({"b": starved}, ["b"], time.time() - 1, told.__setitem__)
+    assert told == {"a": {"skipped": "out of memory: tried to allocate"}, "b": {"skipped": "out of time"}}
+
+
+CHILD = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from bench.workers import serve
+import torch
+broken = []
+def synchronize():
+    if broken:
+        raise RuntimeError("an illegal access long ago")
+torch.cuda.is_available, torch.cuda.synchronize = lambda: True, synchronize
+def die():
+    print("illegal access")
+    sys.stdout.flush()
+    os._exit(7)
+names = ["first", "dies", "breaks", "hangs", "last"]
+tasks = {{name: lambda name=name: {{"value": name}} for name in names}}
+breaks = lambda: broken.append(1) or {{"value": "breaks"}}
+serve(tasks | {{"dies": die, "breaks": breaks, "hangs": lambda: time.sleep(600)}}, Path(sys.argv[1]))
+"""
+
+
+def test_a_process_that_dies_or_hangs_takes_only_its_task_along(tmp_path):
+    script, told = tmp_path / "child.py", {}
+    script.write_text(CHILD)
+    names = ["first", "dies", "breaks", "hangs", "last"]
+    run_apart([sys.executable, str(script)], names, time.time() + 300, told.__setitem__, limit=2.0)
+    assert all(told[name] == {"value": name} for name in ("first", "last"))
+    # nothing works in its process any more; the tasks behind it are none the worse
+    assert told["breaks"] == {"failed": "left a broken device behind: an illegal access long ago"}
+    assert told["dies"] == {"failed": "its process ended with code 7: illegal access"}
+    assert told["hangs"]["failed"].startswith("stopped after ")
+
+
+def test_a_program_that_cannot_start_is_no_endless_loop():
+    told = {}
+    run_apart([sys.executable, "-c", "raise SystemExit(3)"], ["a", "b"], time.time() + 60, told.__setitem__)
+    assert told == {name: {"failed": "its process ended with code 3"} for name in ("a", "b")}
+
+
+@without_gpu
+def test_a_killed_run_leaves_what_it_had(tmp_path):
+    path = tmp_path / "gpu.json"
+    command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--device", "cpu", "--quick", "--out", str(path)]
+    run = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while run.poll() is None and not (path.exists() and json.loads(path.read_text())["checks"]):
+            time.sleep(0.2)
+    finally:
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+    report = json.loads(path.read_text())
+    assert report["checks"] and report["reads"] == {} and report["seed"] == 0
+
+
+def test_a_write_that_fails_leaves_the_file_before(tmp_path, monkeypatch):
+    path = tmp_path / "gpu.json"
+    write_json({"a": 1}, path)
+    with pytest.raises(TypeError):
+        write_json({"a": object()}, path)
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_json({"a": 2}, path)
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_sizes_are_those_of_real_frames_and_the_important_ones_come_first():
+    every = sizes(False, False)
+    assert tuple(every[:3]) == MOST_IMPORTANT == tuple(sizes(False, True))
+    assert {(size.M, size.T, size.B) for size in every} == {(M, T, B) for M in FRAMES for T in MEMORIES for B in (1, 2)}
+    size = Size(1620, 20)
+    assert size.flops("forward") == 1280 * 1620 * 32400
+    assert size.flops("forward+backward") == (1280 + 2 * 1408) * 1620 * 32400
+
+
+def test_a_plot_of_many_sizes(tmp_path):
+    reads = {
+        f"{direction} {M} {T} {reader}": {
+            "direction": direction, "M": M, "T": T, "B": 1, "reader": reader, "dtype": "bfloat16",
+            "seconds": 1.0, "tflops": float(T),
+        }
+        for direction in ("forward", "forward+backward") for M in FRAMES for T in MEMORIES for reader in PEERS
+    }  # fmt: skip
+    reads["failed"] = {"direction": "forward", "M": 5, "T": 1, "B": 1, "reader": "ours", "failed": "wrong"}
+    report = {"reads": reads, "ceilings": {}, "machine": {"device": "none"}, "dtype": "bfloat16"}
+    draw(report, tmp_path / "many.png")
+    draw(report | {"reads": {}}, tmp_path / "none.png")
+    assert (tmp_path / "many.png").stat().st_size > (tmp_path / "none.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--device", "cpu"], "--out: expected a file"), (["--device", "tpu"], "invalid choice")],
+)
+def test_wrong_options_are_one_line(words, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        gpu.main(words)
+    assert end.value.code == 2 and message in capsys.readouterr().err

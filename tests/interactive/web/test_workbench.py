@@ -1,0 +1,324 @@
+"""What stands behind the page: one tab at a time, work in the background, and requests that are refused."""
+
+import io
+import json
+import threading
+import time
+import zipfile
+
+import numpy as np
+import pytest
+from drawing import middle
+
+from stm_model.interactive.footage import Footage
+from stm_model.interactive.session import ScribbleSession
+from stm_model.interactive.web.workbench import Refused, TakenElsewhere, Workbench, safe_name
+from stm_model.io.images import MediaError, read_image, read_mask
+from stm_model.io.video import VideoWriter
+
+STROKE = [[0.4, 0.4], [0.5, 0.5]]
+
+
+@pytest.fixture(scope="module")
+def video(clip, tmp_path_factory):
+    path = tmp_path_factory.mktemp("video") / "walk.mp4"
+    with VideoWriter(path, 10) as writer:
+        for frame in clip[0]:
+            writer.write(frame)
+    return path
+
+
+@pytest.fixture
+def workbench(video, scribble_model, tracking_model):
+    workbench = Workbench(
+        Footage(video, most_frames=20),
+        lambda footage: ScribbleSession(scribble_model, footage.frames),
+        lambda: tracking_model,
+        most_frames=20,
+        upload_bytes=2**20,
+    )
+    workbench.enter("one")
+    yield workbench
+    workbench.close()
+
+
+class Current:
+    """Stands for the workbench of the present test, so that all of them can share one server."""
+
+    workbench = None
+
+    def __getattr__(self, name):
+        return getattr(self.workbench, name)
+
+
+@pytest.fixture(scope="module")
+def server():
+    pytest.importorskip("gradio")
+    from stm_model.interactive.web.app import make_app
+
+    current = Current()
+    return make_app(current, ["testserver"]), current
+
+
+@pytest.fixture
+def client(server, workbench):
+    """Asks the page's server without a network, as tab `one`."""
+    from fastapi.testclient import TestClient
+
+    app, current = server
+    current.workbench = workbench
+    return TestClient(app, headers={"x-stm-tab": "one"}, raise_server_exceptions=False)
+
+
+def wait(workbench):
+    deadline = time.monotonic() + 120
+    while workbench.job.running:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return workbench.job
+
+
+def test_footage_holds_the_frames_of_a_video(video, clip):
+    footage = Footage(video, most_frames=8)
+    assert footage.frames.shape == (8, 70, 90, 3) and footage.fps == 10 and footage.name == "walk"
+    # H.264 changes pixels a little
+    assert np.abs(footage.frames[5].astype(int) - clip[0][5]).mean() < 12
+    assert footage.damage is None
+
+
+def test_footage_that_is_refused(video, tmp_path):
+    with pytest.raises(MediaError, match="walk: expected at most 7 frames, got 8"):
+        Footage(video, most_frames=7)
+    (tmp_path / "text.mp4").write_text("no video")
+    with pytest.raises(MediaError, match="does not open as a video"):
+        Footage(tmp_path / "text.mp4", most_frames=7)
+
+
+def test_a_round_in_the_background(workbench):
+    workbench.scribble("one", 1, 1, STROKE)
+    before = workbench.status("one")["version"]
+    workbench.run("one")
+    job = wait(workbench)
+    status = workbench.status("one")
+    assert (job.done, job.total, job.error) == (8, 8, None)
+    assert status["rounds"] == 1 and status["segmented"] and status["version"] != before
+
+
+def test_work_can_be_stopped_and_nothing_else_is_done_meanwhile(workbench, monkeypatch):
+    workbench.scribble("one", 1, 1, STROKE)
+    started, go_on = threading.Event(), threading.Event()
+    segment = workbench.session._segmenter.segment
+
+    def slow(*arguments):
+        for result in segment(*arguments):
+            started.set()
+            go_on.wait(60)
+            yield result
+
+    monkeypatch.setattr(workbench.session._segmenter, "segment", slow)
+    workbench.run("one")
+    started.wait(60)
+    for attempt in (lambda: workbench.undo("one"), lambda: workbench.run("one"), lambda: workbench.preview("one", 0)):
+        with pytest.raises(Refused, match="round 1 is running; wait, or stop it"):
+            attempt()
+    assert workbench.picture(3, masks=True)
+    workbench.stop("one")
+    go_on.set()
+    assert wait(workbench).error == "round 1 was stopped"
+    assert workbench.session.rounds == 0 and workbench.session.annotated_frames == (1,)
+
+
+def test_work_that_fails_says_why(workbench, monkeypatch, capsys):
+    workbench.scribble("one", 1, 1, STROKE)
+
+    def fail(*_):
+        raise MemoryError("no memory left\nat all")
+
+    monkeypatch.setattr(workbench.session._segmenter, "remember", fail)
+    workbench.run("one")
+    assert wait(workbench).error == "round 1 failed: no memory left"
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(workbench.session._segmenter, "remember", lambda *_: [][0])
+    workbench.run("one")
+    assert wait(workbench).error == "round 1 failed: list index out of range"
+    assert "IndexError" in capsys.readouterr().err, "a bug of ours leaves its trace in the terminal"
+    workbench.undo("one")
+
+
+def test_warming_up_shows_nowhere(workbench):
+    before = workbench.status("one")
+    workbench.warm_up()
+    assert workbench.status("one") == before and workbench.session.encoded_frames == 0
+
+
+def test_tracking_and_painting(workbench, clip):
+    workbench.paint("one", 3, 1, [[0, 0], [0.5, 0], [0.5, 1], [0, 1]])
+    mask = workbench.session.labels(3) == 1
+    assert mask[:, :44].all() and not mask[:, 46:].any()
+    workbench.paint("one", 3, 1, [[0, 0], [1, 0], [1, 0.5], [0, 0.5]], erase=True)
+    assert not workbench.session.labels(3)[:34].any() and workbench.session.labels(3)[37:, :44].all()
+    workbench.track("one", 3, "both")
+    assert wait(workbench).error is None
+    assert all(workbench.session.labels(index).any() for index in range(8))
+
+
+def test_a_second_tab_is_told_and_may_take_over(workbench):
+    workbench.scribble("one", 1, 1, STROKE)
+    assert not workbench.enter("two")["yours"]
+    before = workbench.session.steps
+    with pytest.raises(TakenElsewhere, match="open in another tab"):
+        workbench.scribble("two", 1, 1, STROKE)
+    assert workbench.session.steps == before
+    assert workbench.enter("two", take=True)["yours"] and not workbench.status("one")["yours"]
+    with pytest.raises(TakenElsewhere):
+        workbench.undo("one")
+    workbench.undo("two")
+    workbench.leave("one")
+    assert not workbench.enter("three")["yours"]
+    workbench.leave("two")
+    assert workbench.enter("three")["yours"]
+
+
+def test_pictures_show_masks(client, workbench, tmp_path):
+    def picture(address):
+        (tmp_path / "a.jpg").write_bytes(client.get(address).content)
+        return read_image(tmp_path / "a.jpg").astype(int)
+
+    workbench.paint("one", 2, 1, [[0, 0], [0.5, 0], [0.5, 1], [0, 1]])
+    bare, shown = picture("/stm/frame/2?masks=false"), picture("/stm/frame/2?masks=true")
+    assert np.abs(bare - workbench.session.frames[2]).mean() < 8
+    assert np.abs(bare - shown)[:, :40].mean() > 30 and np.abs(bare - shown)[:, 50:].mean() < 3
+    preview = client.post("/stm/preview", json={"frame": 2})
+    assert preview.headers["content-type"] == "image/jpeg" and preview.content[:2] == b"\xff\xd8"
+
+
+def test_rounds_over_the_wire(client, workbench, clip):
+    path = middle(clip[1][1], 1)["path"]
+    status = client.post("/stm/do/scribble", json={"frame": 1, "object": 1, "path": path}).json()
+    assert status["annotated"] == [1] and status["objects"] == [1] and status["yours"]
+    assert client.post("/stm/do/run", json={}).status_code == 200
+    wait(workbench)
+    client.post("/stm/do/export", json={})
+    assert wait(workbench).error is None
+    assert client.post("/stm/do/status").json()["files"] == ["masks.zip", "overlay.mp4"]
+    answer = client.get("/stm/file/masks.zip")
+    assert 'filename="walk-masks.zip"' in answer.headers["content-disposition"]
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+        assert archive.namelist() == [f"masks/{index:05d}.png" for index in range(8)]
+        labels = read_mask(io.BytesIO(archive.read("masks/00003.png")))
+    assert np.array_equal(labels, workbench.session.labels(3))
+    assert b"ftyp" in client.get("/stm/file/overlay.mp4").content[:16]
+    saved, masks = client.get("/stm/file/session.stm").content, workbench.session.masks()
+    for _ in range(2):
+        client.post("/stm/do/undo")
+    assert client.post("/stm/do/undo").json()["error"] == "nothing to undo"
+    assert client.post("/stm/upload/session?name=a.stm", content=saved).json()["rounds"] == 1
+    assert np.array_equal(workbench.session.masks(), masks)
+
+
+def test_another_video_can_be_opened(client, workbench, video):
+    client.post("/stm/do/scribble", json={"frame": 1, "object": 1, "path": STROKE})
+    name = "../../etc/my walk?.mp4"
+    status = client.post("/stm/upload/video", params={"name": name}, content=video.read_bytes()).json()
+    assert status["video"]["name"] == "my_walk_" and status["video"]["frames"] == 8 and status["annotated"] == []
+
+
+STROKE_1 = {"frame": 1, "object": 1, "path": STROKE}
+REFUSED = {
+    "a scribble outside": ("scribble", STROKE_1 | {"path": [[0.5, 1.5]]}, "the point [0.5, 1.5] is outside the frame"),
+    "an outline outside": ("paint", STROKE_1 | {"path": [[0, 0], [2, 0], [0, 1]]}, "a point is outside the frame"),
+    "an outline of two points": ("paint", STROKE_1, "expected at least three points"),
+    "an unknown object": ("scribble", STROKE_1 | {"object": 7}, "object 7 is unknown; expected one of 0, or 1"),
+    "painted background": ("paint", STROKE_1 | {"object": 0}, "object 0 is unknown; expected 1 for a new one"),
+    "no such frame": ("scribble", STROKE_1 | {"frame": 8}, "frame_index: expected 0 to 7, got 8"),
+    "a frame by name": ("scribble", STROKE_1 | {"frame": "x"}, "frame: expected int, got 'x'"),
+    "no path": ("scribble", {"frame": 1, "object": 1}, "path: expected list, got None"),
+    "words for points": ("scribble", STROKE_1 | {"path": ["ab"]}, "path: expected a list of at least one point"),
+    "a list": ("scribble", [1], "expected a JSON object, got list"),
+    "nothing to run": ("run", {}, "draw a scribble on one first"),
+    "nothing to track": ("track", {"frame": 0, "direction": "both"}, "frame 0 has no mask to track from"),
+    "no such action": ("format", {}, "unknown action 'format'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_is_named_and_changes_nothing(client, workbench, case):
+    action, content, message = REFUSED[case]
+    answer = client.post(f"/stm/do/{action}", json=content)
+    assert answer.status_code == 400 and message in answer.json()["error"]
+    assert workbench.session.steps == (("opened",), 0)
+
+
+@pytest.mark.parametrize("body", ["{", '{"frame": NaN}', "\xff", "[" * 100_000])
+def test_broken_json_is_refused(client, workbench, body):
+    answer = client.post("/stm/do/scribble", content=body.encode("latin-1"))
+    assert answer.status_code == 400 and answer.json()["error"].startswith("broken JSON")
+    assert workbench.session.steps == (("opened",), 0)
+
+
+def test_uploads_that_are_refused_leave_the_session_as_it_was(client, workbench):
+    client.post("/stm/do/scribble", json=STROKE_1)
+    before = workbench.session.steps
+    for kind, content, message in [
+        ("video", b"no video", "walk.mp4: does not open as a video"),
+        ("session", b"no session", "walk.mp4: not a session, or a damaged one"),
+        ("video", b"0" * (2**20 + 1), "upload: expected at most 1 MiB"),
+        ("masks", b"", "upload: expected session or video, got 'masks'"),
+    ]:
+        answer = client.post(f"/stm/upload/{kind}?name=walk.mp4", content=content)
+        assert answer.status_code == 400 and answer.json()["error"].startswith(message), answer.text
+    assert workbench.session.steps == before
+    assert not list(workbench.saved_session().parent.glob("upload-*"))
+
+
+def test_another_tab_is_refused_over_the_wire(client, workbench):
+    answer = client.post("/stm/do/scribble", json=STROKE_1, headers={"x-stm-tab": "two"})
+    assert answer.status_code == 409 and "open in another tab" in answer.json()["error"]
+    assert client.post("/stm/upload/session?name=a", content=b"", headers={"x-stm-tab": "two"}).status_code == 409
+    assert workbench.session.steps == (("opened",), 0)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "/stm/file/..%2f..%2fetc%2fpasswd",
+        "/stm/file/%2fetc%2fpasswd",
+        "/page/..%2fapp.py",
+        "/page/page.html",
+        "/gradio_api/file=/etc/passwd",
+        "/gradio_api/file=stm_model/interactive/web/app.py",
+        "/file=/etc/passwd",
+    ],
+)
+def test_no_other_file_is_read(client, address):
+    answer = client.get(address)
+    assert answer.status_code in (403, 404) and b"root:" not in answer.content and b"import" not in answer.content
+
+
+def test_other_sites_are_kept_out(client, workbench):
+    # a page elsewhere can send a form, not a header of its own, and cannot ask under this host's name
+    assert client.post("/stm/do/undo", headers={"x-stm-tab": ""}).status_code == 400
+    assert client.get("/stm/frame/0", headers={"host": "evil.example"}).status_code == 400
+    assert (
+        "access-control-allow-origin" not in client.get("/stm/frame/0", headers={"origin": "http://e.example"}).headers
+    )
+
+
+def test_the_page_asks_nothing_of_other_hosts(client):
+    page = client.get("/").text
+    assert "/page/page.js" in page and "stm-stage" in json.dumps(client.get("/config").json())
+    assert "fonts.googleapis" not in page and "cdn" not in page.lower()
+
+
+@pytest.mark.parametrize(
+    "given, safe",
+    [
+        ("../../etc/passwd", "passwd"),
+        ("C:\\videos\\my dog.mp4", "my_dog.mp4"),
+        ("..", "video"),
+        ("a" * 300, "a" * 80),
+        ("naïve\n<b>.mp4", "na_ve_b_.mp4"),
+    ],
+)
+def test_names_are_made_harmless(given, safe):
+    assert safe_name(given) == safe

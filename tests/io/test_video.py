@@ -1,0 +1,380 @@
+"""Pictures and video: what goes in comes out, and what cannot be used is refused by name."""
+
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from stm_model.io import images
+from stm_model.io.images import MediaError
+from stm_model.io.video import BrokenVideo, VideoWriter, open_video, read_masks
+
+SIZE = (48, 64)
+
+
+def _frames(count, size=SIZE, noise=0):
+    """A white square that moves to the right on grey; `noise` makes packets large enough to be cut through."""
+    random = np.random.default_rng(0)
+    frames = np.full((count, *size, 3), 90, dtype=np.uint8)
+    for index, frame in enumerate(frames):
+        if noise:
+            frame += random.integers(0, noise, frame.shape, dtype=np.uint8)
+        frame[8:24, 2 * index : 2 * index + 16] = 250
+    return frames
+
+
+def _write_video(path, frames, codec="libx264", rotation=0, gop_size=250, container_options=None):
+    with av.open(str(path), "w", container_options=container_options or {}) as container:
+        stream = container.add_stream(codec, rate=24)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.bit_rate = 8_000_000
+        stream.gop_size = gop_size
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def _write_pictures(folder, frames, pattern="{}.png"):
+    folder.mkdir()
+    for index, frame in enumerate(frames):
+        Image.fromarray(frame).save(folder / pattern.format(index))
+    return folder
+
+
+def _mask(*labels, size=SIZE):
+    mask = np.zeros(size, dtype=np.uint8)
+    for index, label in enumerate(labels):
+        mask[10 * index + 2 : 10 * index + 9, 5:30] = label
+    return mask
+
+
+def _save_mask(path, mask, mode=None):
+    image = Image.fromarray(mask)
+    (image.convert(mode) if mode else image).save(path)
+    return path
+
+
+# video in
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.webm", "libvpx"), ("a.avi", "mpeg4")]
+)
+def test_a_video_file_yields_its_frames_in_order_every_time(tmp_path, name, codec):
+    frames = _frames(12)
+    video = open_video(_write_video(tmp_path / name, frames, codec))
+    assert (video.size, video.frame_count, video.fps, video.name) == (SIZE, 12, 24, "a")
+    for _ in range(2):
+        read = list(video)
+        assert len(read) == 12 and all(frame.dtype == np.uint8 and frame.shape == (*SIZE, 3) for frame in read)
+        for frame, expected in zip(read, frames):
+            assert np.abs(frame.astype(int) - expected).mean() < 6
+
+
+def test_a_rotated_video_comes_out_upright(tmp_path):
+    frames = np.zeros((3, *SIZE, 3), dtype=np.uint8)
+    frames[:, :8] = 255
+    video = open_video(_write_video(tmp_path / "a.mp4", frames, rotation=90))
+    frame = next(iter(video))
+    assert video.size == frame.shape[:2] == (64, 48)
+    assert frame[:, :8].mean() > 240 and frame[:, 8:].mean() < 15  # counter-clockwise: the top is now left
+
+
+def test_a_folder_of_frames_is_read_in_natural_order(tmp_path):
+    frames = _frames(12)
+    folder = _write_pictures(tmp_path / "clip", frames, "frame{}.png")
+    (folder / "notes.txt").write_text("not a frame")
+    (folder / ".hidden.png").write_text("not a frame")
+    video = open_video(folder)
+    assert (video.size, video.frame_count, video.fps, video.name) == (SIZE, 12, 24, "clip")
+    np.testing.assert_array_equal(np.stack(list(video)), frames)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [("a.mp4", "libx264", {"movflags": "faststart"}), ("a.mkv", "libx264", {}), ("a.avi", "mpeg4", {})],
+)
+def test_a_video_that_breaks_off_gives_its_good_frames_first(tmp_path, name, codec, options):
+    path = _write_video(tmp_path / name, _frames(48, noise=120), codec, container_options=options)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) * 6 // 10])
+    count = 0
+    with pytest.raises(BrokenVideo, match=rf"{name}: the video breaks off after \d+") as caught:
+        for _ in open_video(path):
+            count += 1
+    assert 20 <= count == caught.value.frames_read < 40
+
+
+def _blank_packet(path, number):
+    """Overwrite one picture's data in a video file with zeros."""
+    with av.open(str(path)) as container:
+        data = [bytes(packet) for packet in container.demux(video=0)][number]
+    whole = path.read_bytes()
+    assert whole.count(data) == 1
+    path.write_bytes(whole.replace(data, bytes(len(data))))
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.webm", "libvpx"), ("a.mp4", "libx264")])
+def test_damage_that_cannot_be_decoded_stops_a_video_there(tmp_path, name, codec):
+    frames = _frames(24, noise=60)
+    path = _write_video(tmp_path / name, frames, codec)
+    with av.open(str(path)) as container:  # packets are stored in the order of decoding
+        times = [packet.pts for packet in container.demux(video=0) if packet.size]
+    number = 12
+    if codec == "libx264":  # one that is shown before a picture already decoded
+        number = next(n for n in range(8, 24) if times[n] < max(times[:n]))
+    _blank_packet(path, number)
+    read = []
+    with pytest.raises(BrokenVideo, match=rf"{name}: the video breaks off after \d+ of 24 frames") as caught:
+        for frame in open_video(path):
+            read.append(frame)
+    # all that is shown before the blank one, of what is stored before it
+    assert len(read) == caught.value.frames_read == sorted(times[: number + 1]).index(times[number])
+    nearest = [np.abs(frame.astype(int) - frames).mean((1, 2, 3)).argmin() for frame in read]
+    assert nearest == list(range(len(read)))
+
+
+def test_a_video_that_starts_with_damage_is_read_from_its_first_good_frame(tmp_path):
+    path = _write_video(tmp_path / "a.mp4", _frames(48, noise=120), gop_size=12)
+    _blank_packet(path, 0)
+    assert 30 <= len(list(open_video(path))) < 48
+
+
+def test_pictures_that_change_size_inside_a_video_stop_it(tmp_path):
+    video = open_video(_write_video(tmp_path / "a.mp4", _frames(3)))
+    video.size = (10, 10)
+    with pytest.raises(BrokenVideo, match="change from 10x10 to 64x48"):
+        next(iter(video))
+
+
+def test_a_frame_folder_with_a_broken_picture_stops_there(tmp_path):
+    folder = _write_pictures(tmp_path / "clip", _frames(4, noise=100))
+    broken = folder / "2.png"
+    broken.write_bytes(broken.read_bytes()[:2000])
+    with pytest.raises(BrokenVideo, match=r"2\.png: .*; 2 of 4 frames read") as caught:
+        list(open_video(folder))
+    assert caught.value.frames_read == 2
+
+
+def test_videos_that_cannot_be_used_are_named(tmp_path):
+    with pytest.raises(MediaError, match=r"gone\.mp4: no such video file"):
+        open_video(tmp_path / "gone.mp4")
+    text = tmp_path / "text.mp4"
+    text.write_text("this is no video " * 100)
+    with pytest.raises(MediaError, match=r"text\.mp4: does not open as a video"):
+        open_video(text)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MediaError, match="empty: no frames"):
+        open_video(tmp_path / "empty")
+    folder = _write_pictures(tmp_path / "mixed", _frames(3))
+    Image.fromarray(_frames(1, (48, 66))[0]).save(folder / "1.png")
+    with pytest.raises(MediaError, match=r"1\.png: 66x48 pixels, but the frames before it are 64x48"):
+        open_video(folder)
+
+
+def test_sound_alone_is_no_video(tmp_path):
+    path = tmp_path / "sound.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+        samples.sample_rate = 16000
+        container.mux(stream.encode(samples))
+        container.mux(stream.encode())
+    with pytest.raises(MediaError, match=r"sound\.mp4: holds no video stream"):
+        open_video(path)
+
+
+def test_an_image_of_16_bits_is_refused(tmp_path):
+    Image.fromarray(np.full(SIZE, 1000, dtype=np.uint16)).save(tmp_path / "a.png")
+    with pytest.raises(MediaError, match="more than 8 bits a channel"):
+        images.read_image(tmp_path / "a.png")
+
+
+# masks in
+
+
+def test_palette_and_grey_masks_give_the_labels_as_stored(tmp_path):
+    mask = _mask(3, 200, 255)
+    images.write_mask(tmp_path / "palette.png", mask)
+    _save_mask(tmp_path / "grey.png", mask)
+    _save_mask(tmp_path / "equal.png", mask, "RGB")
+    _save_mask(tmp_path / "alpha.png", mask, "LA")
+    Image.fromarray(mask.astype(np.uint16)).save(tmp_path / "sixteen.png")
+    for name in ("palette", "grey", "equal", "alpha", "sixteen"):
+        read = images.read_mask(tmp_path / f"{name}.png")
+        assert read.dtype == np.uint8
+        np.testing.assert_array_equal(read, mask, err_msg=name)
+    Image.fromarray(_mask(1) > 0).save(tmp_path / "bit.png")
+    np.testing.assert_array_equal(images.read_mask(tmp_path / "bit.png"), _mask(1))
+
+
+def test_a_binary_mask_is_one_object(tmp_path):
+    black_and_white = _mask(255)
+    _save_mask(tmp_path / "grey.png", black_and_white)
+    _save_mask(tmp_path / "photo.jpg", black_and_white)
+    _save_mask(tmp_path / "colour.png", black_and_white, "RGB")
+    images.write_mask(tmp_path / "palette.png", _mask(3))
+    soft = black_and_white.astype(np.uint8)
+    soft[soft == 0] = np.arange((soft == 0).sum()) % 100
+    _save_mask(tmp_path / "soft.png", soft)
+    for name in ("grey.png", "photo.jpg", "colour.png", "palette.png", "soft.png"):
+        np.testing.assert_array_equal(images.read_mask(tmp_path / name, binary=True), _mask(1), err_msg=name)
+
+
+def test_masks_that_cannot_be_used_are_named(tmp_path):
+    colour = np.zeros((*SIZE, 3), dtype=np.uint8)
+    colour[2:9, 5:30] = (128, 0, 0)
+    Image.fromarray(colour).save(tmp_path / "colour.png")
+    Image.fromarray(_mask(1).astype(np.uint16) * 300).save(tmp_path / "big.png")
+    _save_mask(tmp_path / "photo.jpg", _mask(1))
+    _save_mask(tmp_path / "soft.png", np.tile(np.arange(64, dtype=np.uint8) * 3, (48, 1)) + _mask(1))
+    (tmp_path / "text.png").write_text("not a picture")
+    for name, message in {
+        "colour.png": "a colour picture; expected a palette or grey PNG",
+        "big.png": "label 300 found; expected labels from 0 to 255",
+        "photo.jpg": "JPEG changes labels",
+        "soft.png": "grey values are too many for labels",
+        "text.png": "cannot be read as a picture",
+        "gone.png": "no such file",
+    }.items():
+        with pytest.raises(MediaError, match=rf"{name}: .*{message}|{name}: {message}"):
+            images.read_mask(tmp_path / name)
+
+
+def test_one_mask_is_for_the_first_frame(tmp_path):
+    images.write_mask(tmp_path / "00007.png", _mask(4))
+    masks = read_masks(tmp_path / "00007.png")
+    assert list(masks) == [0]
+    np.testing.assert_array_equal(masks[0], _mask(4))
+
+
+def test_a_folder_of_masks_goes_by_frame_number(tmp_path):
+    for name, label in {"mask_10": 2, "mask_9": 1, "mask_011": 3}.items():
+        images.write_mask(tmp_path / f"{name}.png", _mask(label))
+    masks = read_masks(tmp_path)
+    assert {index: labels.max() for index, labels in masks.items()} == {9: 1, 10: 2, 11: 3}
+    assert list(masks) == [9, 10, 11]
+
+
+def test_masks_named_as_the_frames_go_by_the_name(tmp_path):
+    video = open_video(_write_pictures(tmp_path / "clip", _frames(4), "shot_{}0.png"))
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    images.write_mask(folder / "shot_20.png", _mask(1))
+    assert list(read_masks(folder, video)) == [2]
+    images.write_mask(folder / "shot_25.png", _mask(1))
+    with pytest.raises(MediaError, match=r"shot_25\.png: expected the name of a frame"):
+        read_masks(folder, video)
+
+
+def test_mask_folders_that_cannot_be_used_are_named(tmp_path):
+    video = open_video(_write_pictures(tmp_path / "clip", _frames(4), "f{}.png"))
+
+    def refused(message, masks, **options):
+        folder = tmp_path / f"masks{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        for name, mask in masks.items():
+            images.write_mask(folder / name, mask)
+        with pytest.raises(MediaError, match=message):
+            read_masks(folder, **options)
+
+    refused("no masks; expected PNG files", {})
+    refused("first.png: expected a name that ends in the frame's number", {"first.png": _mask(1)})
+    refused(r"1\.png: frame 1 already has the mask", {"01.png": _mask(1), "1.png": _mask(1)})
+    refused(r"4\.png: a mask for frame 4, but .*clip has 4 frames, 0 to 3", {"4.png": _mask(1)}, video=video)
+    refused("an empty mask, no pixel belongs to an object", {"0.png": _mask(), "1.png": _mask()})
+    refused("its only label is 255, which is void; .* use --binary", {"0.png": _mask(255)})
+
+
+def test_an_empty_mask_beside_a_full_one_is_fine(tmp_path):
+    images.write_mask(tmp_path / "0.png", _mask(1))
+    images.write_mask(tmp_path / "3.png", _mask())
+    assert list(read_masks(tmp_path)) == [0, 3]
+
+
+# out
+
+
+def test_a_written_mask_reads_back_and_has_the_davis_palette(tmp_path):
+    images.write_mask(tmp_path / "a.png", _mask(1, 2, 255))
+    np.testing.assert_array_equal(images.read_mask(tmp_path / "a.png"), _mask(1, 2, 255))
+    palette = np.array(Image.open(tmp_path / "a.png").getpalette()).reshape(-1, 3)
+    known = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 8: (64, 0, 0), 21: (128, 64, 128), 22: (0, 192, 128)}
+    for label, colour in known.items():
+        assert tuple(palette[label]) == colour
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_mask_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    images.write_mask(tmp_path / "a.png", _mask(1))
+
+    def full_disk(self, path, **_):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        images.write_mask(tmp_path / "a.png", _mask(2))
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+    np.testing.assert_array_equal(images.read_mask(tmp_path / "a.png"), _mask(1))
+
+
+@pytest.mark.parametrize("codec", [None, "mpeg4"])
+@pytest.mark.parametrize("size", [(48, 64), (47, 63)])
+def test_a_written_video_reads_back(tmp_path, codec, size):
+    frames = _frames(10, size)
+    with VideoWriter(tmp_path / "a.mp4", Fraction(30000, 1001), codec) as writer:
+        for frame in frames:
+            writer.write(frame)
+        assert not (tmp_path / "a.mp4").exists()
+    video = open_video(tmp_path / "a.mp4")
+    assert (video.size, video.frame_count, video.fps) == ((48, 64), 10, Fraction(30000, 1001))
+    for frame, expected in zip(video, frames):
+        assert np.abs(frame[: size[0], : size[1]].astype(int) - expected).mean() < 6
+    assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_a_video_is_kept_when_the_block_fails_and_absent_without_a_frame(tmp_path):
+    with pytest.raises(KeyboardInterrupt), VideoWriter(tmp_path / "a.mp4") as writer:
+        for frame in _frames(5):
+            writer.write(frame)
+        raise KeyboardInterrupt
+    assert len(list(open_video(tmp_path / "a.mp4"))) == 5
+    with VideoWriter(tmp_path / "b.mp4"):
+        pass
+    assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_an_overlay_colours_objects_only(tmp_path):
+    frame = _frames(1)[0]
+    labels = _mask(1, 8, 255)  # 8 takes the first colour again
+    painted = images.overlay(frame, labels, alpha=0.5)
+    outside = (labels == 0) | (labels == 255)
+    np.testing.assert_array_equal(painted[outside], frame[outside])
+    colour = images.OVERLAY_COLOURS[0]
+    np.testing.assert_array_equal(painted[2, 10], colour)  # the line around it
+    np.testing.assert_allclose(painted[5, 10], (frame[5, 10] + colour.astype(int)) / 2, atol=1)
+    np.testing.assert_allclose(painted[15, 20], (frame[15, 20] + colour.astype(int)) / 2, atol=1)
+    np.testing.assert_array_equal(frame, _frames(1)[0])
+
+
+def test_a_contact_sheet_lays_pictures_out_in_rows(tmp_path):
+    tiles = [np.full((4, 6, 3), value, dtype=np.uint8) for value in (10, 20, 30)]
+    sheet = images.contact_sheet(tiles, columns=2, gap=2)
+    assert sheet.shape == (10, 14, 3)
+    assert (sheet[:4, :6] == 10).all() and (sheet[:4, 8:] == 20).all() and (sheet[6:, :6] == 30).all()
+    assert (sheet[6:, 8:] == 255).all() and (sheet[4:6] == 255).all()
+    images.write_image(tmp_path / "sheet.png", sheet)
+    np.testing.assert_array_equal(images.read_image(tmp_path / "sheet.png"), sheet)
+
+
+def test_resizing_keeps_labels_and_changes_size():
+    labels = images.resize_mask(_mask(3, 200), (96, 128))
+    assert labels.shape == (96, 128) and set(np.unique(labels)) == {0, 3, 200}
+    assert images.resize_frame(_frames(1)[0], (24, 30)).shape == (24, 30, 3)

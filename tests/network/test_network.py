@@ -1,0 +1,121 @@
+"""The network against the numbers of the released model, and its own promises."""
+
+import numpy as np
+import pytest
+import torch
+
+from stm_kernels import SpaceTimeMemoryRead, space_time_memory_read
+from stm_model import STM, STMConfig
+from stm_model.network import fold_batch_norm, other_object_masks, soft_aggregate
+from stm_model.tracking.tracker import Tracker
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def step(shared_data):
+    """One step of the released model: the case's frames and mask, and every intermediate."""
+    case = np.load(shared_data / "stm_parity" / "case_A.npz")
+    truth = np.load(shared_data / "stm_parity" / "step_A.npz")
+    frames = torch.from_numpy(case["frames"]).permute(0, 3, 1, 2).float() / 255
+    masks = torch.stack([torch.from_numpy(case["mask0"] == label).float() for label in (1, 2)])
+    return frames, masks, {name: torch.from_numpy(truth[name]) for name in truth.files}
+
+
+def assert_close(ours, truth):
+    torch.testing.assert_close(ours, truth, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("fold", [False, True], ids=["as loaded", "batch norm folded"])
+def test_every_stage_equals_the_released_model(released_model, step, fold):
+    model = fold_batch_norm(released_model) if fold else released_model
+    assert fold != any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+    frames, masks, truth = step
+    with torch.no_grad():
+        key, value = model.memorize(frames[:1], masks, other_object_masks(masks), [2])
+        assert_close(key[:, :, None], truth["mem_key"])
+        assert_close(value[:, :, None], truth["mem_val"])
+        query = model.encode_query(frames[1:2])
+        assert_close(query.key, truth["q_key"])
+        assert_close(query.value, truth["q_val"])
+        readout = space_time_memory_read(query.key.expand(2, -1, -1, -1), key[:, :, None], value[:, :, None])
+        assert_close(readout, truth["read_cat"][:, :512])
+        logits = model.Decoder(truth["read_cat"], query.features, [2])
+        assert_close(logits, truth["dec_logit"])
+        assert_close(soft_aggregate(logits.softmax(1)[:, 1]), truth["agg_logit"])
+        probabilities = model.segment(readout, query, [2])
+        assert_close(probabilities, truth["dec_logit"].softmax(1)[:, 1])
+
+
+def test_the_read_module_equals_the_released_one(shared_data):
+    truth = np.load(shared_data / "stm_parity" / "memory_read.npz")
+    inputs = [torch.from_numpy(truth[f"small_{name}"]) for name in ("m_key", "m_val", "q_key", "q_val")]
+    assert_close(SpaceTimeMemoryRead()(*inputs)[0], torch.from_numpy(truth["small_out"]))
+
+
+@pytest.mark.parametrize("case", ["A", "B"])
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_whole_videos_equal_the_released_model(released_model, shared_data, case, implementation):
+    truth = np.load(shared_data / "stm_parity" / f"case_{case}.npz")
+    tracker = Tracker(released_model, memory=f"every:{int(truth['mem_every'])}", implementation=implementation)
+    results = list(tracker.track(truth["frames"], {0: truth["mask0"]}))
+    probabilities = torch.stack([result.probabilities for result in results], 1)
+    # the released code aggregates over 11 labels, which moves a probability by up to 4e-6
+    assert_close(probabilities, torch.from_numpy(truth["prob"] / 2.0**20).float())
+    labels = np.stack([result.labels for result in results])
+    sure = np.sort(probabilities.numpy(), 0)
+    sure = sure[-1] - sure[-2] > 2 * TOLERANCE
+    assert sure.mean() > 0.95
+    np.testing.assert_array_equal(labels[sure], truth["pred"][sure])
+
+
+def test_the_released_shape(parity_tensors):
+    model = STM()
+    assert {name: list(value.shape) for name, value in model.state_dict().items()} == {
+        name: list(value.shape) for name, value in parity_tensors.items()
+    }
+    assert sum(parameter.numel() for parameter in model.parameters()) == 38_925_570
+
+
+def test_objects_of_many_clips_in_one_batch_equal_one_clip_at_a_time(small_model):
+    torch.manual_seed(1)
+    counts = [2, 1, 3]
+    frames, masks = torch.rand(3, 3, 32, 48), torch.rand(6, 32, 48)
+    others = torch.cat([other_object_masks(part) for part in masks.split(counts)])
+    with torch.no_grad():
+        query = small_model.encode_query(frames)
+        key, value = small_model.memorize(frames, masks, others, counts)
+        together = small_model.segment(value, query, counts)
+        start = 0
+        for clip, count in enumerate(counts):
+            part = slice(start, start + count)
+            start += count
+            one_query = small_model.encode_query(frames[clip : clip + 1])
+            one_key, one_value = small_model.memorize(frames[clip : clip + 1], masks[part], others[part], [count])
+            assert_close(one_key, key[part])
+            assert_close(one_value, value[part])
+            assert_close(small_model.segment(one_value, one_query, [count]), together[part])
+
+
+def test_soft_aggregation_is_a_distribution_that_orders_objects_as_they_were():
+    torch.manual_seed(0)
+    objects = torch.rand(4, 5, 6)
+    objects[:, 0, 0], objects[:, 0, 1] = 0.0, 1.0
+    probabilities = soft_aggregate(objects).softmax(0)
+    assert probabilities.shape == (5, 5, 6) and probabilities.isfinite().all()
+    torch.testing.assert_close(probabilities.sum(0), torch.ones(5, 6))
+    assert torch.equal(probabilities[1:].argsort(0)[:, 1:], objects.argsort(0)[:, 1:])
+    assert probabilities[0, 0, 0] > 0.99
+    permutation = torch.tensor([2, 0, 3, 1])
+    torch.testing.assert_close(soft_aggregate(objects[permutation])[1:], soft_aggregate(objects)[1:][permutation])
+
+
+def test_one_object_has_no_others():
+    assert torch.equal(other_object_masks(torch.rand(1, 4, 4)), torch.zeros(1, 4, 4))
+    masks = torch.tensor([0.5, 0.75, 0.0]).view(3, 1, 1)
+    assert other_object_masks(masks).flatten().tolist() == [0.75, 0.5, 1.0]
+
+
+def test_an_unknown_backbone_is_named():
+    with pytest.raises(ValueError, match="backbone: expected one of efficientnet-lite0, resnet18, resnet50, got 'vgg'"):
+        STMConfig(backbone="vgg")

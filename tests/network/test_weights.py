@@ -1,0 +1,74 @@
+"""Checkpoints: released and own, with and without `module.`, and files that are none."""
+
+import pytest
+import torch
+
+from stm_model import STM, STMConfig
+from stm_model.network.weights import DEFAULT_INTERACTIVE_WEIGHTS, CheckpointError, read_tensors, write_tensors
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_released_files_load_strictly(tmp_path, parity_tensors, prefix):
+    path = tmp_path / "STM_weights.pth"
+    torch.save({prefix + name: value for name, value in parity_tensors.items()}, path)
+    model = STM.load(path, device="cpu", dtype=torch.float32)
+    assert model.config == STMConfig() and not model.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, parity_tensors[name]), name
+
+
+def test_what_is_written_is_read(tmp_path, small_model):
+    path = tmp_path / "weights.safetensors"
+    write_tensors(small_model.state_dict(), path)
+    loaded = STM.load(path, device="cpu", dtype=torch.float32)
+    assert loaded.config == small_model.config
+    for name, value in small_model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    write_tensors(small_model.state_dict(), path, torch.float16)
+    assert read_tensors(path)["Decoder.pred2.bias"].dtype == torch.float16
+    assert [file.name for file in tmp_path.iterdir()] == ["weights.safetensors"]
+
+
+def test_the_first_five_tensors_that_differ_are_named(tmp_path, small_model):
+    tensors = dict(small_model.state_dict())
+    del tensors["Decoder.pred2.bias"]
+    tensors["Decoder.pred2.weight"] = torch.zeros(3, 16, 3, 3)
+    tensors |= {f"extra{index}": torch.zeros(1) for index in range(6)}
+    path = tmp_path / "weights.safetensors"
+    write_tensors(tensors, path)
+    with pytest.raises(CheckpointError) as caught:
+        STM.load(path)
+    message = str(caught.value)
+    assert str(path) in message and "missing Decoder.pred2.bias" in message
+    assert message.count("unexpected extra") == 4 and message.endswith("; and 3 more")
+
+
+def test_a_shape_that_differs_is_named(tmp_path, small_model):
+    path = tmp_path / "weights.safetensors"
+    write_tensors(small_model.state_dict() | {"Decoder.pred2.weight": torch.zeros(3, 16, 3, 3)}, path)
+    with pytest.raises(CheckpointError, match=r"Decoder\.pred2\.weight \[3, 16, 3, 3\] instead of \[2, 16, 3, 3\]"):
+        STM.load(path)
+
+
+def test_files_that_are_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file: .*missing.pth"):
+        STM.load(tmp_path / "missing.pth")
+    for name in ("broken.pth", "broken.safetensors", "notes.txt"):
+        (tmp_path / name).write_bytes(b"not a checkpoint at all")
+        with pytest.raises(CheckpointError, match=name):
+            STM.load(tmp_path / name)
+    (tmp_path / "empty.pth").touch()
+    with pytest.raises(CheckpointError, match="empty.pth can't be read"):
+        STM.load(tmp_path / "empty.pth")
+    torch.save([torch.zeros(2)], tmp_path / "list.pth")
+    with pytest.raises(CheckpointError, match="expected a dictionary of named tensors"):
+        STM.load(tmp_path / "list.pth")
+
+
+@pytest.mark.parametrize(
+    "path, config", [(None, STMConfig.lite()), (DEFAULT_INTERACTIVE_WEIGHTS, STMConfig.lite("scribbles"))]
+)
+def test_the_default_weights_are_small_and_load(path, config):
+    model = STM.load(path, device="cpu", dtype=torch.float32)
+    assert model.config == config
+    assert all(value.isfinite().all() for value in model.state_dict().values())
