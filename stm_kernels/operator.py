@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from stm_kernels.affinity import SKIP_POSITIONS, SKIP_QUERIES, Affinity, wide_dtype
-from stm_kernels.chunked import chunked_read, chunked_read_backward, chunked_usage
-from stm_kernels.topk import Select, chunked_select, top_k_read, top_k_read_backward, top_k_usage
+from stm_kernels.cpu.chunked import chunked_read, chunked_read_backward, chunked_usage
+from stm_kernels.cpu.top_k import Select, chunked_select, top_k_read, top_k_read_backward, top_k_usage
 
 TRITON_KEY_CHANNELS = 256
 
@@ -244,7 +244,7 @@ def _fold(operator, size: int, in_dims: tuple, inputs: tuple):
 def _select_of(on_gpu: bool) -> Select:
     if not on_gpu:
         return chunked_select
-    from stm_kernels.gpu.topk import triton_select
+    from stm_kernels.gpu.top_k import triton_select
 
     return triton_select
 

@@ -9,11 +9,18 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from stm_kernels.affinity import as_dot_product
-from stm_kernels.checks import ReadOptions, check_agreement, check_rows, check_tensors, checked_affinity, checked_choice
+from stm_kernels.cpu.top_k import weighted_read
 from stm_kernels.merge import merge_reads
 from stm_kernels.operator import autocast_inputs, read_operator, select_operator, usage_operator
+from stm_kernels.options import (
+    ReadOptions,
+    check_agreement,
+    check_rows,
+    check_tensors,
+    checked_affinity,
+    checked_choice,
+)
 from stm_kernels.reference import reference_read, reference_usage
-from stm_kernels.topk import weighted_read
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

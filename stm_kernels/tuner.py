@@ -73,9 +73,9 @@ def tune(
     """
     sizes = (batch, queries, positions, key_channels, value_channels)
     device = _checked(sizes, dtype, torch.device(device))
-    from stm_kernels.gpu.hopper import has_descriptors
     from stm_kernels.gpu.launch import architecture_of
     from stm_kernels.gpu.stored import backward_name, read_name, store_tiles, tiles_key
+    from stm_kernels.gpu.tma import has_descriptors
 
     architecture = architecture_of(device)
     problem = draw_problem(*sizes, dtype=dtype, device=device, tracked=skip > 0, channel_major=channel_major)

@@ -25,10 +25,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from stm_kernels.affinity import SKIP_POSITIONS, SKIP_QUERIES, Affinity
 from stm_kernels.gpu.affinity import affinity_launch
 from stm_kernels.gpu.forward import PageTable, forward_launch
-from stm_kernels.gpu.hopper import descriptor_launch
 from stm_kernels.gpu.launch import Launch
 from stm_kernels.gpu.merge import merge_launch
-from stm_kernels.gpu.topk import GROUP, group_max_launch, group_products_launch, select_launch
+from stm_kernels.gpu.tma import descriptor_launch
+from stm_kernels.gpu.top_k import GROUP, group_max_launch, group_products_launch, select_launch
 from stm_kernels.gpu.tuning import MOST_GROUPS, affinity_tiles, forward_tiles, group_tiles, usage_tiles
 from stm_kernels.gpu.usage import usage_launch
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from stm_kernels.affinity import SKIP_POSITIONS, SKIP_QUERIES, Affinity
 from stm_kernels.gpu.affinity import affinity_launch, chunk_of, product, row_top_of, visible
-from stm_kernels.gpu.hopper import descriptor_launch, has_descriptors
 from stm_kernels.gpu.launch import (
     Launch,
     affinity_arguments,
@@ -21,6 +20,7 @@ from stm_kernels.gpu.launch import (
 from stm_kernels.gpu.merge import triton_merge
 from stm_kernels.gpu.stored import measured_tiles, read_name, tiles_key
 from stm_kernels.gpu.tiles import LEAST_PRODUCT, any_of, biased, load_tile, memory_length, online_softmax, page_of
+from stm_kernels.gpu.tma import descriptor_launch, has_descriptors
 from stm_kernels.gpu.tuning import (
     ForwardTiles,
     affinity_tiles,

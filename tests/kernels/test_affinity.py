@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-import stm_kernels.chunked as chunked
+import stm_kernels.cpu.chunked as chunked
 from stm_kernels import memory_read, memory_usage, space_time_memory_read
 from stm_kernels.operator import backward_operator, read_operator, usage_operator
 from stm_kernels.testing import Problem, assert_exact, make_problem, make_tie_problem, read_by, results

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import stm_kernels.chunked as chunked
-import stm_kernels.topk as topk
-from stm_kernels import memory_read, products
+import stm_kernels.cpu.chunked as chunked
+import stm_kernels.cpu.top_k as cpu_top_k
+from stm_kernels import memory_read
 from stm_kernels.affinity import Affinity
-from stm_kernels.products import even_slices, steady_slices
+from stm_kernels.cpu import gemm
+from stm_kernels.cpu.gemm import even_slices, steady_slices
 from stm_kernels.testing import allocations, assert_exact, extra_memory, make_problem, read_by, results
 
 
@@ -45,7 +46,7 @@ def test_bfloat16_where_the_processor_does_not_multiply_it(monkeypatch):
 
 def test_bfloat16_products_of_keys_keep_more_than_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setattr(products, "mkl_holds_back", lambda: False)
+    monkeypatch.setattr(gemm, "mkl_holds_back", lambda: False)
     problem = make_problem(1, 70, 300, 128, 16, dtype=torch.bfloat16, peak=8.0)
     _, lse = memory_read(
         problem.query_key, problem.memory_key, problem.memory_value, return_lse=True, implementation="chunked"
@@ -92,7 +93,7 @@ def test_extra_memory_of_a_backward_grows_by_the_gradients_alone(dtype, channel_
 # not bfloat16, and not the other library for float32: they take memory of their own at every call
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_chunks_share_their_buffers(dtype, monkeypatch):
-    monkeypatch.setattr(products, "mkl_holds_back", lambda: False)
+    monkeypatch.setattr(gemm, "mkl_holds_back", lambda: False)
 
     def count(N: int) -> int:
         problem = make_problem(1, 64, N, 32, 64, dtype=dtype)
@@ -127,7 +128,7 @@ class Products(TorchDispatchMode):
 def test_a_memory_that_grows_by_frames_needs_no_ever_new_products(monkeypatch, dtype, M):
     monkeypatch.setattr(chunked, "KEYS_PER_CHUNK", 128)
     monkeypatch.setattr(chunked, "BACKWARD_KEYS_PER_CHUNK", (64, 128))
-    monkeypatch.setattr(topk, "KEYS_PER_CHUNK", 128)
+    monkeypatch.setattr(cpu_top_k, "KEYS_PER_CHUNK", 128)
 
     def sizes(most: int) -> set:
         with Products() as products:
@@ -138,7 +139,7 @@ def test_a_memory_that_grows_by_frames_needs_no_ever_new_products(monkeypatch, d
                 outputs = chunked.chunked_read(*inputs, 0.0)
                 chunked.chunked_read_backward(problem.grad_out, problem.grad_lse.double(), *inputs, *outputs)
                 chunked.chunked_usage(affinity, None)
-                topk.chunked_select(affinity, 5)
+                cpu_top_k.chunked_select(affinity, 5)
         assert len(products.sizes) >= 3
         return products.sizes
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import stm_kernels.chunked as chunked
+import stm_kernels.cpu.chunked as chunked
 import stm_kernels.gpu.forward as forward
 from stm_kernels import memory_read
 from stm_kernels.testing import (

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-import stm_kernels.chunked as chunked
+import stm_kernels.cpu.chunked as chunked
 import stm_kernels.gpu.forward as forward
 from stm_kernels import memory_read
 from stm_kernels.affinity import SKIP_POSITIONS, SKIP_QUERIES

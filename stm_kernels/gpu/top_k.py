@@ -238,7 +238,7 @@ def select_launch(values: Tensor, positions: Tensor | None, best: Tensor, chosen
 
 
 def triton_select(affinity: Affinity, k: int) -> tuple[Tensor, Tensor]:
-    """Select as `stm_kernels.topk.Select` has it, in the order of the positions."""
+    """Select as `stm_kernels.cpu.top_k.Select` has it, in the order of the positions."""
     query_key, device = affinity.query_key, affinity.query_key.device
     refuse_interpreted_bfloat16(query_key)
     (B, M, N), architecture = affinity.sizes, architecture_of(device)

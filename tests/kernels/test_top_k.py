@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import stm_kernels.topk as topk
+import stm_kernels.cpu.top_k as cpu_top_k
 from stm_kernels import PagedMemory, memory_read, memory_usage
 from stm_kernels.affinity import Affinity
 from stm_kernels.operator import backward_operator, read_operator, select_operator
@@ -26,10 +26,10 @@ quick = settings(
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(topk, "QUERIES_PER_BLOCK", 16)
-    monkeypatch.setattr(topk, "KEYS_PER_CHUNK", 48)
-    monkeypatch.setattr(topk, "GATHERED", 2**10)
-    monkeypatch.setattr(topk, "COPIED", 2**11)
+    monkeypatch.setattr(cpu_top_k, "QUERIES_PER_BLOCK", 16)
+    monkeypatch.setattr(cpu_top_k, "KEYS_PER_CHUNK", 48)
+    monkeypatch.setattr(cpu_top_k, "GATHERED", 2**10)
+    monkeypatch.setattr(cpu_top_k, "COPIED", 2**11)
 
 
 def device_of(implementation: str) -> str:
@@ -95,9 +95,9 @@ def test_lengths_and_bias(implementation, k):
 def select_by(problem, implementation):
     """Positions and logits `[B, M, k]`, sorted by position."""
     if implementation == "triton":
-        select = pytest.importorskip("stm_kernels.gpu.topk").triton_select
+        select = pytest.importorskip("stm_kernels.gpu.top_k").triton_select
     else:
-        select = topk.chunked_select
+        select = cpu_top_k.chunked_select
     affinity = Affinity(
         problem.query_key, problem.memory_key, problem.scale, problem.key_bias,
         None if problem.lengths is None else problem.lengths.int(),
@@ -177,7 +177,7 @@ def test_of_no_more_positions_all_are_read(implementation, k):
 @each_implementation
 def test_chunks_and_long_rows(monkeypatch, implementation):
     if implementation == "triton":
-        kernels, tuning = pytest.importorskip("stm_kernels.gpu.topk"), pytest.importorskip("stm_kernels.gpu.tuning")
+        kernels, tuning = pytest.importorskip("stm_kernels.gpu.top_k"), pytest.importorskip("stm_kernels.gpu.tuning")
         monkeypatch.setattr(kernels, "groups_per_chunk", lambda queries: 3)
         monkeypatch.setattr(tuning, "MOST_GROUPS", 16)
     problem = make_problem(2, 4, 110, 16, 8, device=device_of(implementation))
@@ -186,7 +186,7 @@ def test_chunks_and_long_rows(monkeypatch, implementation):
 
 
 def test_a_long_chunk_is_bounded_by_its_groups(monkeypatch):
-    monkeypatch.setattr(topk, "KEYS_PER_CHUNK", 1024)
+    monkeypatch.setattr(cpu_top_k, "KEYS_PER_CHUNK", 1024)
     for k in (1, 5, 40):
         assert_chosen(whole_numbered(make_problem(1, 30, 1500, 16, 8), k), "chunked")
 
@@ -278,7 +278,7 @@ def test_compile(dynamic):
 
 
 def test_scratch_does_not_grow_with_the_memory(monkeypatch):
-    monkeypatch.setattr(topk, "COPIED", 2**14)
+    monkeypatch.setattr(cpu_top_k, "COPIED", 2**14)
 
     def extra(N, channel_major):
         problem = replace(make_problem(1, 64, N, 16, 64, channel_major=channel_major), top_k=8)

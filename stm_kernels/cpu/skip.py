@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stm_kernels.affinity import SKIP_POSITIONS, SKIP_QUERIES
-from stm_kernels.products import Scratch, even_slices
+from stm_kernels.cpu.gemm import Scratch, even_slices
 
 # from this share on, multiplying all positions of a chunk is cheaper than gathering those that weigh something
 GATHERED_SHARE = 0.75

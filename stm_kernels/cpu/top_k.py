@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stm_kernels.affinity import Affinity, wide_dtype
-from stm_kernels.products import Scratch, even_slices, key_products, product_dtype, steady_slices
+from stm_kernels.cpu.gemm import Scratch, even_slices, key_products, product_dtype, steady_slices
 
 Select = Callable[[Affinity, int], tuple[Tensor, Tensor]]
 """The chosen positions `[B, M, min(k, N)]`, int32, and their logits in `wide_dtype`, of a memory of at least one

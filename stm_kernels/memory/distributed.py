@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stm_kernels.paged import PagedMemory
+from stm_kernels.memory.paged import PagedMemory
 from stm_kernels.read import read_with_float64_lse
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from stm_kernels.affinity import PAGE_MULTIPLE, Affinity, wide_dtype
-from stm_kernels.checks import check_agreement, check_tensors, checked_affinity, checked_choice
+from stm_kernels.memory.pages import Page, Pages, Parts
 from stm_kernels.merge import merge_reads
 from stm_kernels.operator import resolve_implementation
-from stm_kernels.pages import Page, Pages, Parts
+from stm_kernels.options import check_agreement, check_tensors, checked_affinity, checked_choice
 from stm_kernels.read import memory_usage, read_with_float64_lse, top_k_of_parts
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from stm_kernels.affinity import SKIP_POSITIONS, SKIP_QUERIES, Affinity, wide_dtype
-from stm_kernels.products import Scratch, by_onednn, even_slices, key_products, product, product_dtype, steady_slices
-from stm_kernels.skipping import Choice, add_to_rows, aligned_slices, cells, gathered, readers, seen
+from stm_kernels.cpu.gemm import Scratch, by_onednn, even_slices, key_products, product, product_dtype, steady_slices
+from stm_kernels.cpu.skip import Choice, add_to_rows, aligned_slices, cells, gathered, readers, seen
 
 LOG2_E = math.log2(math.e)
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stm_kernels import chunked, memory_read, products
+from stm_kernels import memory_read
 from stm_kernels.affinity import SKIP_POSITIONS
+from stm_kernels.cpu import chunked, gemm
 from stm_kernels.testing import assert_exact, make_problem, read_by, results
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
@@ -15,8 +16,8 @@ needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reas
 
 @pytest.fixture(params=["usual", pytest.param("onednn", marks=needs_onednn)])
 def library(request, monkeypatch) -> str:
-    monkeypatch.setattr(products, "mkl_holds_back", lambda: request.param == "onednn")
-    monkeypatch.setattr(products, "ONEDNN_MULTIPLICATIONS", 1)
+    monkeypatch.setattr(gemm, "mkl_holds_back", lambda: request.param == "onednn")
+    monkeypatch.setattr(gemm, "ONEDNN_MULTIPLICATIONS", 1)
     return request.param
 
 
@@ -29,7 +30,7 @@ def test_reads_are_exact_by_either_library(library, dtype, top_k):
 
 @needs_onednn
 def test_what_is_left_out_is_the_same_by_either_library(monkeypatch):
-    monkeypatch.setattr(products, "ONEDNN_MULTIPLICATIONS", 1)
+    monkeypatch.setattr(gemm, "ONEDNN_MULTIPLICATIONS", 1)
     monkeypatch.setattr(chunked, "SKIPPING_BACKWARD_KEYS_PER_CHUNK", 2 * SKIP_POSITIONS)
     problem = make_problem(2, 70, 400, 32, 24)
     # the newer half weighs nearly all
@@ -38,7 +39,7 @@ def test_what_is_left_out_is_the_same_by_either_library(monkeypatch):
     inputs = (problem.query_key, problem.memory_key, problem.memory_value)
     found = []
     for held_back in (False, True):
-        monkeypatch.setattr(products, "mkl_holds_back", lambda held_back=held_back: held_back)
+        monkeypatch.setattr(gemm, "mkl_holds_back", lambda held_back=held_back: held_back)
         skipped = memory_read(*inputs, skip=1e-2, return_skipped=True, implementation="chunked")[1]
         assert skipped.max() > 0
         found.append(results(problem, read_by("chunked", skip=1e-2)) | {"skipped": skipped})
@@ -52,13 +53,13 @@ def test_a_product_of_matrices_laid_out_either_way(library, turned):
         for shape, turn in zip([(33, 70), (70, 21)], turned, strict=True)
     )
     truth = 0.5 * left.double() @ right.double()
-    found = products.product("any", left, right, products.Scratch(left.device), 0.5)
+    found = gemm.product("any", left, right, gemm.Scratch(left.device), 0.5)
     torch.testing.assert_close(found.double(), truth, rtol=0, atol=70 * 2**-23)
 
 
 def test_a_slice_of_a_larger_matrix_is_multiplied_alone(library):
     left, right = torch.randn(40, 50)[3:30, 7:20], torch.randn(13, 90)[:, 5:64]
-    found = products.product("any", left, right, products.Scratch(left.device))
+    found = gemm.product("any", left, right, gemm.Scratch(left.device))
     torch.testing.assert_close(found.double(), left.double() @ right.double(), rtol=0, atol=13 * 2**-21)
 
 
@@ -73,21 +74,21 @@ def test_onednn_is_given_no_matrix_with_gaps(monkeypatch, turned):
                 self.seen = args[1]
             return operator(*args, **(kwargs or {}))
 
-    monkeypatch.setattr(products, "mkl_holds_back", lambda: True)
-    monkeypatch.setattr(products, "ONEDNN_MULTIPLICATIONS", 1)
+    monkeypatch.setattr(gemm, "mkl_holds_back", lambda: True)
+    monkeypatch.setattr(gemm, "ONEDNN_MULTIPLICATIONS", 1)
     right = torch.randn(90, 70)[5:64, 7:20].mT if turned else torch.randn(30, 90)[7:20, 5:64]
     with Weights() as weights:
-        products.product("any", torch.randn(27, 13), right, products.Scratch(right.device))
+        gemm.product("any", torch.randn(27, 13), right, gemm.Scratch(right.device))
     assert weights.seen.is_contiguous() or weights.seen.mT.is_contiguous()
 
 
 def test_only_large_float32_products_change_the_library(monkeypatch):
-    monkeypatch.setattr(products, "mkl_holds_back", lambda: True)
+    monkeypatch.setattr(gemm, "mkl_holds_back", lambda: True)
     large, small = torch.ones(256, 256), torch.ones(16, 16)
-    assert products.by_onednn(large, large)
-    assert not products.by_onednn(small, small)
-    assert not products.by_onednn(large.double(), large.double())
-    assert not products.by_onednn(large.bfloat16(), large.bfloat16())
+    assert gemm.by_onednn(large, large)
+    assert not gemm.by_onednn(small, small)
+    assert not gemm.by_onednn(large.double(), large.double())
+    assert not gemm.by_onednn(large.bfloat16(), large.bfloat16())
 
 
 @pytest.mark.parametrize(
@@ -97,8 +98,8 @@ def test_only_large_float32_products_change_the_library(monkeypatch):
 def test_the_library_goes_by_the_processor(monkeypatch, tmp_path, maker, capability, expected):
     processor = tmp_path / "cpuinfo"
     processor.write_text(f"processor\t: 0\nvendor_id\t: {maker}\n")
-    monkeypatch.setattr(products, "PROCESSOR", processor)
+    monkeypatch.setattr(gemm, "PROCESSOR", processor)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     for library in (torch.backends.mkl, torch.backends.mkldnn):
         monkeypatch.setattr(library, "is_available", lambda: True)
-    assert products.mkl_holds_back.__wrapped__() is expected
+    assert gemm.mkl_holds_back.__wrapped__() is expected

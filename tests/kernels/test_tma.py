@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import stm_kernels.gpu.forward as forward
-import stm_kernels.gpu.hopper as hopper
-from stm_kernels.gpu.hopper import has_descriptors
+import stm_kernels.gpu.tma as tma
+from stm_kernels.gpu.tma import has_descriptors
 from stm_kernels.gpu.tuning import COPY_ENGINES, ForwardTiles, forward_tiles
 from stm_kernels.testing import assert_exact, make_problem, read_by
 
@@ -27,7 +27,7 @@ def launches(monkeypatch, device) -> list[str]:
 
     def launch(affinity, memory_value, out, lse, tiles, positions_per_split):
         launched.append(tiles.kind)
-        return hopper.descriptor_launch(affinity, memory_value, out, lse, tiles, positions_per_split)
+        return tma.descriptor_launch(affinity, memory_value, out, lse, tiles, positions_per_split)
 
     monkeypatch.setattr(forward, "forward_tiles", tiles)
     monkeypatch.setattr(forward, "descriptor_launch", launch)

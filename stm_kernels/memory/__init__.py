@@ -1,0 +1,1 @@
+"""Memories that hold state: pages that grow, and shards over processes."""
