@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.tiles import affinity_candidates, forward_candidates, read_with, wrong
 from bench.workers import Result, Task
 from stm_kernels import PagedMemory, memory_usage, merge_reads
 from stm_kernels.affinity import SKIP_POSITIONS, SKIP_QUERIES
@@ -29,7 +30,6 @@ from stm_kernels.testing import (
     results,
     sample_of,
 )
-from stm_kernels.tuner import affinity_candidates, forward_candidates, read_with, wrong
 
 Ratios = dict[str, float]
 
@@ -137,8 +137,17 @@ def _with_tiles(problem: Problem, index: int = 0, splits: int = 0) -> Ratios:
         memory_value=problem.memory_value[:, :, :V].contiguous(),
         grad_out=problem.grad_out[:, :, :V],
     )
+    import stm_kernels.gpu.forward as forward
+
     tiles = _forward_tiles(problem.query_key.device, problem.query_key.dtype, (0, 0, 0, C, V))[index]
-    return error_ratios(problem, read_with(replace(tiles, splits=splits)), gradients=False)
+    chosen = forward.forward_splits
+    if splits:
+        size = -(-problem.memory_key.shape[1] // splits // tiles.block_n) * tiles.block_n
+        forward.forward_splits = lambda *_: (-(-problem.memory_key.shape[1] // size), size)
+    try:
+        return error_ratios(problem, read_with(tiles), gradients=False)
+    finally:
+        forward.forward_splits = chosen
 
 
 def _with_backward_tiles(problem: Problem, index: int) -> Ratios:

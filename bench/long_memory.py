@@ -14,11 +14,11 @@ from einops import rearrange
 from torch import Tensor
 
 from bench.machine import Peak, clock
+from bench.timing import call_seconds
 from bench.track import steady_memory
 from bench.workers import Result, Task
 from stm_kernels import PagedMemory
 from stm_kernels.testing import draw_problem, make_problem, sample_of
-from stm_kernels.timing import call_seconds
 from stm_model.tracking.budget import MemoryBudget, budget_page
 from stm_model.tracking.memory import MemoryBank, MemoryRule
 

@@ -25,11 +25,6 @@ def describe(device: torch.device) -> dict[str, Any]:
     except ImportError:
         versions["triton"] = None
     found: dict[str, Any] = {"device": device_name(device), "versions": versions, "revision": revision()}
-    if versions["triton"]:
-        from stm_kernels.gpu.stored import cache_file
-
-        # with tiles of this machine's own in it, ours are not the defaults
-        found["measured_tiles"] = cache_file().exists()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found["versions"] |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}

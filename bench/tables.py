@@ -15,6 +15,8 @@ from bench.checks import skip_ratios
 from bench.machine import cache_bytes
 from bench.peers import NAIVE, OURS, PEERS, SLOW_TO_COMPILE
 from bench.shapes import DIRECTIONS, MOST_IMPORTANT, Size, sizes
+from bench.tiles import affinity_candidates, forward_candidates, read_with, wrong
+from bench.timing import call_seconds
 from bench.workers import Result, Task
 from stm_kernels import PagedMemory, memory_read, memory_usage
 from stm_kernels.operator import read_operator
@@ -29,8 +31,6 @@ from stm_kernels.testing import (
     results,
     sample_of,
 )
-from stm_kernels.timing import call_seconds
-from stm_kernels.tuner import affinity_candidates, forward_candidates, read_with, wrong
 
 # logits that float64 and six copies of them fit beside everything else
 KNOWN_LOGITS = 2**28

@@ -17,7 +17,7 @@ from typing import Any
 PUBLIC = {
     "stm_kernels": (
         "memory_read space_time_memory_read SpaceTimeMemoryRead memory_usage merge_reads PagedMemory DistributedMemory "
-        "distributed_memory_read tune default_implementation"
+        "distributed_memory_read default_implementation"
     ),
     "stm_model": "STM STMConfig Tracker",
     "stm_model.tracking.tracker": "FrameResult",

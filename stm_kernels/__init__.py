@@ -5,7 +5,6 @@ from stm_kernels.memory.paged import PagedMemory
 from stm_kernels.merge import merge_reads
 from stm_kernels.operator import default_implementation
 from stm_kernels.read import SpaceTimeMemoryRead, memory_read, memory_usage, space_time_memory_read
-from stm_kernels.tuner import tune
 from stm_kernels.version import __version__
 
 __all__ = [
@@ -19,5 +18,4 @@ __all__ = [
     "memory_usage",
     "merge_reads",
     "space_time_memory_read",
-    "tune",
 ]

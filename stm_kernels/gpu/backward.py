@@ -8,7 +8,6 @@ from torch import Tensor
 from stm_kernels.affinity import SKIP_POSITIONS, Affinity
 from stm_kernels.gpu.affinity import affinity_launch, chunk_of, product, row_top_of, visible
 from stm_kernels.gpu.launch import architecture_of, refuse_interpreted_bfloat16
-from stm_kernels.gpu.stored import backward_name, measured_tiles, tiles_key
 from stm_kernels.gpu.tuning import AffinityTiles, affinity_tiles, keys_per_chunk
 
 
@@ -37,10 +36,8 @@ def triton_read_backward(
     delta = (grad_out.float() * out).sum(2) - (grad_lse * share).float()
     total = torch.zeros_like(query_key, dtype=torch.float32)
     if tiles is None:
-        architecture, dtype, skips = architecture_of(query_key.device), query_key.dtype, kept.ndim == 3
-        C, V = query_key.shape[2], memory_value.shape[2]
-        key = tiles_key(backward_name(skips), architecture, dtype, B * M, N, C, V)
-        tiles = measured_tiles(affinity_tiles(architecture, dtype, C, skips=skips), key)
+        architecture, C = architecture_of(query_key.device), query_key.shape[2]
+        tiles = affinity_tiles(architecture, query_key.dtype, C, skips=kept.ndim == 3)
     size = min(N, keys_per_chunk(B * M))
     scratch = query_key.new_empty(2, B * M * size)
     for start in range(0, N, size):

@@ -18,7 +18,6 @@ from stm_kernels.gpu.launch import (
     strides,
 )
 from stm_kernels.gpu.merge import triton_merge
-from stm_kernels.gpu.stored import measured_tiles, read_name, tiles_key
 from stm_kernels.gpu.tiles import LEAST_PRODUCT, any_of, biased, load_tile, memory_length, online_softmax, page_of
 from stm_kernels.gpu.tma import descriptor_launch, has_descriptors
 from stm_kernels.gpu.tuning import (
@@ -223,9 +222,6 @@ def triton_read(
     if tiles is None:
         descriptors = pages is None and has_descriptors(query_key, affinity.memory_key, memory_value)
         tiles = forward_tiles(architecture, query_key.dtype, C, V, skips=skip > 0, descriptors=descriptors)
-        if pages is None:
-            kernel = read_name(skip > 0, descriptors)
-            tiles = measured_tiles(tiles, tiles_key(kernel, architecture, query_key.dtype, B * M, N, C, V))
     splits, positions_per_split = forward_splits(tiles, B, M, N, V, multiprocessors(query_key.device))
     partial = query_key.dtype if splits == 1 else torch.float32
     out = query_key.new_empty(splits, B, M, V, dtype=partial)

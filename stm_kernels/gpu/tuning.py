@@ -26,8 +26,6 @@ class ForwardTiles:
     kind: str = "portable"
     """How tiles are fetched: "portable", by pointers; "descriptor", by the copy engine of sm_90 and later;
     "warp-specialized", by that in warps of their own, on top of `num_warps`."""
-    splits: int = 0
-    """Parts of the memory, read side by side; 0 is as many as `forward_splits` thinks best."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ class SelectTiles:
 # 227 KiB of shared memory; every other GPU gets tiles that fit 99 KiB
 LARGE_TILES = ("sm_90", "sm_100", "sm_103")
 # where tiles are fetched by the copy engine if they can be
-COPY_ENGINES = ("sm_90",)
+TMA_ARCHITECTURES = ("sm_90",)
 
 # logits written out at once: 2 GPU waves of tiles at M = 1620, and 128 MiB of bfloat16 scratch
 WRITTEN_LOGITS = 2**25
@@ -152,7 +150,7 @@ def forward_tiles(
     if padded(C) > 128:
         return ForwardTiles(64, 32, min(256, block_v), 8, 2)
     if architecture in LARGE_TILES and not skips:
-        kind = "descriptor" if descriptors and architecture in COPY_ENGINES else "portable"
+        kind = "descriptor" if descriptors and architecture in TMA_ARCHITECTURES else "portable"
         return ForwardTiles(128, 64, min(256, block_v), 8, 3, kind)
     return ForwardTiles(64, 64, min(256, block_v), 8, 2)
 
@@ -232,9 +230,6 @@ def forward_splits(tiles: ForwardTiles, B: int, M: int, N: int, V: int, multipro
     programs = triton.cdiv(V, tiles.block_v) * triton.cdiv(M, tiles.block_m) * B
     blocks = triton.cdiv(N, tiles.block_n)
     best = (math.inf, 1, blocks)
-    if tiles.splits:
-        blocks_per_split = triton.cdiv(blocks, tiles.splits)
-        return triton.cdiv(blocks, blocks_per_split), blocks_per_split * tiles.block_n
     for splits in range(1, max(1, min(blocks * tiles.block_n // LEAST_KEYS_PER_SPLIT, MOST_SPLITS)) + 1):
         blocks_per_split = triton.cdiv(blocks, splits)
         splits = triton.cdiv(blocks, blocks_per_split)

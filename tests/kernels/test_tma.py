@@ -8,7 +8,7 @@ import torch
 import stm_kernels.gpu.forward as forward
 import stm_kernels.gpu.tma as tma
 from stm_kernels.gpu.tma import has_descriptors
-from stm_kernels.gpu.tuning import COPY_ENGINES, ForwardTiles, forward_tiles
+from stm_kernels.gpu.tuning import TMA_ARCHITECTURES, ForwardTiles, forward_tiles
 from stm_kernels.testing import assert_exact, make_problem, read_by
 
 KINDS = ["descriptor", "warp-specialized"]
@@ -75,5 +75,5 @@ def test_only_some_architectures_ask_for_descriptors(architecture):
     for dtype in (torch.bfloat16, torch.float32):
         for skips in (False, True):
             asked = forward_tiles(architecture, dtype, 128, 512, skips=skips, descriptors=True).kind == "descriptor"
-            assert asked == (architecture in COPY_ENGINES and dtype == torch.bfloat16 and not skips)
+            assert asked == (architecture in TMA_ARCHITECTURES and dtype == torch.bfloat16 and not skips)
             assert forward_tiles(architecture, dtype, 128, 512, skips=skips).kind == "portable"

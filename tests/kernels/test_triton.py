@@ -8,6 +8,7 @@ import torch
 
 import stm_kernels.gpu.backward as backward
 import stm_kernels.gpu.forward as forward
+from bench.tiles import affinity_candidates, forward_candidates, read_with
 from stm_kernels import memory_read
 from stm_kernels.gpu.launch import architecture_of
 from stm_kernels.gpu.merge import triton_merge
@@ -57,6 +58,21 @@ def test_the_affinity_is_written_out_for_many_values(monkeypatch, device, dtype,
     monkeypatch.setattr(forward, "keys_per_chunk", lambda queries: 40)
     assert_exact(make_problem(2, 40, 100, 20, 400, dtype=dtype, device=device, **additions), read_by("triton"))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("skip", [0.0, 1e-3])
+@pytest.mark.parametrize("positions_per_split", [32, 64, 4096])
+def test_every_candidate_and_every_split_is_exact(monkeypatch, device, skip, positions_per_split):
+    monkeypatch.setattr(
+        forward, "forward_splits", lambda *arguments: (-(-70 // positions_per_split), positions_per_split)
+    )
+    problem = make_problem(1, 40, 70, 16, 24, dtype=torch.float16, device=device)
+    architecture = architecture_of(torch.device(device))
+    for tiles in forward_candidates(architecture, torch.float16, 16, 24, skip > 0, True):
+        if positions_per_split % tiles.block_n == 0:
+            assert_exact(problem, read_with(tiles, skip=skip), gradients=False)
+    for tiles in affinity_candidates(architecture, torch.float16, 16, skip > 0):
+        assert_exact(problem, read_with(backward=tiles, skip=skip))
 
 
 @pytest.mark.parametrize("channel_major", [False, True], ids=["token_major", "channel_major"])
