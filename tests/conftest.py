@@ -90,3 +90,27 @@ def clip() -> "tuple[np.ndarray, np.ndarray]":
     from stm_model.data.synthetic import procedural_clip
 
     return procedural_clip(frames=8, size=(70, 90), objects=2, seed=3)
+
+
+@pytest.fixture(scope="session")
+def clips() -> "dict[str, tuple[np.ndarray, np.ndarray]]":
+    """Video → (frames, labels) of two objects, 1 and 2."""
+    from stm_model.data.synthetic import procedural_clip
+
+    return {
+        name: procedural_clip(count, (48, 80), objects=2, seed=seed)
+        for name, count, seed in (("ant", 9, 1), ("bee", 6, 2), ("cat", 7, 4))
+    }
+
+
+@pytest.fixture(scope="session")
+def davis(tmp_path_factory: pytest.TempPathFactory, clips) -> Path:
+    """DAVIS 2017 of `clips`, with DAVIS 2016's list of the same videos."""
+    from layouts import write_davis
+
+    root = write_davis(tmp_path_factory.mktemp("davis"), clips)
+    (root / "db_info.yml").write_text(
+        "attributes: [AC, FM]\nsequences:\n- attributes: [AC, FM]\n  name: ant\n  num_frames: 9\n"
+        "- name: bee\n  attributes:\n    - FM\n  num_frames: 6\n"
+    )
+    return root

@@ -250,18 +250,18 @@ def _take_preset(argv: list[str], presets: tuple[str, ...]) -> tuple[str, list[s
 
 
 def evaluate(argv: Sequence[str]) -> int:
-    """`stm evaluate`; see stm_model.evaluation.evaluate.EvaluateConfig, and InteractiveConfig beside it."""
+    """`stm evaluate`; see stm_model.evaluation.evaluate.EvaluateConfig, and EvaluateInteractiveConfig beside it."""
     from stm_model.distributed import OtherRankFailed, Ranks
     from stm_model.evaluation.evaluate import EvaluateConfig, describe
     from stm_model.evaluation.evaluate import evaluate as run_evaluation
 
     interactive, rest = _take_option(list(argv), "--dataset", "davis-interactive")
     if interactive:
-        from stm_model.interactive.evaluate import InteractiveConfig
+        from stm_model.interactive.evaluate import EvaluateInteractiveConfig
         from stm_model.interactive.evaluate import describe_interactive as describe
         from stm_model.interactive.evaluate import evaluate_interactive as run_evaluation
 
-        config = _parse(InteractiveConfig, "stm evaluate --dataset davis-interactive", rest)
+        config = _parse(EvaluateInteractiveConfig, "stm evaluate --dataset davis-interactive", rest)
     else:
         config = _parse(EvaluateConfig, "stm evaluate", argv)
     try:

@@ -1,6 +1,6 @@
 """Score the interactive network, corrected by a robot: `stm evaluate --dataset davis-interactive --data DAVIS`.
 
-From Python: evaluate_interactive(InteractiveConfig(Path("DAVIS"))).
+From Python: evaluate_interactive(EvaluateInteractiveConfig(Path("DAVIS"))).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from stm_model.distributed import Ranks
 from stm_model.evaluation.evaluate import SUMMARY, begin, check_network, check_out, facts
 from stm_model.evaluation.protocol import Dataset, Video, open_dataset
 from stm_model.evaluation.tables import format_table, write_csv
-from stm_model.interactive.protocol import INTERACTIONS, Sample, interact, summarize_samples
+from stm_model.interactive.protocol import INTERACTIONS, Sample, run_rounds, summarize_samples
 from stm_model.interactive.scribbles import Scribble, ScribbleError, read_scribbles
 from stm_model.interactive.session import ScribbleSession
 from stm_model.io.files import write_json
@@ -33,7 +33,7 @@ ROBOT = "robot"
 
 
 @dataclass(frozen=True)
-class InteractiveConfig:
+class EvaluateInteractiveConfig:
     """Score the interactive network on DAVIS: a robot scribbles on the worst frame, again and again.
 
     Writes masks/ (after the last round), rounds.csv, samples.csv, curve.png, evaluation.json and report.html. torchrun
@@ -86,7 +86,7 @@ class _Start(NamedTuple):
         return self.video.name if self.first is None else f"{self.video.name}/{self.name}"
 
 
-def evaluate_interactive(config: InteractiveConfig) -> dict[str, Any]:
+def evaluate_interactive(config: EvaluateInteractiveConfig) -> dict[str, Any]:
     """Run the interactive evaluation and write its files.
 
     Returns:
@@ -111,7 +111,7 @@ def describe_interactive(summary: dict[str, Any]) -> str:
     return f"{table}\nwritten to {summary['settings']['out']}"
 
 
-def open_interactive(config: InteractiveConfig) -> Dataset:
+def open_interactive(config: EvaluateInteractiveConfig) -> Dataset:
     """The split, of DAVIS 2017 where there is a list of it, else of 2016.
 
     Raises:
@@ -126,7 +126,7 @@ def open_interactive(config: InteractiveConfig) -> Dataset:
     return dataclasses.replace(dataset, name=f"davis-interactive ({years[0]})")
 
 
-def _prepare(config: InteractiveConfig) -> tuple[Dataset, list[_Start]]:
+def _prepare(config: EvaluateInteractiveConfig) -> tuple[Dataset, list[_Start]]:
     dataset = open_interactive(config)
     check_out(config.out, config.overwrite, {"data": config.data, "scribbles": config.scribbles})
     check_network(config.checkpoint or DEFAULT_INTERACTIVE_WEIGHTS, config.device, config.size)
@@ -149,7 +149,7 @@ def _starts(video: Video, folder: Path | None) -> Iterator[_Start]:
         yield _Start(video, path.stem, next(iter(frames.items())))
 
 
-def _run(config: InteractiveConfig, starts: Sequence[_Start], quiet: bool) -> list[Sample]:
+def _run(config: EvaluateInteractiveConfig, starts: Sequence[_Start], quiet: bool) -> list[Sample]:
     if not starts:
         return []
     device = torch.device(config.device) if config.device else default_device()
@@ -165,7 +165,7 @@ def _run(config: InteractiveConfig, starts: Sequence[_Start], quiet: bool) -> li
     return samples
 
 
-def _run_sample(config: InteractiveConfig, model: STM, start: _Start, progress: tqdm) -> Sample:
+def _run_sample(config: EvaluateInteractiveConfig, model: STM, start: _Start, progress: tqdm) -> Sample:
     video = start.video
     # read before the clock runs
     frames = [read_image(path) for path in video.frame_paths]
@@ -176,7 +176,7 @@ def _run_sample(config: InteractiveConfig, model: STM, start: _Start, progress: 
         size = network_size(config.size, config.checkpoint, frames[0].shape[:2])
         session = ScribbleSession(model, frames, size=size)
         rounds, masks = [], np.zeros((len(frames), *truths[0].shape), np.uint8)
-        for result in interact(session, truths, video.objects, first=start.first, interactions=config.interactions):
+        for result in run_rounds(session, truths, video.objects, first=start.first, interactions=config.interactions):
             masks = result[1]
             rounds.append(result[0])
             progress.update()
@@ -190,7 +190,7 @@ def _run_sample(config: InteractiveConfig, model: STM, start: _Start, progress: 
     return Sample(video.name, start.name, len(video.objects), config.interactions, tuple(rounds))
 
 
-def _finish(config: InteractiveConfig, dataset: Dataset, samples: list[Sample]) -> dict[str, Any]:
+def _finish(config: EvaluateInteractiveConfig, dataset: Dataset, samples: list[Sample]) -> dict[str, Any]:
     """Write the tables, the picture of the curve, the report and, last, the summary."""
     samples.sort(key=lambda sample: (sample.video, sample.start))
     summary = facts(config, dataset) | {

@@ -107,7 +107,7 @@ class Sample:
         return float(np.interp(THRESHOLD, *self.curve()))
 
 
-def interact(
+def run_rounds(
     session: Session,
     truths: Sequence[np.ndarray],
     objects: Collection[int],
@@ -179,7 +179,7 @@ def next_scribbles(
 def score_frames(
     masks: Sequence[np.ndarray], truths: Sequence[np.ndarray], objects: Collection[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """J and F of each object in each frame, `[T, n]`; for the arguments see `interact`."""
+    """J and F of each object in each frame, `[T, n]`; for the arguments see `run_rounds`."""
     triples = [
         (mask == label, truth == label, truth == VOID) for mask, truth in zip(masks, truths) for label in objects
     ]

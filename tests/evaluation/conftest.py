@@ -4,48 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from layouts import write_video
 
 from stm_model.commands.main import main
-from stm_model.data.synthetic import procedural_clip
 from stm_model.io import images
-
-SIZE = (48, 80)
-
-
-def write_video(frames_folder, masks_folder, frames, labels, name="{:05d}", masks=None):
-    """Frames as JPEG and the labels of `masks` (frame numbers; None is all) as PNG."""
-    for folder in (frames_folder, masks_folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    for index, (frame, mask) in enumerate(zip(frames, labels)):
-        images.write_image(frames_folder / f"{name.format(index)}.jpg", frame)
-        if masks is None or index in masks:
-            images.write_mask(masks_folder / f"{name.format(index)}.png", mask)
-
-
-@pytest.fixture(scope="session")
-def clips():
-    """Video → (frames, labels) of two objects, 1 and 2."""
-    return {
-        name: procedural_clip(count, SIZE, objects=2, seed=seed)
-        for name, count, seed in (("ant", 9, 1), ("bee", 6, 2), ("cat", 7, 4))
-    }
-
-
-@pytest.fixture(scope="session")
-def davis(tmp_path_factory, clips):
-    """DAVIS-2017, with DAVIS-2016's list of the same videos."""
-    root = tmp_path_factory.mktemp("davis")
-    for name, (frames, labels) in clips.items():
-        write_video(root / "JPEGImages/480p" / name, root / "Annotations/480p" / name, frames, labels)
-    for year in ("2016", "2017"):
-        (root / "ImageSets" / year).mkdir(parents=True)
-        (root / "ImageSets" / year / "val.txt").write_text("\n".join(clips) + "\n")
-    (root / "db_info.yml").write_text(
-        "attributes: [AC, FM]\nsequences:\n- attributes: [AC, FM]\n  name: ant\n  num_frames: 9\n"
-        "- name: bee\n  attributes:\n    - FM\n  num_frames: 6\n"
-    )
-    return root
-
 
 YOUTUBE_EVERY = 2
 ENTRIES = {"ant": {1: 0, 2: 4}, "bee": {1: 2}}

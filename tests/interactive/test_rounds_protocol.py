@@ -14,7 +14,7 @@ from stm_model import STM, STMConfig
 from stm_model.commands.main import main
 from stm_model.evaluation.metrics import sequence_scores
 from stm_model.interactive.official import drive
-from stm_model.interactive.protocol import Round, Sample, interact, next_scribbles, score_frames, summarize_samples
+from stm_model.interactive.protocol import Round, Sample, next_scribbles, run_rounds, score_frames, summarize_samples
 from stm_model.interactive.scribbles import format_scribbles, write_scribbles
 from stm_model.interactive.session import ScribbleSession
 from stm_model.io import images
@@ -52,7 +52,7 @@ def test_the_robot_corrects_the_worst_frames_and_is_done_with_a_perfect_one(trut
     half[:, 25:] = 0
     half[3] = 0
     session = Stub(half, half, truths)
-    results = list(interact(session, truths, [1, 2]))
+    results = list(run_rounds(session, truths, [1, 2]))
     assert [len(session.drawn), len(results)] == [3, 3]
     frames = [frame for frame, _ in session.drawn]
     # first a frame that has both objects, then the empty one, then one that was not drawn on
@@ -85,7 +85,7 @@ def test_frames_are_scored_as_everywhere_and_the_ends_count(truths):
 def test_given_scribbles_come_first(truths):
     drawn = [{"path": [[0.5, 0.5]], "object_id": 1}]
     session = Stub(np.zeros_like(truths))
-    list(interact(session, truths, [1, 2], first=(4, drawn), interactions=2))
+    list(run_rounds(session, truths, [1, 2], first=(4, drawn), interactions=2))
     assert session.drawn[0] == (4, drawn) and session.drawn[1][0] != 4 and len(session.drawn) == 2
 
 
@@ -95,7 +95,7 @@ def test_a_round_beyond_the_budget_is_not_done(truths):
         times = iter(range(10))
         session = Stub(np.zeros_like(truths))
         results = list(
-            interact(session, truths, [1, 2], interactions=3, clock=lambda times=times, s=seconds: next(times) * s)
+            run_rounds(session, truths, [1, 2], interactions=3, clock=lambda times=times, s=seconds: next(times) * s)
         )
         assert len(results) == count
         assert all(done.seconds == seconds for done, _ in results)
@@ -205,7 +205,7 @@ def test_a_killed_run_says_so_and_nothing_is_replaced_unasked(evaluate, tmp_path
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "interact", killed)
+        patch.setattr(module, "run_rounds", killed)
         assert evaluate()[0] == 130
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["stopped"] == "unfinished"
     assert refused(evaluate(), "is not empty", "--overwrite")
