@@ -1,4 +1,4 @@
-# demo · test · lint · bench · bench-quick · package: each makes .venv first if it is missing. A first run downloads PyTorch; later
+# demo · test · lint · docs · bench · bench-quick · package: each makes .venv first if it is missing. A first run downloads PyTorch; later
 # ones start at once.
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -11,7 +11,7 @@ READY := .venv/.ready-$(KIND)
 # tests run side by side, each on one core
 WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$(( cores < 8 ? cores : 8 )))
 
-.PHONY: demo test lint bench bench-quick package test-newest-triton venv
+.PHONY: demo test lint docs bench bench-quick package test-newest-triton venv
 .NOTPARALLEL:
 
 demo: $(READY)
@@ -25,6 +25,10 @@ lint: $(READY)
 	@$(BIN)/ruff format --check --quiet . || { $(BIN)/ruff format --check .; exit 1; }
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/mypy --no-error-summary
+
+# the pages of docs/ and the API from the docstrings, into site/
+docs: $(READY)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --clean
 
 bench: $(READY)
 	@$(BIN)/python -m pytest -q --benchmark-quiet --benchmark-json=bench/results/suite.json bench/suite $(ARGS)

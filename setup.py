@@ -41,6 +41,8 @@ setup(
             "import-linter",
             "mypy",
             "build",
+            "mkdocs-material",
+            "mkdocstrings[python]",
             "gradio>=6",
             # drives a browser that is there already
             "playwright",
