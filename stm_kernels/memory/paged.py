@@ -27,8 +27,6 @@ class PagedMemory:
         device_pages: how many pages may lie on the device; the others lie in the host's memory (pinned for a GPU), and
             stream through two pages on the device while they are read. None is as many as the device can hold.
         dtype: floating-point type of keys and values.
-        value_dtype: in which values are held, if in another: `torch.float8_e4m3fn` takes a byte a value, at a relative
-            rounding of 2⁻⁴; pages are brought back to `dtype` one at a time as they are read.
         device: where the memory is read.
 
     Raises:
@@ -45,7 +43,6 @@ class PagedMemory:
         page_size: int = 32768,
         device_pages: int | None = None,
         dtype: torch.dtype = torch.float32,
-        value_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         sizes = {"batch": batch, "key_channels": key_channels, "value_channels": value_channels, "page_size": page_size}
@@ -54,15 +51,11 @@ class PagedMemory:
                 raise ValueError(f"{name}: expected at least 1, got {size}")
         if device_pages is not None and device_pages < 0:
             raise ValueError(f"device_pages: expected at least 0, got {device_pages}")
-        value_dtype = value_dtype or dtype
-        for name, kind in {"dtype": dtype, "value_dtype": value_dtype}.items():
-            if not kind.is_floating_point:
-                raise TypeError(f"{name}: expected a floating-point type, got {kind}")
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating-point type, got {dtype}")
         self.batch, self.key_channels, self.value_channels = batch, key_channels, value_channels
         self.page_size, self.dtype, self.device = page_size, dtype, torch.empty(0, device=device).device
-        self._pages = Pages(
-            batch, key_channels, value_channels, page_size, dtype, value_dtype, self.device, device_pages
-        )
+        self._pages = Pages(batch, key_channels, value_channels, page_size, dtype, self.device, device_pages)
         # addresses of the pages on the device, keys above values, made anew when there are more
         self._table: Tensor | None = None
 
@@ -153,41 +146,11 @@ class PagedMemory:
         self._pages.free_unused()
         self._table = None
 
-    def snapshot(self) -> dict[str, Tensor]:
-        """All that is held, to be saved: `key` `[B, N, C]` and `value` `[B, N, V]`, copies in the host's memory, and
-        `value_unit`, where values are held in another format.
-        """
-        channels = {"key": self.key_channels, "value": self.value_channels}
-        held = {name: torch.empty(self.batch, len(self), count, dtype=self.dtype) for name, count in channels.items()}
-        for start, *parts in self._pages.read_back(0, len(self)):
-            for tensor, part in zip(held.values(), parts):
-                tensor[:, start : start + part.shape[1]] = part
-        if self._pages.value_unit not in (None, 1.0):
-            held["value_unit"] = torch.tensor(self._pages.value_unit, dtype=torch.float64)
-        return held
-
-    def restore(self, snapshot: dict[str, Tensor]) -> None:
-        """Hold what a memory of the same form held at its `snapshot`, position by position, and nothing else.
-
-        Raises:
-            ValueError: its form is not this memory's.
-        """
-        key, value = (snapshot[name].to(self.device) for name in ("key", "value"))
-        self.check(key, value)
-        if "value_unit" in snapshot:
-            self._pages.value_unit = snapshot["value_unit"].item()
-        self._pages.truncate(0)
-        self._pages.write(0, key, value)
-
     def state(self) -> dict[str, Any]:
         """All that is held, page by page as it is held, for `torch.save`: only the last page is copied, so write it
         before the memory changes.
         """
-        return {
-            "pages": self._pages.filled(),
-            "on_device": len(self._pages.on_device),
-            "value_unit": self._pages.value_unit,
-        }
+        return {"pages": self._pages.filled(), "on_device": len(self._pages.on_device)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Hold what a memory of the same form held at its `state`, to the bit and where it lay, and nothing else.
@@ -195,13 +158,12 @@ class PagedMemory:
         Raises:
             ValueError: its form is not this memory's.
         """
-        forms = [(self.batch, *form) for form in zip(self._pages.channels, self._pages.dtypes)]
+        forms = [(self.batch, channels, self.dtype) for channels in self._pages.channels]
         for page in state["pages"]:
             if (found := [(len(tensor), tensor.shape[-1], tensor.dtype) for tensor in page]) != forms:
                 raise ValueError(f"state: expected keys and values of (B, channels, dtype) {forms}, got {found}")
         self.drop(len(self))
         self.free_unused()
-        self._pages.value_unit = state["value_unit"]
         limit, self._pages.device_pages = self.device_pages, state["on_device"]
         for key, value in state["pages"]:
             self._pages.write(len(self), key.to(self.device), value.to(self.device))
@@ -281,7 +243,7 @@ class PagedMemory:
         self, query_key: Tensor, *, top_k: int | None = None, implementation: str = "auto", **options: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`read` with all it can return, and its log-sum-exp in float64, to merge it with other reads."""
-        parts: Parts | list[Page] = self._pages.parts() if len(self) else [self._nothing()]
+        parts: Parts | list[Page] = self._pages.parts() if len(self) else [self._pages.new_page(0)]
         if implementation == "reference":
             # a page from the host is lent for one turn only
             keys, values = zip(*((key.clone(), value.clone()) for key, value in parts))
@@ -335,7 +297,7 @@ class PagedMemory:
         differentiated = torch.is_grad_enabled() and query_key.requires_grad
         if differentiated or similarity != "dot" or self.page_size % PAGE_MULTIPLE:
             return False
-        if not query_key.dtype == self.dtype == self._pages.dtypes[1]:
+        if query_key.dtype != self.dtype:
             return False
         return resolve_implementation(implementation, query_key) == "triton"
 
@@ -363,10 +325,6 @@ class PagedMemory:
         table = PageTable(keys, values, self.page_size, length)
         out, lse, skipped, _ = triton_read(Affinity(query_key, key, scale), value, skip, table)
         return out, lse, skipped
-
-    def _nothing(self) -> Page:
-        key, value = self._pages.new_page(0)
-        return key, self._pages.expanded(value)
 
     def check(self, key: Tensor, value: Tensor) -> None:
         """Raise what `append` would raise."""

@@ -1,7 +1,7 @@
 """Where the positions of a paged memory lie: pages on the device, and pages on the host that stream through it."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,15 +10,12 @@ from torch import Tensor
 Page = tuple[Tensor, Tensor]
 """Keys `[B, page_size, C]` and values `[B, page_size, V]`."""
 
-HEADROOM = 4
-"""How many times the greatest of the first values a value may be before an 8-bit format cuts it off."""
-
 
 class Pages:
     """Preallocated pages of keys and values, filled one after the other.
 
     Args:
-        batch, key_channels, value_channels, page_size, dtype, value_dtype, device: as in `PagedMemory`.
+        batch, key_channels, value_channels, page_size, dtype, device: as in `PagedMemory`.
         device_pages: how many pages may lie on the device; further ones lie in the host's memory, pinned for a GPU.
             None is as many as it can hold.
     """
@@ -30,14 +27,11 @@ class Pages:
         value_channels: int,
         page_size: int,
         dtype: torch.dtype,
-        value_dtype: torch.dtype,
         device: torch.device,
         device_pages: int | None,
     ) -> None:
-        self.batch, self.channels, self.dtypes = batch, (key_channels, value_channels), (dtype, value_dtype)
+        self.batch, self.channels, self.dtype = batch, (key_channels, value_channels), dtype
         self.page_size, self.device, self.device_pages = page_size, device, device_pages
-        # what values are divided by before they are held: of the first ones, so that an 8-bit format holds them
-        self.value_unit: float | None = 1.0 if value_dtype == dtype else None
         self.on_device: list[Page] = []
         self.on_host: list[Page] = []
         self.length = 0
@@ -46,12 +40,10 @@ class Pages:
     @property
     def page_nbytes(self) -> int:
         """Bytes of one page."""
-        sizes = (channels * dtype.itemsize for channels, dtype in zip(self.channels, self.dtypes))
-        return self.batch * self.page_size * sum(sizes)
+        return self.batch * self.page_size * sum(self.channels) * self.dtype.itemsize
 
     def write(self, start: int, key: Tensor, value: Tensor) -> None:
         """Copy P positions to the places from `start` on, into new pages where there are none yet."""
-        value = self._compressed(value)
         done, total = 0, key.shape[1]
         while done < total:
             page, place = divmod(start + done, self.page_size)
@@ -69,21 +61,8 @@ class Pages:
             page, place = divmod(start, self.page_size)
             part = min(count, self.page_size - place)
             key, value = (held[:, place : place + part] for held in self._page(page))
-            yield start, key, self.expanded(value)
+            yield start, key, value
             start, count = start + part, count - part
-
-    def _compressed(self, value: Tensor) -> Tensor:
-        if value.dtype == self.dtypes[1] or not value.numel():
-            return value
-        most = torch.finfo(self.dtypes[1]).max
-        if self.value_unit is None:
-            self.value_unit = HEADROOM * max(value.abs().amax().item(), torch.finfo(torch.float32).tiny) / most
-        return (value / self.value_unit).clamp(-most, most).to(self.dtypes[1])
-
-    def expanded(self, value: Tensor) -> Tensor:
-        """Held values as they are read."""
-        dtype = self.dtypes[0]
-        return value if value.dtype == dtype else value.to(dtype).mul_(self.value_unit or 1.0)
 
     def truncate(self, length: int) -> None:
         """Forget the positions from `length` on; their pages stay for the next ones."""
@@ -117,7 +96,7 @@ class Pages:
             parts.append(tuple(held[:, :count] for held in self._page(index)))
         if parts and len(parts) > len(self.on_device) and self.device.type == "cuda" and self._staging is None:
             self._staging = _Staging([self.new_page() for _ in range(2)])
-        return Parts(parts[: len(self.on_device)], parts[len(self.on_device) :], self.expanded, self._staging)
+        return Parts(parts[: len(self.on_device)], parts[len(self.on_device) :], self._staging)
 
     def filled(self) -> list[Page]:
         """The filled part of every page in use as it is held; a page that is not full is copied."""
@@ -155,8 +134,8 @@ class Pages:
         # a tensor made in inference mode could never be appended to outside it
         with torch.inference_mode(False):
             return tuple(
-                torch.empty(self.batch, positions, channels, dtype=dtype, device=device, pin_memory=pinned)
-                for channels, dtype in zip(self.channels, self.dtypes)
+                torch.empty(self.batch, positions, channels, dtype=self.dtype, device=device, pin_memory=pinned)
+                for channels in self.channels
             )
 
 
@@ -172,8 +151,6 @@ class Parts:
     """Pages on the device; without staging the host's memory is the device's."""
     on_host: list[Page]
     """Pages in the host's memory."""
-    expanded: Callable[[Tensor], Tensor]
-    """Makes values readable that are held in another format."""
     staging: "_Staging | None" = None
     """What brings these to the device."""
 
@@ -181,14 +158,12 @@ class Parts:
         return len(self.on_device) + len(self.on_host)
 
     def __iter__(self) -> Iterator[Page]:
-        for key, value in self.on_device:
-            yield key, self.expanded(value)
+        yield from self.on_device
         yield from self.streamed()
 
     def streamed(self) -> Iterator[Page]:
         """The pages from the host alone."""
-        for key, value in self.on_host if self.staging is None else self.staging.stream(self.on_host):
-            yield key, self.expanded(value)
+        yield from self.on_host if self.staging is None else self.staging.stream(self.on_host)
 
 
 class _Staging:

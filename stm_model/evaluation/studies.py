@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from stm_model.distributed import Ranks
 from stm_model.evaluation.predict import Speed, TrackingSettings, track_videos_apart
@@ -65,7 +64,6 @@ STUDIES = {
                 "skip 1e-3": {"skip": 1e-3},
                 "skip 1e-2": {"skip": 1e-2},
                 "top 30": {"top_k": 30},
-                "fp8 values": {"value_dtype": torch.float8_e4m3fn},
             },
             "bars",
         ),

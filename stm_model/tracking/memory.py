@@ -103,7 +103,6 @@ class SpaceTimeMemory:
         rule: which frames are remembered.
         limit: bytes on the device within which frames have to stay, by which pages are measured; None is no limit.
         weighed: whether to note how much every frame is used.
-        value_dtype: as in `PagedMemory`.
         read_options: those of `PagedMemory.read`.
     """
 
@@ -113,11 +112,9 @@ class SpaceTimeMemory:
         *,
         limit: int | None = None,
         weighed: bool = False,
-        value_dtype: torch.dtype | None = None,
         **read_options: Any,
     ):
         self.rule, self.limit, self.weighed, self.read_options = rule, limit, weighed, read_options
-        self.value_dtype = value_dtype
         self.pages: PagedMemory | None = None
         self.frames: list[_Frame] = []
         """In the order in which their positions lie in memory."""
@@ -148,13 +145,12 @@ class SpaceTimeMemory:
     def _make_pages(
         self, objects: int, key_channels: int, value_channels: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        value_dtype = self.value_dtype or dtype
         page = {}
         if self.limit is not None:
-            position_bytes = objects * (key_channels * dtype.itemsize + value_channels * value_dtype.itemsize)
+            position_bytes = objects * (key_channels + value_channels) * dtype.itemsize
             page["page_size"] = budget_page(self.limit, self.positions, position_bytes)
         sizes = objects, key_channels, value_channels
-        self.pages = PagedMemory(*sizes, **page, dtype=dtype, value_dtype=value_dtype, device=device)
+        self.pages = PagedMemory(*sizes, **page, dtype=dtype, device=device)
 
     def remember(self, frame_index: int, mask_given: bool, certain: bool, key: Tensor, value: Tensor) -> None:
         """Add a frame: key `[n, C, h, w]` and value `[n, V, h, w]` of the n objects."""
@@ -227,7 +223,7 @@ class MemoryBank:
     Args:
         rule: which frames are remembered.
         budget: how much, and what is forgotten for it.
-        read_options: those of `SpaceTimeMemory`: `value_dtype`, and of `PagedMemory.read`.
+        read_options: those of `PagedMemory.read`.
     """
 
     def __init__(self, rule: MemoryRule, budget: MemoryBudget, **read_options: Any):

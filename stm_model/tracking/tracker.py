@@ -59,7 +59,6 @@ class Tracker:
             Results always come at the frames' own size.
         budget: how much may be remembered; None keeps everything, on the host where the device is full.
         skip_uncertain: don't keep frames for good in which an object of the memory is `UNCERTAIN`.
-        value_dtype: in which remembered values are held, if not in the model's, see `stm_kernels.PagedMemory`.
         compiled: compile encoders and decoder: some minutes before the first results, then less time a frame.
         top_k, skip, implementation: how the memory is read, see `stm_kernels.memory_read`.
 
@@ -76,7 +75,6 @@ class Tracker:
         size: int | None = None,
         budget: MemoryBudget | None = None,
         skip_uncertain: bool = False,
-        value_dtype: torch.dtype | None = None,
         compiled: bool = False,
         top_k: int | None = None,
         skip: float = 0.0,
@@ -98,7 +96,7 @@ class Tracker:
         self.model, self.memory, self.size = fold_batch_norm(model), memory, size
         if compiled:
             self.model = compile_parts(self.model)
-        self.value_dtype, self.compiled = value_dtype, compiled
+        self.compiled = compiled
         self.budget, self.skip_uncertain = budget or MemoryBudget(), skip_uncertain
         self.bank: MemoryBank | None = None
         """The memory of the video that is tracked, or was last."""
@@ -135,7 +133,7 @@ class Tracker:
         checked = {int(index): check_mask(mask, index) for index, mask in masks.items()}
         if not any(objects_in(mask) for mask in checked.values()):
             raise ValueError("masks: expected at least one labelled object (1…254), got none")
-        bank = MemoryBank(rule, self.budget, value_dtype=self.value_dtype, **self.read_options)
+        bank = MemoryBank(rule, self.budget, **self.read_options)
         video = _Video(self.model, bank, checked, self.size, self.skip_uncertain)
         if resume is not None:
             check_same(resume["made_with"], self._made_with(video, resume["video"]["index"]))
@@ -171,7 +169,6 @@ class Tracker:
             "eviction": self.budget.eviction,
             "skip_uncertain": self.skip_uncertain,
             "dtype": str(next(self.model.parameters()).dtype),
-            "value_dtype": str(self.value_dtype),
             "compiled": self.compiled,
             **self.read_options,
             "weights": self._weights_digest,
@@ -196,8 +193,7 @@ class Tracker:
         rule = MemoryRule.parse(self.memory, frame_count) if isinstance(self.memory, str) else self.memory
         height, width = (side + -side % STRIDE for side in network_size(frame_size, self.size))
         config, dtype = self.model.config, next(self.model.parameters()).dtype
-        value_dtype = self.value_dtype or dtype
-        position = config.key_channels * dtype.itemsize + config.value_channels * value_dtype.itemsize
+        position = (config.key_channels + config.value_channels) * dtype.itemsize
         return plan_memory(rule, self.budget, masks, frame_count, (height, width), position)
 
     def _track(self, frames: Iterable[np.ndarray], video: _Video) -> Iterator[FrameResult]:

@@ -29,7 +29,6 @@ SETTINGS = {
     "first in first out": {"memory": "every:1", "budget": MemoryBudget(device=PAGE)},
     "what is used least": {"memory": "every:1", "budget": MemoryBudget(device=PAGE, eviction="importance")},
     "on the host": {"memory": "every:1", "budget": MemoryBudget(device=PAGE // 2, host=PAGE, eviction="importance")},
-    "in eight bits": {"memory": "every:1", "value_dtype": torch.float8_e4m3fn},
 }
 
 
@@ -107,7 +106,6 @@ OTHER = {
     "budget": ({"budget": MemoryBudget(device=2**20)}, "device budget: 1048576 instead of the None"),
     "host": ({"budget": MemoryBudget(host=5)}, "host budget: 5 instead of the None"),
     "eviction": ({"budget": MemoryBudget(eviction="importance")}, "eviction: importance instead of the fifo"),
-    "value_dtype": ({"value_dtype": torch.float8_e4m3fn}, "value_dtype: torch.float8_e4m3fn instead of the None"),
     "top_k": ({"top_k": 5}, "top_k: 5 instead of the None"),
     "skip": ({"skip": 0.1}, r"skip: 0.1 instead of the 0.0"),
     "implementation": ({"implementation": "reference"}, "implementation: reference instead of the auto"),

@@ -24,7 +24,7 @@ def remembered(rule: str, frame_count: int, monkeypatch, model, clip) -> list[li
     original = PagedMemory.read
 
     def spy(self, query_key, **options):
-        keys = self.snapshot()["key"][0]
+        keys = torch.cat([key for key, _ in self.state()["pages"]], 1)[0]
         reads.append(torch.stack(keys.split(query_key.shape[1])))
         return original(self, query_key, **options)
 
