@@ -63,6 +63,22 @@ def test_the_floor_takes_in_objects_that_enter_late(youtube_vos, clips):
     assert second.region == pytest.approx([region_similarity(labels[4] == 2, labels[frame] == 2) for frame in (6, 8)])
 
 
+def test_the_floor_takes_a_later_mask_from_its_own_frame_on(tmp_path):
+    """The second object enters in frame 2, on half of the first one's mask."""
+    frames = [tmp_path / f"{index:05d}.jpg" for index in range(4)]
+    first = np.zeros((30, 40), dtype=np.uint8)
+    first[5:25, 10:30] = 1
+    second = first.copy()
+    second[5:25, 20:30] = 2
+    for index, mask in enumerate((first, first, second, first)):
+        images.write_mask(tmp_path / f"{index:05d}.png", mask)
+    masks = {index: tmp_path / f"{index:05d}.png" for index in range(4)}
+    given, asked = {0: (1,), 2: (2,)}, {1: (1,), 2: (1,), 3: (1,)}
+    video = Video("late", tuple(frames), masks, given, tuple(range(4)), asked)
+    (row,) = score(Dataset("youtube_vos", "valid", (video,)), None, workers=1)
+    assert row.region == pytest.approx([1.0, 1.0, 0.5])
+
+
 def test_youtube_vos_means_over_seen_and_unseen(youtube_vos, tmp_path, copy_truth):
     dataset = open_dataset("youtube_vos", youtube_vos)
     copy_truth(dataset, tmp_path / "results", lambda labels: np.where(labels == 2, 0, labels))
