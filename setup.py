@@ -43,12 +43,15 @@ setup(
             "build",
             "mkdocs-material",
             "mkdocstrings[python]",
-            "gradio>=6",
+            "fastapi",
+            "uvicorn",
+            # what FastAPI's test client asks with
+            "httpx2",
             # drives a browser that is there already
             "playwright",
         ],
         "train": ["tensorboard"],
-        "app": ["gradio>=6"],
+        "app": ["fastapi", "uvicorn"],
     },
     entry_points={"console_scripts": ["stm=stm_model.commands.main:main"]},
     classifiers=[

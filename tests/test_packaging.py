@@ -83,11 +83,11 @@ def test_every_package_and_weight_is_shipped():
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("stm_kernels", "triton numpy scipy PIL av tyro tqdm safetensors matplotlib gradio"),
-        ("stm_model", "torch numpy triton scipy PIL av tyro tqdm safetensors matplotlib gradio"),
-        ("stm_model.network, stm_model.tracking.tracker", "triton scipy PIL av tyro tqdm matplotlib gradio"),
-        ("stm_model.io.video", "torch triton scipy tyro tqdm safetensors matplotlib gradio"),
-        ("stm_model.evaluation.metrics", "torch triton PIL av tyro tqdm safetensors matplotlib gradio"),
+        ("stm_kernels", "triton numpy scipy PIL av tyro tqdm safetensors matplotlib fastapi"),
+        ("stm_model", "torch numpy triton scipy PIL av tyro tqdm safetensors matplotlib fastapi"),
+        ("stm_model.network, stm_model.tracking.tracker", "triton scipy PIL av tyro tqdm matplotlib fastapi"),
+        ("stm_model.io.video", "torch triton scipy tyro tqdm safetensors matplotlib fastapi"),
+        ("stm_model.evaluation.metrics", "torch triton PIL av tyro tqdm safetensors matplotlib fastapi"),
     ],
 )
 def test_an_import_needs_no_more_than_it_says(module, absent):

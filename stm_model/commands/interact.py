@@ -55,7 +55,7 @@ def interact(config: InteractConfig) -> int:
     try:
         from stm_model.interactive.web.app import serve
     except ImportError as error:
-        raise ValueError(f"the page needs gradio ({error}): pip install 'stm-kernels[app]'") from error
+        raise ValueError(f"the page needs FastAPI and uvicorn ({error}): pip install 'stm-kernels[app]'") from error
     limits = {}
     for option in ("memory_limit", "upload_limit"):
         try:

@@ -1,4 +1,4 @@
-"""The page in the browser: what it asks for and gets, over a workbench; the one room that knows the web framework."""
+"""The page in the browser: what it asks for and gets, over a workbench. Alone knows the web framework."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gradio
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
@@ -18,6 +17,8 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from stm_model.interactive.web.workbench import Refused, TakenElsewhere, Workbench
 
 PAGE = Path(__file__).parent / "page"
+PAGE_TYPES = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+"""The page's files and their media types; no other file is served."""
 TAB = "x-stm-tab"
 """The header by which a tab says which it is. Pages of other sites cannot send it, so they can do nothing here."""
 MOST_JSON = 2**20
@@ -36,25 +37,11 @@ def make_app(workbench: Workbench, hosts: list[str] | None = None) -> FastAPI:
         # a site elsewhere whose name is made to lead here is not let in
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
     _add_errors(app)
+    _add_page(app)
     _add_pictures(app, workbench)
     _add_steps(app, workbench)
     _add_files(app, workbench)
-    with gradio.Blocks(analytics_enabled=False, title="stm interact", fill_width=True) as blocks:
-        gradio.HTML((PAGE / "page.html").read_text(encoding="utf-8"), elem_id="stm")
-    return gradio.mount_gradio_app(
-        app,
-        blocks,
-        path="/",
-        head='<link rel="stylesheet" href="/page/page.css"><script type="module" src="/page/page.js"></script>',
-        # fonts of the system: nothing is fetched from elsewhere
-        theme=gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-        footer_links=[],
-        run_history=False,
-        enable_monitoring=False,
-        ssr_mode=False,
-        # its own uploads are not used
-        max_file_size=1,
-    )
+    return app
 
 
 def serve(workbench: Workbench, host: str, port: int, ready: Callable[[str], Any]) -> None:
@@ -86,15 +73,20 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse({"error": str(error)}, status_code=code)
 
 
-def _add_pictures(app: FastAPI, workbench: Workbench) -> None:
-    @app.get("/page/{name}")
-    def page(name: str) -> Response:
-        types = {"page.css": "text/css", "page.js": "text/javascript"}
-        if name not in types:
-            return Response(status_code=404)
-        # as this version has it, not as a browser remembers it
-        return FileResponse(PAGE / name, media_type=types[name], headers={"Cache-Control": "no-cache"})
+def _add_page(app: FastAPI) -> None:
+    @app.get("/")
+    def page() -> Response:
+        return file("page.html")
 
+    @app.get("/page/{name}")
+    def file(name: str) -> Response:
+        if name not in PAGE_TYPES:
+            return Response(status_code=404)
+        # a browser asks again after an upgrade instead of using what it remembers
+        return FileResponse(PAGE / name, media_type=PAGE_TYPES[name], headers={"Cache-Control": "no-cache"})
+
+
+def _add_pictures(app: FastAPI, workbench: Workbench) -> None:
     @app.get("/stm/frame/{index}")
     def frame(index: int, masks: bool = True) -> Response:
         headers = {"Cache-Control": "private, max-age=3600"}

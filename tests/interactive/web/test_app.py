@@ -45,7 +45,7 @@ def files(clip, scribble_model, tmp_path_factory):
 @pytest.fixture
 def address(files):
     """Where a running `stm interact` is."""
-    pytest.importorskip("gradio")
+    pytest.importorskip("fastapi")
     command = [sys.executable, "-m", "stm_model", "interact", str(files / "walk.mp4"), "--port", "0"]
     command += ["--checkpoint", str(files / "weights.safetensors"), "--device", "cpu", "--dtype", "float32"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
@@ -223,7 +223,7 @@ def test_a_second_tab_and_input_that_is_refused(browser, address, clip, files):
     ],
 )
 def test_bad_input_ends_with_one_line(files, capsys, arguments, message):
-    pytest.importorskip("gradio")
+    pytest.importorskip("fastapi")
     given = [argument.format(folder=files) for argument in arguments]
     weights = ["--checkpoint", str(files / "weights.safetensors"), "--device", "cpu"] if given else []
     assert main(["interact", *given, *weights]) == 2
@@ -234,6 +234,6 @@ def test_bad_input_ends_with_one_line(files, capsys, arguments, message):
 def test_tracking_weights_are_refused(files, capsys):
     from stm_model.network.weights import DEFAULT_WEIGHTS
 
-    pytest.importorskip("gradio")
+    pytest.importorskip("fastapi")
     assert main(["interact", str(files / "walk.mp4"), "--checkpoint", str(DEFAULT_WEIGHTS), "--device", "cpu"]) == 2
     assert "expected a network guided by scribbles, got one guided by masks" in capsys.readouterr().err

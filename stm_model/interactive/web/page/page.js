@@ -386,15 +386,4 @@ class Page {
   }
 }
 
-function start() {
-  const root = document.getElementById("stm-page");
-  if (!root) return false;
-  window.stmPage = new Page(root);
-  return true;
-}
-
-// the page around this one puts it in some time after it was loaded
-if (!start()) {
-  const observer = new MutationObserver(() => start() && observer.disconnect());
-  observer.observe(document.documentElement, { childList: true, subtree: true });
-}
+window.stmPage = new Page(document.body);
