@@ -15,7 +15,16 @@ setup(
     packages=find_packages(include=["stm_kernels", "stm_kernels.*", "stm_model", "stm_model.*"]),
     package_data={
         "stm_kernels": ["py.typed"],
-        "stm_model": ["py.typed", "weights/*.safetensors", "weights/*.jsonl", "weights/*.md", "interactive/web/page/*"],
+        "stm_model": [
+            "py.typed",
+            "weights/*.safetensors",
+            "weights/*.jsonl",
+            "weights/*.md",
+            "evaluation/quoted.csv",
+            "evaluation/templates/*",
+            "interactive/report.html",
+            "interactive/web/page/*",
+        ],
     },
     python_requires=">=3.10",
     install_requires=[
@@ -30,6 +39,7 @@ setup(
         "safetensors",
         "scipy",
         "matplotlib",
+        "Jinja2",
     ],
     extras_require={
         "dev": [

@@ -65,7 +65,7 @@ def test_every_requirement_has_one_exact_version_within_its_bounds(constraints, 
         assert requirement.specifier.contains(pins[requirement.name.lower()]), text
 
 
-def test_every_package_and_weight_is_shipped():
+def test_every_package_and_every_file_in_it_is_shipped():
     from setuptools import find_packages
 
     packages = find_packages(str(ROOT), include=["stm_kernels*", "stm_model*"])
@@ -75,9 +75,13 @@ def test_every_package_and_weight_is_shipped():
     shipped = {
         file for package in patterns for pattern in patterns[package] for file in ROOT.glob(f"{package}/{pattern}")
     }
-    folders = (ROOT / "stm_model" / name for name in ("weights", "interactive/web/page"))
-    files = {file for folder in folders for file in folder.iterdir() if not file.name.startswith(".")}
-    assert files | {ROOT / package / "py.typed" for package in ("stm_kernels", "stm_model")} == shipped
+    files = {
+        file
+        for package in patterns
+        for file in (ROOT / package).rglob("[!.]*")
+        if file.is_file() and file.suffix != ".py" and "__pycache__" not in file.parts
+    }
+    assert files == shipped
 
 
 @pytest.mark.parametrize(

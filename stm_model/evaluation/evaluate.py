@@ -138,16 +138,15 @@ def _finish(config: EvaluateConfig, dataset: Dataset, masks: Path, speed: Speed 
     if scores:
         write_score_tables(config.out, dataset, scores)
     evaluation = Evaluation(dataset, masks, scores, floor, speed, summary)
-    overlays = {}
-    if config.overlay:
-        from stm_model.evaluation.overlays import write_overlays
-
-        overlays = write_overlays(dataset, masks, config.out / "overlays", config.binary)
-    if config.report:
+    if config.overlay or config.report:
         # matplotlib takes a second to import
-        from stm_model.evaluation.report import write_report
+        from stm_model.evaluation.report import write_overlays, write_report
 
-        write_report(evaluation, config.out, overlays, config.binary)
+        overlays = {}
+        if config.overlay:
+            overlays = write_overlays(dataset, masks, config.out / "overlays", config.binary)
+        if config.report:
+            write_report(evaluation, config.out, overlays, config.binary)
     write_json(config.out / SUMMARY, summary)
     return summary
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from stm_model.evaluation.predict import Speed
 from stm_model.evaluation.protocol import SEEN, UNSEEN, Dataset
@@ -15,44 +15,25 @@ from stm_model.evaluation.scoring import ObjectScore
 from stm_model.io.files import whole
 
 
-@dataclass(frozen=True)
-class Quoted:
+class Quoted(NamedTuple):
     """A row of a published table."""
 
     system: str
     """Name of the method."""
-    dataset: str
-    """The benchmark."""
-    values: Mapping[str, float]
-    """Column → value, as published; shares, not percent."""
     source: str
-    """Where it stands."""
+    """Where it is published."""
+    values: dict[str, float]
+    """Column → value, in [0, 1]."""
 
 
-_STM = "Oh et al., ICCV 2019"
-_STM_TABLE_1 = "Oh et al., ICCV 2019, table 1"
-QUOTED = (
-    Quoted("STM (0.16 s a frame)", "davis2016", {"J-Mean": 0.887}, _STM),
-    Quoted("STM", "davis2017", {"J-Mean": 0.792}, _STM),
-    *(
-        Quoted(name, "youtube_vos", {column: value for column, value in row.items() if value is not None}, _STM_TABLE_1)
-        for name, *numbers in (
-            ("OSMN", 0.512, 0.600, 0.601, 0.406, 0.440),
-            ("MSK", 0.531, 0.599, 0.595, 0.450, 0.479),
-            ("RGMP", 0.538, 0.595, None, 0.452, None),
-            ("OnAVOS", 0.552, 0.601, 0.627, 0.466, 0.514),
-            ("RVOS", 0.568, 0.636, 0.672, 0.455, 0.510),
-            ("OSVOS", 0.588, 0.598, 0.605, 0.542, 0.607),
-            ("S2S", 0.644, 0.710, 0.700, 0.555, 0.612),
-            ("A-GAME", 0.661, 0.678, None, 0.608, None),
-            ("PreMVOS", 0.669, 0.714, 0.759, 0.565, 0.637),
-            ("BoLTVOS", 0.711, 0.716, None, 0.643, None),
-            ("STM", 0.794, 0.797, 0.842, 0.728, 0.809),
-        )
-        for row in [dict(zip(("Overall", "J_seen", "F_seen", "J_unseen", "F_unseen"), numbers))]
-    ),
-)
-"""Published results, as the papers print them."""
+def quoted_results(dataset: str) -> list[Quoted]:
+    """Published results on a benchmark, as the papers print them."""
+    with open(Path(__file__).with_name("quoted.csv"), encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row.pop("dataset") == dataset]
+    return [
+        Quoted(row.pop("system"), row.pop("source"), {name: float(cell) for name, cell in row.items() if cell})
+        for row in rows
+    ]
 
 
 @dataclass(frozen=True)
@@ -102,6 +83,11 @@ def summarize(dataset: str, scores: Sequence[ObjectScore]) -> dict[str, float]:
 def mean_region(scores: Iterable[ObjectScore]) -> float:
     """Mean J over objects."""
     return fmean(score.region_statistics.mean for score in scores)
+
+
+def mean_contour(scores: Iterable[ObjectScore]) -> float:
+    """Mean F over objects."""
+    return fmean(score.contour_statistics.mean for score in scores)
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

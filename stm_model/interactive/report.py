@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -13,10 +12,10 @@ from matplotlib.figure import Figure
 
 from stm_model.evaluation.figures import DASHES, LINES, save
 from stm_model.evaluation.protocol import Dataset
-from stm_model.evaluation.report import page, picture
+from stm_model.evaluation.report import narrow, png_url, write_page
 from stm_model.evaluation.scoring import read_result
 from stm_model.interactive.protocol import THRESHOLD, Sample
-from stm_model.io.images import contact_sheet, overlay, read_image, resize_frame, write_image
+from stm_model.io.images import contact_sheet, overlay, read_image, write_image
 
 MOST_SAMPLES = 12
 SHEET_FRAMES, SHEET_WIDTH = 4, 240
@@ -35,21 +34,21 @@ def write_interactive_report(dataset: Dataset, samples: Sequence[Sample], summar
     """
     draw_curves(samples, summary, out / CURVE)
     _draw_sheet(dataset, summary, out)
-    where = "{device}, {threads} CPU threads, {dtype}".format_map(summary)
-    sections = [
-        f"<h1>{html.escape(dataset.name)}, split {html.escape(dataset.split)}</h1>",
-        f"<p>{len(samples)} samples, corrected by a robot in at most {samples[0].interactions} rounds; "
-        f"{html.escape(where)}.</p>",
-        _table(summary),
-        '<p class="note">J@k, F@k and J&amp;F@k: means over all frames after k rounds. AUC: area under J&amp;F over '
-        "time, from 0 at the start to the end of the budget of 30 seconds a round and object, over that budget; "
-        f"J&amp;F@{THRESHOLD:.0f}s is read off the same curve. Time runs from the scribbles to the masks.</p>",
-        picture(out / CURVE, "J&F over the rounds and over time"),
-        picture(out / "contact_sheet.png", "masks after the last round, from the first frame to the last"),
-        f"<h2>Where this comes from</h2><p><code>{html.escape(summary['command'])}</code></p>",
-    ]
-    (out / ".report.partial.html").write_text(page(dataset.name, sections), encoding="utf-8")
-    (out / ".report.partial.html").replace(out / "report.html")
+    write_page(
+        out / "report.html",
+        Path(__file__).with_name("report.html"),
+        title=f"{dataset.name}, split {dataset.split}",
+        command=summary["command"],
+        versions=summary["versions"],
+        samples=samples,
+        interactions=samples[0].interactions,
+        where="{device}, {threads} CPU threads, {dtype}".format_map(summary),
+        columns=list(summary["scores"]),
+        rows=[*((row["sample"], row) for row in summary["samples"]), ("mean", summary["scores"])],
+        threshold=f"{THRESHOLD:.0f}",
+        curve=png_url(out / CURVE),
+        sheet=png_url(out / "contact_sheet.png"),
+    )
 
 
 def draw_curves(samples: Sequence[Sample], summary: dict[str, Any], path: Path) -> None:
@@ -81,19 +80,6 @@ def draw_curves(samples: Sequence[Sample], summary: dict[str, Any], path: Path) 
     save(figure, path)
 
 
-def _table(summary: dict[str, Any]) -> str:
-    columns = list(summary["scores"])
-    rows = [*((row["sample"], row) for row in summary["samples"]), ("mean", summary["scores"])]
-    lines = [
-        f'<tr class="{"ours" if name == "mean" else ""}"><td>{html.escape(name)}</td>'
-        + "".join(f"<td>{row[column]:.3f}</td>" for column in columns)
-        + "</tr>"
-        for name, row in rows
-    ]
-    header = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-    return f'<div class="wide"><table><tr><th></th>{header}</tr>{"".join(lines)}</table></div>'
-
-
 def _draw_sheet(dataset: Dataset, summary: dict[str, Any], out: Path) -> None:
     """Frames spread over the samples, one row a sample."""
     videos = {video.name: video for video in dataset.videos}
@@ -103,7 +89,5 @@ def _draw_sheet(dataset: Dataset, summary: dict[str, Any], out: Path) -> None:
         for place in np.linspace(0, len(video.frame_paths) - 1, SHEET_FRAMES).round().astype(int):
             frame = read_image(video.frame_paths[place])
             labels = read_result(out / "masks" / row["sample"] / video.mask_name(place), video, frame.shape[:2])
-            shown = overlay(frame, labels)
-            height = max(1, round(frame.shape[0] * SHEET_WIDTH / frame.shape[1]))
-            tiles.append(resize_frame(shown, (height, SHEET_WIDTH)))
+            tiles.append(narrow(overlay(frame, labels), SHEET_WIDTH))
     write_image(out / "contact_sheet.png", contact_sheet(tiles, columns=SHEET_FRAMES))

@@ -259,7 +259,7 @@ def test_the_studies_reach_the_tracker(evaluate, monkeypatch):
 
 def test_neither_pyav_nor_tyro_is_needed():
     """A machine to evaluate on may have neither."""
-    modules = "evaluate, figures, report, tensor_metrics"
+    modules = "evaluate, figures, report"
     code = (
         f"from stm_model.evaluation import {modules}; import sys; sys.exit(bool({{'av', 'tyro'}} & set(sys.modules)))"
     )
