@@ -217,3 +217,18 @@ def visible_objects(clip: Clip, least_pixels: int = 32, most: int = 254) -> Clip
     table[kept] = torch.arange(1, len(kept) + 1, dtype=torch.uint8)
     table[VOID] = VOID
     return clip._replace(labels=table[clip.labels.long()])
+
+
+def followed_objects(clip: Clip, share: float, random: torch.Generator, least_share: float = 0.001) -> Clip:
+    """Keep a random share of the objects that fill at least a thousandth of the first frame, one at least.
+
+    The others become background, and the objects that are kept get their numbers in a random order.
+    """
+    count = torch.bincount(clip.labels[0].flatten().long(), minlength=256)
+    large = torch.nonzero(count[1:VOID] >= least_share * clip.labels[0].numel())[:, 0] + 1
+    order = large[torch.randperm(len(large), generator=random)]
+    kept = order[: max(1, int((torch.rand(len(order), generator=random) < share).sum()))]
+    table = torch.zeros(256, dtype=torch.uint8)
+    table[kept] = torch.arange(1, len(kept) + 1, dtype=torch.uint8)
+    table[VOID] = VOID
+    return clip._replace(labels=table[clip.labels.long()])

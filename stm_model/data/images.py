@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from stm_model.data import video
-from stm_model.data.augment import random_color, random_region, random_view, visible_objects
+from stm_model.data.augment import followed_objects, random_color, random_region, random_view, visible_objects
 from stm_model.data.clips import Clip, DrawnClips, clip_of
 from stm_model.io.images import VOID, MediaError, has_palette, picture_files, read_image, read_mask
 
@@ -153,6 +153,7 @@ class ImageClips(DrawnClips):
         most_objects: int = 4,
         regions: bool = False,
         color: float = 0.3,
+        follow: float = 1.0,
     ):
         """
         Args:
@@ -163,10 +164,12 @@ class ImageClips(DrawnClips):
             regions: label a random region of each image instead of its objects. Pasted on another clip it is an
                 object that looks like nothing seen before.
             color: strength of the change of colours, see `random_color`.
+            follow: share of the instances in view that are followed, at least one; the others are background that
+                looks like what is followed.
         """
         super().__init__(images)
         self.frames, self.size, self.most_objects, self.regions = frames, size, most_objects, regions
-        self.color = color
+        self.color, self.follow = color, follow
 
     def draw(self, source: LabelledImage, seed: int, random: torch.Generator) -> Clip:
         frame, labels = source.load()
@@ -175,4 +178,6 @@ class ImageClips(DrawnClips):
         frames, labels = clip.frames.expand(self.frames, -1, -1, -1), labels.expand(self.frames, -1, -1)
         clip = random_view(frames, labels, self.size, random, jitter=1.0, bend=1.0)
         clip = Clip(random_color(clip.frames, random, self.color), clip.labels)
+        if self.follow < 1:
+            clip = followed_objects(clip, self.follow, random)
         return visible_objects(clip, most=self.most_objects)

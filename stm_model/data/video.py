@@ -96,7 +96,9 @@ class VideoClips(DrawnClips):
         self.most_objects, self.color, self.motion = most_objects, color, motion
 
     def draw(self, source: Sequence, seed: int, random: torch.Generator) -> Clip:
-        indices = pick_frames(source.annotated, self.frames, self._max_skip(seed), random)
+        # neighbouring frames too, as a video is tracked: a clip has its own greatest skip
+        skip = int(torch.randint(1, self._max_skip(seed) + 1, (), generator=random))
+        indices = pick_frames(source.annotated, self.frames, skip, random)
         pairs = {index: source.load_pair(index) for index in set(indices)}
         sizes = {pairs[index][1].shape for index in indices}
         if len(sizes) > 1:

@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import nn
 
-from stm_model.network.efficientnet import EPSILON, lite_stages
+from stm_model.network.efficientnet import EPSILON, lite_context, lite_stages
 from stm_model.network.resnet import BasicBlock, Bottleneck, resnet_stages
 
 
@@ -20,6 +20,10 @@ class Backbone:
     """Makes the stages that end at 1/4, 1/8 and 1/16 of the frame."""
     channels: tuple[int, int, int]
     """Of their maps."""
+    context: Callable[[], nn.Sequential] | None = None
+    """Makes a stage that ends at 1/32, if the backbone has one."""
+    context_channels: int = 0
+    """Of its map."""
     stem_channels: int = 64
     stem_kernel: int = 7
     epsilon: float = 1e-5
@@ -39,6 +43,8 @@ BACKBONES: dict[str, Backbone] = {
     "efficientnet-lite0": Backbone(
         lite_stages,
         (24, 40, 112),
+        context=lite_context,
+        context_channels=192,
         stem_channels=32,
         stem_kernel=3,
         epsilon=EPSILON,

@@ -65,6 +65,11 @@ def lite_stages() -> tuple[nn.Sequential, nn.Sequential, nn.Sequential]:
     )
 
 
+def lite_context() -> nn.Sequential:
+    """The stage behind them, up to 1/32 of the frame."""
+    return nn.Sequential(*_stage(112, 192, 5, 2, depth=4))
+
+
 def _stage(in_channels: int, channels: int, kernel: int, stride: int, depth: int) -> list[nn.Module]:
     first = InvertedResidual(in_channels, channels, kernel, stride, expansion=6)
     return [first, *(InvertedResidual(channels, channels, kernel, 1, expansion=6) for _ in range(depth - 1))]

@@ -19,8 +19,20 @@ class FrameFeatures(NamedTuple):
     stride4: Tensor
 
 
-class _Encoder(nn.Module):
-    """Stem and stages shared by both encoders; the names are those of the released checkpoint."""
+class Query(NamedTuple):
+    """What is computed of B frames alone."""
+
+    key: Tensor
+    """`[B, C, H/16, W/16]`"""
+    value: Tensor
+    """`[B, D, H/16, W/16]`: what the decoder sees beside what is read, D = V; in the shared form what the memory
+    encoder sees of the frame."""
+    features: FrameFeatures
+    """The maps the decoder refines with."""
+
+
+class FrameTrunk(nn.Module):
+    """Stem and stages that all encoders have; the names are those of the released checkpoint."""
 
     mean: Tensor
     std: Tensor
@@ -46,7 +58,7 @@ def _stem_convolution(in_channels: int, backbone: str) -> nn.Conv2d:
     return nn.Conv2d(in_channels, BACKBONES[backbone].stem_channels, kernel, stride=2, padding=kernel // 2, bias=False)
 
 
-class QueryEncoder(_Encoder):
+class QueryEncoder(FrameTrunk):
     """Features of frames alone, kept at three scales for the decoder."""
 
     def forward(self, frames: Tensor) -> FrameFeatures:
@@ -63,7 +75,7 @@ other objects, or with the object's positive and negative scribbles.
 """
 
 
-class MemoryEncoder(_Encoder):
+class MemoryEncoder(FrameTrunk):
     """Features of frames seen together with what is known of one object."""
 
     def __init__(self, backbone: str, guidance: str):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from stm_model.network.backbones import BACKBONES
 from stm_model.network.decoder import Decoder
-from stm_model.network.encoders import GUIDANCE, FrameFeatures, KeyValue, MemoryEncoder, QueryEncoder
+from stm_model.network.encoders import GUIDANCE, KeyValue, MemoryEncoder, Query, QueryEncoder, per_object
+from stm_model.network.shared import SharedDecoder, SharedEncoder, ValueEncoder
 from stm_model.network.weights import DEFAULT_WEIGHTS, check_tensors, read_tensors
 from stm_model.runtime import default_device, default_dtype
 
@@ -42,8 +43,28 @@ class STMConfig:
     similarity: Literal["dot", "l2"] = "dot"
     """How keys are compared: by their dot product, or by their squared distance as STCN does."""
 
+    form: Literal["separate", "shared"] = "separate"
+    """`separate`: memory and query have an encoder each, as released. `shared`: one trunk encodes a frame once, the
+    masks of its objects enter late, and all objects share its key."""
+    prior: bool = False
+    """Whether the decoder sees the previous frame's masks; the shared form alone can."""
+
     def __post_init__(self) -> None:
-        for name, choices in (("backbone", [*BACKBONES]), ("guidance", [*GUIDANCE]), ("similarity", ["dot", "l2"])):
+        if self.form == "shared" and BACKBONES.get(self.backbone, BACKBONES["resnet50"]).context is None:
+            able = [name for name, backbone in BACKBONES.items() if backbone.context is not None]
+            raise ValueError(f"backbone: expected one of {', '.join(able)} for the shared form, got {self.backbone!r}")
+        if self.form == "shared" and self.decoder_channels % 4:
+            raise ValueError(
+                f"decoder_channels: expected a multiple of 4 for the shared form, got {self.decoder_channels}"
+            )
+        if self.prior and self.form != "shared":
+            raise ValueError("prior: expected the shared form, the separate one has none")
+        for name, choices in (
+            ("backbone", [*BACKBONES]),
+            ("guidance", [*GUIDANCE]),
+            ("similarity", ["dot", "l2"]),
+            ("form", ["separate", "shared"]),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name in ("key_channels", "value_channels", "decoder_channels"):
@@ -61,32 +82,41 @@ class STMConfig:
         return replace(cls.small(guidance), backbone="efficientnet-lite0", key_channels=128, decoder_channels=128)
 
     @classmethod
+    def shared(cls, guidance: Literal["masks", "scribbles"] = "masks") -> STMConfig:
+        """The shared form with an EfficientNet-Lite0 trunk; tracking, the decoder sees the previous frame's masks."""
+        return cls(
+            "efficientnet-lite0", 64, 128, 128, guidance, similarity="l2", form="shared", prior=guidance == "masks"
+        )
+
+    @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> STMConfig:
         """The shape of the network whose tensors these are; the released one's where a tensor is missing."""
 
         def rows(name: str, default: int) -> int:
             return len(tensors[name]) if name in tensors and tensors[name].ndim else default
 
+        similarity: Literal["dot", "l2"] = "l2" if _L2 in tensors else "dot"
+        if any(name.startswith("Encoder.") for name in tensors):
+            guide = tensors.get("Memory.guide8.weight")
+            return cls(
+                backbone=_backbone_of(tensors, "Encoder") or "efficientnet-lite0",
+                key_channels=rows("Encoder.Key.weight", 64),
+                value_channels=rows("Memory.Value.weight", 128),
+                decoder_channels=rows("Decoder.read16.weight", 128),
+                guidance="scribbles" if guide is not None and guide.shape[1:2] == (3,) else "masks",
+                similarity=similarity,
+                form="shared",
+                prior="Decoder.prior16.weight" in tensors,
+            )
         has_scribbles = any(f"Encoder_M.{name}.weight" in tensors for name in ("conv1_p", "conv1_n"))
         return cls(
-            backbone=_backbone_of(tensors) or cls.backbone,
+            backbone=_backbone_of(tensors, "Encoder_Q") or cls.backbone,
             key_channels=rows("KV_Q_r4.Key.weight", cls.key_channels),
             value_channels=rows("KV_Q_r4.Value.weight", cls.value_channels),
             decoder_channels=rows("Decoder.convFM.weight", cls.decoder_channels),
             guidance="scribbles" if has_scribbles else "masks",
-            similarity="l2" if _L2 in tensors else "dot",
+            similarity=similarity,
         )
-
-
-class Query(NamedTuple):
-    """What the query encoder makes of B frames."""
-
-    key: Tensor
-    """`[B, C, H/16, W/16]`"""
-    value: Tensor
-    """`[B, V, H/16, W/16]`"""
-    features: FrameFeatures
-    """The maps the decoder refines with."""
 
 
 class STM(nn.Module):
@@ -103,14 +133,20 @@ class STM(nn.Module):
     def __init__(self, config: STMConfig | None = None):
         super().__init__()
         self.config = config = config or STMConfig()
+        if config.similarity == "l2":
+            self.register_buffer(_L2, torch.ones(()))
+        if config.form == "shared":
+            width = config.decoder_channels
+            self.Encoder = SharedEncoder(config.backbone, config.key_channels, width)
+            self.Memory = ValueEncoder(config.guidance, config.value_channels, width)
+            self.Decoder: nn.Module = SharedDecoder(config.value_channels, width, config.prior)
+            return
         deepest = BACKBONES[config.backbone].channels[-1]
         self.Encoder_M = MemoryEncoder(config.backbone, config.guidance)
         self.Encoder_Q = QueryEncoder(config.backbone)
         self.KV_M_r4 = KeyValue(deepest, config.key_channels, config.value_channels)
         self.KV_Q_r4 = KeyValue(deepest, config.key_channels, config.value_channels)
         self.Decoder = Decoder(config.backbone, 2 * config.value_channels, config.decoder_channels)
-        if config.similarity == "l2":
-            self.register_buffer(_L2, torch.ones(()))
 
     @classmethod
     def load(
@@ -151,7 +187,7 @@ class STM(nn.Module):
         model.expect_guidance("masks")
         parameter = next(model.parameters())
         with torch.device("meta"):
-            guided = cls(replace(model.config, guidance="scribbles"))
+            guided = cls(replace(model.config, guidance="scribbles", prior=False))
         guided.load_state_dict(scribble_tensors(model.state_dict()), assign=True)
         guided.requires_grad_(parameter.requires_grad).train(model.training)
         return _channels_last(guided)
@@ -163,33 +199,44 @@ class STM(nn.Module):
                 f"model: expected a network guided by {guidance}, got one guided by {self.config.guidance}"
             )
 
+    @property
+    def shares_keys(self) -> bool:
+        """Whether all objects of a frame have its key, `[B, …]`, and a frame that was a query is remembered as such."""
+        return self.config.form == "shared"
+
     def memorize(
-        self, frames: Tensor, masks: Tensor, other_masks: Tensor, objects_per_clip: list[int]
+        self, frames: Tensor | Query, masks: Tensor, other_masks: Tensor, objects_per_clip: list[int]
     ) -> tuple[Tensor, Tensor]:
         """Keys and values of frames with masks.
 
         Args:
-            frames: `[B, 3, H, W]` RGB in 0…1, H and W multiples of 16.
+            frames: `[B, 3, H, W]` RGB in 0…1, H and W multiples of 16; where keys are shared, or what `encode_query`
+                made of them.
             masks: `[K, H, W]` soft mask of each object, 0…1.
             other_masks: `[K, H, W]` summed mask of the other objects of the same clip.
             objects_per_clip: B counts with sum K.
 
         Returns:
-            Key `[K, C, H/16, W/16]` and value `[K, V, H/16, W/16]`.
+            Key `[K, C, H/16, W/16]`, or `[B, C, H/16, W/16]` where keys are shared, and value `[K, V, H/16, W/16]`.
 
         Raises:
             ValueError: the network is guided by scribbles.
         """
         self.expect_guidance("masks")
-        return self.KV_M_r4(self.Encoder_M(frames, torch.stack([masks, other_masks], 1), objects_per_clip))
+        return self._memorize(frames, torch.stack([masks, other_masks], 1), objects_per_clip)
 
     def memorize_scribbles(
-        self, frames: Tensor, masks: Tensor, positive: Tensor, negative: Tensor, objects_per_clip: list[int]
+        self,
+        frames: Tensor | Query,
+        masks: Tensor,
+        positive: Tensor,
+        negative: Tensor,
+        objects_per_clip: list[int],
     ) -> tuple[Tensor, Tensor]:
         """Keys and values of frames with the scribbles drawn on them.
 
         Args:
-            frames: `[B, 3, H, W]` RGB in 0…1, H and W multiples of 16.
+            frames: as in `memorize`.
             masks: `[K, H, W]` soft mask of each object as it stands, 0…1; 0.5 everywhere where there is none yet.
             positive: `[K, H, W]` 1 on the scribbles of the object, else 0.
             negative: `[K, H, W]` 1 on the scribbles of background and other objects, else 0.
@@ -202,38 +249,63 @@ class STM(nn.Module):
             ValueError: the network is guided by masks.
         """
         self.expect_guidance("scribbles")
-        return self.KV_M_r4(self.Encoder_M(frames, torch.stack([masks, positive, negative], 1), objects_per_clip))
+        key, value = self._memorize(frames, torch.stack([masks, positive, negative], 1), objects_per_clip)
+        if self.shares_keys:
+            # each object is scribbled on in frames of its own
+            key = per_object(key, objects_per_clip).expand(len(value), -1, -1, -1)
+        return key, value
+
+    def _memorize(self, frames: Tensor | Query, guides: Tensor, objects_per_clip: list[int]) -> tuple[Tensor, Tensor]:
+        if self.shares_keys:
+            query = self.Encoder(frames) if isinstance(frames, Tensor) else frames
+            return query.key, self.Memory(query, guides, objects_per_clip)
+        return self.KV_M_r4(self.Encoder_M(frames, guides, objects_per_clip))
 
     def encode_query(self, frames: Tensor) -> Query:
         """Key, value and decoder maps of frames `[B, 3, H, W]`, RGB in 0…1, H and W multiples of 16."""
+        if self.shares_keys:
+            return self.Encoder(frames)
         features = self.Encoder_Q(frames)
         key, value = self.KV_Q_r4(features.stride16)
         return Query(key, value, features)
 
-    def segment(self, memory_readout: Tensor, query: Query, objects_per_clip: list[int]) -> Tensor:
+    def segment(
+        self,
+        memory_readout: Tensor,
+        query: Query,
+        objects_per_clip: list[int],
+        previous: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Decode what each object read from memory.
 
         Args:
             memory_readout: `[K, V, H/16, W/16]`.
             query: the frames' features.
             objects_per_clip: B counts with sum K.
+            previous: `[K, H, W]` each, soft mask of each object in the frame before and the summed mask of the other
+                objects; only a network with `prior` looks at it, and needs it.
 
         Returns:
             Float32 probability of each object by itself, `[K, H, W]`.
         """
+        if self.shares_keys:
+            if self.config.prior and previous is None:
+                raise ValueError("previous: expected the masks of the frame before, got none")
+            seen = previous if self.config.prior else None
+            return torch.sigmoid(self.Decoder(memory_readout, query, objects_per_clip, seen))
         counts = torch.tensor(objects_per_clip, device=memory_readout.device)
         query_value = query.value.repeat_interleave(counts, 0, output_size=sum(objects_per_clip))
         logits = self.Decoder(torch.cat([memory_readout, query_value], 1), query.features, objects_per_clip)
         return torch.softmax(logits, 1)[:, 1]
 
 
-def _backbone_of(tensors: Mapping[str, Tensor]) -> str | None:
+def _backbone_of(tensors: Mapping[str, Tensor], encoder: str) -> str | None:
     """The backbone that has a first stage with these tensors, None if there is none."""
-    if "Encoder_Q.res2.0.depthwise.0.weight" in tensors:
+    if f"{encoder}.res2.0.depthwise.0.weight" in tensors:
         return "efficientnet-lite0"
-    if "Encoder_Q.res2.0.conv3.weight" in tensors:
+    if f"{encoder}.res2.0.conv3.weight" in tensors:
         return "resnet50"
-    return "resnet18" if "Encoder_Q.res2.0.conv2.weight" in tensors else None
+    return "resnet18" if f"{encoder}.res2.0.conv2.weight" in tensors else None
 
 
 def scribble_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -241,6 +313,11 @@ def scribble_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Positive scribbles are seen as the object's mask was, negative ones as that of the other objects.
     """
+    guide8 = tensors.get("Memory.guide8.weight")
+    if guide8 is not None:
+        # a session asks for any frame, so there is no previous one to see
+        started = {name: value.clone() for name, value in tensors.items() if not name.startswith("Decoder.prior")}
+        return started | {"Memory.guide8.weight": guide8[:, [0, 0, 1]].contiguous()}
     names = {
         "Encoder_M.conv1_m.weight": "Encoder_M.conv1_p.weight",
         "Encoder_M.conv1_o.weight": "Encoder_M.conv1_n.weight",

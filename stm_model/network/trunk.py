@@ -12,9 +12,6 @@ from stm_model.network.backbones import BACKBONES
 from stm_model.network.stm import STM
 from stm_model.network.weights import check_tensors, read_tensors
 
-_LITE_STAGES = {"res2": (0, 1, 2), "res3": (3, 4), "res4": (5, 6, 7, 8, 9, 10)}
-"""EfficientNet-Lite0 counts its blocks through."""
-
 _LITE_LAYERS = {
     "_expand_conv": "expand.0",
     "_bn0": "expand.1",
@@ -40,8 +37,12 @@ def load_trunk(model: STM, path: str | os.PathLike) -> None:
         FileNotFoundError: there is no such file.
         CheckpointError: its tensors are not those of the network's backbone.
     """
-    found = {_our_name(name): value for name, value in read_tensors(path).items()}
-    for encoder in (model.Encoder_Q, model.Encoder_M):
+    encoders = _encoders(model)
+    # an EfficientNet counts its blocks through, whatever the stage
+    stages = [name for name, _ in encoders[0].named_children() if name.startswith("res")]
+    blocks = [f"{stage}.{name}" for stage in stages for name, _ in encoders[0].get_submodule(stage).named_children()]
+    found = {_our_name(name, blocks): value for name, value in read_tensors(path).items()}
+    for encoder in encoders:
         trunk = {
             name: value
             for name, value in encoder.state_dict().items()
@@ -50,23 +51,35 @@ def load_trunk(model: STM, path: str | os.PathLike) -> None:
         given = {name: found[name] for name in trunk if name in found}
         check_tensors(trunk, given, path, kind=f"the trunk of {model.config.backbone}")
         encoder.load_state_dict(given, strict=False)
-    behind = [layer for part in (model.KV_Q_r4, model.KV_M_r4) for layer in (part.Key, part.Value)]
-    for layer in (*behind, model.Decoder.RF3.convFS, model.Decoder.RF2.convFS):
-        layer.weight.div_(BACKBONES[model.config.backbone].damping)
+    for name in _behind(model):
+        model.get_parameter(f"{name}.weight").div_(BACKBONES[model.config.backbone].damping)
+    if model.shares_keys:
+        return
     spread = (model.Encoder_M.get_buffer("bn1.running_var") + model.Encoder_M.bn1.eps).sqrt()
     for name in model.Encoder_M.guides:
         guide = model.Encoder_M.get_parameter(f"{name}.weight")
         nn.init.kaiming_normal_(guide, nonlinearity="linear").mul_(spread.view(-1, 1, 1, 1))
 
 
-def _our_name(name: str) -> str:
-    """The name in our encoders of a classifier's tensor."""
+def _encoders(model: STM) -> list[nn.Module]:
+    return [model.Encoder] if model.shares_keys else [model.Encoder_Q, model.Encoder_M]
+
+
+def _behind(model: STM) -> list[str]:
+    """The layers that see the trunk's maps."""
+    if model.shares_keys:
+        return ["Encoder.lateral16", "Encoder.lateral32", "Encoder.skip8.0", "Encoder.skip4.0"]
+    keys_values = [f"KV_{encoder}_r4.{layer}" for encoder in "QM" for layer in ("Key", "Value")]
+    return [*keys_values, "Decoder.RF3.convFS", "Decoder.RF2.convFS"]
+
+
+def _our_name(name: str, blocks: list[str]) -> str:
+    """The name in our encoders of a classifier's tensor; `blocks` are ours in order."""
     if match := re.fullmatch(r"layer([123])\.(.+)", name):
         return f"res{int(match[1]) + 1}.{match[2]}"
     if match := re.fullmatch(r"_blocks\.(\d+)\.(_\w+)\.(\w+)", name):
-        for stage, numbers in _LITE_STAGES.items():
-            if int(match[1]) in numbers:
-                return f"{stage}.{numbers.index(int(match[1]))}.{_LITE_LAYERS[match[2]]}.{match[3]}"
+        if int(match[1]) < len(blocks):
+            return f"{blocks[int(match[1])]}.{_LITE_LAYERS[match[2]]}.{match[3]}"
     for theirs, ours in (("_conv_stem.", "conv1."), ("_bn0.", "bn1.")):
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)

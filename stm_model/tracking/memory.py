@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor
 
 from stm_kernels import PagedMemory
@@ -101,6 +101,7 @@ class SpaceTimeMemory:
 
     Args:
         rule: which frames are remembered.
+        objects: n, how many objects there are.
         limit: bytes on the device within which frames have to stay, by which pages are measured; None is no limit.
         weighed: whether to note how much every frame is used.
         read_options: those of `PagedMemory.read`.
@@ -109,12 +110,14 @@ class SpaceTimeMemory:
     def __init__(
         self,
         rule: MemoryRule,
+        objects: int,
         *,
         limit: int | None = None,
         weighed: bool = False,
         **read_options: Any,
     ):
-        self.rule, self.limit, self.weighed, self.read_options = rule, limit, weighed, read_options
+        self.rule, self.objects, self.limit = rule, objects, limit
+        self.weighed, self.read_options = weighed, read_options
         self.pages: PagedMemory | None = None
         self.frames: list[_Frame] = []
         """In the order in which their positions lie in memory."""
@@ -137,25 +140,26 @@ class SpaceTimeMemory:
         return self.rule.keeps(frame_index, mask_given) and (certain or mask_given)
 
     def prepare(self, key: Tensor, value: Tensor) -> None:
-        """Make ready for frames with keys `[n, C, h, w]` and values `[n, V, h, w]`, in their dtype, where they are."""
+        """Make ready for frames with such keys and values, see `remember`, in their dtype, where they are."""
         if self.pages is None:
             self.positions = key.shape[-2] * key.shape[-1]
+            value = _beside(value, len(key))
             self._make_pages(len(key), key.shape[1], value.shape[1], key.dtype, key.device)
 
     def _make_pages(
-        self, objects: int, key_channels: int, value_channels: int, dtype: torch.dtype, device: torch.device
+        self, keys: int, key_channels: int, value_channels: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         page = {}
         if self.limit is not None:
-            position_bytes = objects * (key_channels + value_channels) * dtype.itemsize
+            position_bytes = keys * (key_channels + value_channels) * dtype.itemsize
             page["page_size"] = budget_page(self.limit, self.positions, position_bytes)
-        sizes = objects, key_channels, value_channels
+        sizes = keys, key_channels, value_channels
         self.pages = PagedMemory(*sizes, **page, dtype=dtype, device=device)
 
     def remember(self, frame_index: int, mask_given: bool, certain: bool, key: Tensor, value: Tensor) -> None:
-        """Add a frame: key `[n, C, h, w]` and value `[n, V, h, w]` of the n objects."""
+        """Add a frame: value `[n, V, h, w]` of the n objects; key `[n, C, h, w]`, or `[1, C, h, w]` if it is shared."""
         self.prepare(key, value)
-        self.pages.append(as_positions(key), as_positions(value))
+        self.pages.append(as_positions(key), as_positions(_beside(value, len(key))))
         self.frames.append(_Frame(frame_index, mask_given))
         self._temporary = not self._keeps(frame_index, mask_given, certain)
 
@@ -182,9 +186,10 @@ class SpaceTimeMemory:
         if self.weighed:
             self._weigh(queries, lse)
         similarity = lse - math.log(len(self.pages))
+        sharing = self.objects // self.pages.batch
         return (
-            rearrange(readout, "n (h w) v -> n v h w", h=height, w=width),
-            rearrange(similarity, "n (h w) -> n h w", h=height, w=width),
+            rearrange(readout, "k (h w) (n v) -> (k n) v h w", h=height, w=width, n=sharing),
+            repeat(similarity, "k (h w) -> (k n) h w", h=height, w=width, n=sharing),
         )
 
     def state(self) -> dict[str, Any]:
@@ -215,6 +220,11 @@ class SpaceTimeMemory:
             frame.reads = frame.reads * USAGE_DECAY + 1
 
 
+def _beside(value: Tensor, keys: int) -> Tensor:
+    """Values `[n, V, h, w]` of objects that share a key lie side by side, `[keys, n/keys·V, h, w]`."""
+    return rearrange(value, "(k n) v h w -> k (n v) h w", k=keys)
+
+
 class MemoryBank:
     """The memories of all objects of a video, kept within a budget.
 
@@ -242,7 +252,7 @@ class MemoryBank:
             "limit": self.budget.device,
             "weighed": self.budget.total is not None and self.budget.eviction == "importance",
         }
-        self.memories.append(SpaceTimeMemory(self.rule, **limits, **self.read_options))
+        self.memories.append(SpaceTimeMemory(self.rule, count, **limits, **self.read_options))
         self.counts.append(count)
 
     def read(self, query_key: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,7 +278,8 @@ class MemoryBank:
         key: Tensor,
         value: Tensor,
     ) -> None:
-        """Put a frame into the memories that want it: key `[n, C, h, w]`, value `[n, V, h, w]` of all n objects.
+        """Put a frame into the memories that want it: value `[n, V, h, w]` of all n objects, and key
+        `[n, C, h, w]`, or `[1, C, h, w]` if they share it.
 
         Raises:
             ValueError: the budget does not hold even the frames that must stay; the message says what would.
@@ -276,9 +287,10 @@ class MemoryBank:
         for memory, part, wants in zip(self.memories, self._parts(), wanted, strict=True):
             if not wants:
                 continue
-            memory.prepare(key[part], value[part])
+            keys, values = key if len(key) == 1 else key[part], value[part]
+            memory.prepare(keys, values)
             self._make_room(memory, frame_index)
-            memory.remember(frame_index, any(given[part]), all(certain[part]), key[part], value[part])
+            memory.remember(frame_index, any(given[part]), all(certain[part]), keys, values)
             for place in ("device", "host"):
                 held = sum(getattr(m.pages, f"{place}_nbytes") for m in self.memories if m.pages is not None)
                 self.most[place] = max(self.most[place], held)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,7 +63,7 @@ def plan_memory(
     masks: Mapping[int, np.ndarray],
     frame_count: int,
     size: tuple[int, int],
-    position_bytes: int,
+    position_bytes: Callable[[int], int],
 ) -> MemoryPlan:
     """Plan the memory of a video.
 
@@ -73,7 +73,7 @@ def plan_memory(
         masks: frame index → labels.
         frame_count: of the video.
         size: height and width at which the network sees a frame, multiples of its stride.
-        position_bytes: of one object's key and value at one position.
+        position_bytes: of the keys and values at one position of so many objects that entered together.
 
     Raises:
         ValueError: the budget does not hold what may not be evicted; the message says what would.
@@ -81,10 +81,11 @@ def plan_memory(
     groups = _groups(masks)
     objects = sum(len(group.labels) for group in groups)
     positions = size[0] * size[1] // STRIDE**2
+    together = sum(position_bytes(len(group.labels)) for group in groups)
 
     def pages(limit: int, objects: int, frames: int) -> int:
-        page = budget_page(limit, positions, objects * position_bytes)
-        return -(-frames * positions // page) * page * objects * position_bytes
+        page = budget_page(limit, positions, position_bytes(objects))
+        return -(-frames * positions // page) * page * position_bytes(objects)
 
     # what must stay changes with a given mask and with the frame after it; the last frame is not remembered
     moments = {min(given + after, frame_count - 2) for given in masks for after in (0, 1)}
@@ -105,9 +106,9 @@ def plan_memory(
                 f"memory budget: expected at least {format_size(needed)} for {objects} objects and the frames that "
                 f"must stay, got {format_size(budget.total)}"
             )
-        page = budget_page(budget.device, positions, objects * position_bytes)
-        held = budget.total // (page * objects * position_bytes) * page // positions
-    frame_bytes = objects * positions * position_bytes
+        page = budget_page(budget.device, positions, together)
+        held = budget.total // (page * together) * page // positions
+    frame_bytes = positions * together
     return MemoryPlan(rule.most_frames(frame_count), objects, size, frame_bytes, budget, held)
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from stm_kernels import memory_read
 from stm_model.labels import VOID, by, check_frame, check_mask, objects_in
-from stm_model.network import STM, STRIDE, compile_parts, fold_batch_norm, other_object_masks, soft_aggregate
+from stm_model.network import STM, STRIDE, Query, compile_parts, fold_batch_norm, other_object_masks, soft_aggregate
 from stm_model.tracking.budget import MemoryBudget
 from stm_model.tracking.memory import MemoryBank, MemoryRule
 from stm_model.tracking.plan import MemoryPlan, plan_memory
@@ -193,8 +193,12 @@ class Tracker:
         rule = MemoryRule.parse(self.memory, frame_count) if isinstance(self.memory, str) else self.memory
         height, width = (side + -side % STRIDE for side in network_size(frame_size, self.size))
         config, dtype = self.model.config, next(self.model.parameters()).dtype
-        position = (config.key_channels + config.value_channels) * dtype.itemsize
-        return plan_memory(rule, self.budget, masks, frame_count, (height, width), position)
+
+        def position_bytes(objects: int) -> int:
+            keys = 1 if self.model.shares_keys else objects
+            return (keys * config.key_channels + objects * config.value_channels) * dtype.itemsize
+
+        return plan_memory(rule, self.budget, masks, frame_count, (height, width), position_bytes)
 
     def _track(self, frames: Iterable[np.ndarray], video: _Video) -> Iterator[FrameResult]:
         index, done = -1, -1 if video.previous is None else video.previous[0]
@@ -226,6 +230,8 @@ class _Video:
         self.objects: list[int] = []
         self.bank = bank
         self.previous: tuple[int, Tensor, Tensor, set[int]] | None = None
+        # what was computed of the previous frame alone, if it was segmented
+        self.query: Query | None = None
         # the last one
         self.frame = np.empty((0, 0, 3), np.uint8)
         # of the objects segmented in the last frame
@@ -306,28 +312,32 @@ class _Video:
         """Probabilities `[n + 1, h, w]` of the objects known so far."""
         if not self.objects:
             return torch.ones(1, *image.shape[-2:], device=self.device)
-        self._remember_previous()
+        assert self.previous is not None
+        masks = pad_to_stride(self.previous[2][1:])[0]
+        others = other_object_masks(masks)
+        self._remember_previous(masks, others)
         padded, (top, left) = pad_to_stride(image)
-        query = self.model.encode_query(padded)
+        self.query = query = self.model.encode_query(padded)
         readout, similarity = self.bank.read(query.key)
-        objects = self.model.segment(readout, query, [len(self.objects)])
+        objects = self.model.segment(readout, query, [len(self.objects)], (masks, others))
         # of the padded frame, whose cells are whole
         places = F.avg_pool2d(objects, STRIDE)
         self.familiarity = ((places * similarity).sum((1, 2)) / places.sum((1, 2)).clamp(min=1e-12)).tolist()
         height, width = image.shape[-2:]
         return torch.softmax(soft_aggregate(objects[:, top : top + height, left : left + width]), 0)
 
-    def _remember_previous(self) -> None:
-        """Put the previous frame, with its soft masks, into the memories that want it."""
+    def _remember_previous(self, masks: Tensor, others: Tensor) -> None:
+        """Put the previous frame, with its soft masks `[n, H, W]`, into the memories that want it."""
         assert self.previous is not None
-        index, image, probabilities, labels = self.previous
+        index, image, _, labels = self.previous
         given = [label in labels for label in self.objects]
         certain = [not self.skip_uncertain or value >= UNCERTAIN for value in self.certainty]
         wanted = self.bank.wanted(index, given, certain)
         if not any(wanted):
             return
-        masks = pad_to_stride(probabilities[1:])[0]
-        key, value = self.model.memorize(pad_to_stride(image)[0], masks, other_object_masks(masks), [len(masks)])
+        encoded = self.query if self.model.shares_keys else None
+        frame = encoded if encoded is not None else pad_to_stride(image)[0]
+        key, value = self.model.memorize(frame, masks, others, [len(masks)])
         self.bank.remember(index, given, certain, wanted, key, value)
 
     def _apply_mask(self, probabilities: Tensor, labels: Tensor, given: set[int]) -> Tensor:

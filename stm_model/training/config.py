@@ -37,9 +37,9 @@ class TrainConfig:
     freeze_first_stage: bool = False
     """Keep the query encoder's stem and first stage as they start: less arithmetic, and what a classifier learned from
     many more images stays. Those of the memory encoder learn to see masks."""
-    network: Literal["lite", "small", "released"] = "small"
-    """Shape of a network that does not start from weights: EfficientNet-Lite0 or ResNet-18 with narrow keys and values,
-    or the released STM's ResNet-50."""
+    network: Literal["shared", "lite", "small", "released"] = "small"
+    """Shape of a network that does not start from weights: one EfficientNet-Lite0 for query and memory; or one for
+    each, EfficientNet-Lite0 or ResNet-18 with narrow keys and values, or the released STM's ResNet-50."""
     key_channels: int | None = None
     """Of a network that does not start from weights: channels that are compared; None for those of `network`."""
     value_channels: int | None = None
@@ -75,6 +75,13 @@ class TrainConfig:
     """Share of clips with the objects of another pasted in as part of the background."""
     replace: float = 0.15
     """Share of clips whose own objects become background, under the objects of another."""
+    crowd: float = 0.0
+    """Share of clips with cut-outs that move by themselves: twins of what is followed, instances of images, pasted once
+    or twice, half of them followed."""
+    follow: float = 1.0
+    """Share of a still image's instances that are followed; the others are background that looks alike."""
+    most_objects: int = 4
+    """Objects of a clip; further ones are background."""
     regions: float = 0.4
     """Share of the pasted objects that are random regions of an image."""
     color: float = 0.3
@@ -104,6 +111,9 @@ class TrainConfig:
     """Decay per step of the averaged weights, which are the ones written."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Number format under autocast; None takes bfloat16 where the device computes it natively, else float32."""
+    prior_noise: float = 0.2
+    """Share of the previous frame's masks that are missing or shifted when a network with a prior sees them, so that it
+    does not follow them blindly."""
     recompute: bool = False
     """Compute activations anew in the backward pass instead of keeping them: less memory, a third more time. Needs
     batch norm frozen from the start."""
@@ -127,7 +137,7 @@ class TrainConfig:
     """Where to train; None for the GPU if there is one."""
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "batch": 1, "accumulate": 1, "frames": 2, "crop": STRIDE, "workers": 0}
+        least = {"steps": 1, "batch": 1, "accumulate": 1, "frames": 2, "crop": STRIDE, "workers": 0, "most_objects": 1}
         least |= dict.fromkeys(("validate_every", "save_every", "log_every"), 1) | {"picture_every": 0, "warmup": 0}
         least["rounds"] = 0
         for name, value in least.items():
@@ -140,6 +150,7 @@ class TrainConfig:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a strength of at least 0, got {getattr(self, name)}")
         shares = ("stills", "procedural", "paste", "distract", "replace", "regions", "skip_growth", "decay")
+        shares += ("crowd", "follow", "prior_noise")
         for name in (*shares, "freeze_batch_norm", "ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a share from 0 to 1, got {getattr(self, name)}")
@@ -179,7 +190,7 @@ class TrainConfig:
     def network_shape(self) -> STMConfig:
         """The shape of the network to train, unless it starts from weights, which have their own."""
         guidance = "scribbles" if self.rounds else "masks"
-        shapes = {"lite": STMConfig.lite, "small": STMConfig.small, "released": STMConfig}
+        shapes = {"shared": STMConfig.shared, "lite": STMConfig.lite, "small": STMConfig.small, "released": STMConfig}
         return dataclasses.replace(shapes[self.network](guidance=guidance), **self._shape)
 
     @property
@@ -203,7 +214,7 @@ class LiteConfig(TrainConfig):
     Source: Tan & Le, EfficientNet, ICML 2019; its lite variants are without squeeze and excitation.
     """
 
-    network: Literal["lite", "small", "released"] = "lite"
+    network: Literal["shared", "lite", "small", "released"] = "lite"
     freeze_first_stage: bool = True
     trunk_rate: float = 0.5
     freeze_batch_norm: float = 0.0
@@ -215,6 +226,33 @@ class LiteConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
+class SharedConfig(TrainConfig):
+    """Train the network that encodes a frame once, for several objects at 480 pixels, from an image classifier's trunk.
+
+    Sources: Cheng et al., STCN, NeurIPS 2021 (shared keys); Tan & Le, EfficientNet, ICML 2019.
+    """
+
+    network: Literal["shared", "lite", "small", "released"] = "shared"
+    freeze_first_stage: bool = True
+    trunk_rate: float = 0.5
+    freeze_batch_norm: float = 0.0
+    batch: int = 4
+    crop: int = 256
+    crop_width: int | None = 384
+    max_skip: tuple[int, int] = (25, 25)
+    warmup: int = 200
+    stills: float = 0.25
+    procedural: float = 0.05
+    paste: float = 0.2
+    distract: float = 0.1
+    replace: float = 0.1
+    regions: float = 0.2
+    crowd: float = 0.5
+    follow: float = 0.5
+    most_objects: int = 5
+
+
+@dataclass(frozen=True)
 class PaperConfig(TrainConfig):
     """The paper's recipe, second stage; with `--stills 1` on image folders its first.
 
@@ -223,7 +261,7 @@ class PaperConfig(TrainConfig):
 
     split: str = "train"
     validation_split: str | None = "val"
-    network: Literal["lite", "small", "released"] = "released"
+    network: Literal["shared", "lite", "small", "released"] = "released"
     steps: int = 150000
     batch: int = 4
     crop: int = 384
@@ -284,6 +322,7 @@ class SmokeConfig(TrainConfig):
 
 PRESETS: dict[str, type[TrainConfig]] = {
     "small": SmallConfig,
+    "shared": SharedConfig,
     "lite": LiteConfig,
     "paper": PaperConfig,
     "interactive": InteractiveConfig,

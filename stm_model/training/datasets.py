@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from stm_model.data.clips import Clip, FollowedClips, MixedClips
 from stm_model.data.collage import CollageClips
+from stm_model.data.crowd import CrowdClips
 from stm_model.data.davis import davis_sequences
 from stm_model.data.folders import TrainingData, open_folder
 from stm_model.data.images import ImageClips
@@ -27,23 +28,29 @@ def training_clips(config: TrainConfig) -> Dataset:
     procedural = ProceduralClips(config.frames, size)
     if not config.data:
         return FollowedClips(procedural)
-    mixes = [_clips_of(open_folder(path, config.split), config) for path in config.data]
+    folders = [open_folder(path, config.split) for path in config.data]
+    mixes = [_clips_of(folder, config) for folder in folders]
     weights = config.weights or (1.0,) * len(mixes)
     clips = MixedClips([clips for clips, _ in mixes], weights)
     cut_outs = MixedClips([cut_outs for _, cut_outs in mixes], weights)
     collage = CollageClips(clips, cut_outs, config.paste, config.distract, config.replace)
-    return FollowedClips(MixedClips([collage, procedural], [1 - config.procedural, config.procedural]))
+    mixed = MixedClips([collage, procedural], [1 - config.procedural, config.procedural])
+    images = [image for folder in folders for image in folder.images]
+    return FollowedClips(
+        CrowdClips(mixed, images, config.crowd, config.most_objects, config.color) if config.crowd else mixed
+    )
 
 
 def _clips_of(data: TrainingData, config: TrainConfig) -> tuple[Dataset, Dataset]:
     """The clips of one folder, and clips to cut objects out of."""
     size = (config.crop, config.crop_width or config.crop)
-    stills = ImageClips(data.images, config.frames, size, color=config.color)
+    most = {"most_objects": config.most_objects}
+    stills = ImageClips(data.images, config.frames, size, color=config.color, follow=config.follow, **most)
     regions = ImageClips(data.images, config.frames, size, regions=True, color=config.color)
     if not data.sequences:
         return stills, MixedClips([stills, regions], [1 - config.regions, config.regions])
     growth = round(config.skip_growth * config.steps * config.batch)
-    looks = {"color": config.color, "motion": config.motion}
+    looks = {"color": config.color, "motion": config.motion} | most
     videos = VideoClips(data.sequences, config.frames, size, config.max_skip, growth, **looks)
     # a cut-out's own motion matters more than that of its video: most come from stills
     objects = MixedClips([videos, stills], [0.4, 0.6])

@@ -11,14 +11,18 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from stm_kernels import space_time_memory_read
-from stm_model.data.clips import Clip
+from stm_model.data.clips import Clip, generator
 from stm_model.io.images import VOID
 from stm_model.network import STM, Query, other_object_masks, soft_aggregate
 from stm_model.network.encoders import FrameFeatures
 
 
 def segment_clips(
-    model: STM, clips: list[Clip], implementation: str = "auto", recompute: bool = False
+    model: STM,
+    clips: list[Clip],
+    implementation: str = "auto",
+    recompute: bool = False,
+    prior_noise: float = 0.0,
 ) -> list[list[Tensor]]:
     """Segment the frames of a batch of clips one after the other, each from the memory of all before it.
 
@@ -30,35 +34,65 @@ def segment_clips(
         clips: B clips of the same T, H and W, multiples of 16; any number of objects each, at least one.
         implementation: of the memory read.
         recompute: keep no activations of encoders and decoder, but compute them again in the backward pass.
+        prior_noise: see `TrainConfig`.
 
     Returns:
         T − 1 lists of B logit maps `[n + 1, H, W]`, float32, background first.
     """
     run = recomputed if recompute else called
     objects = [clip.objects for clip in clips]
-    counts = torch.tensor(objects, device=clips[0].frames.device)
     frames = torch.stack([clip.frames for clip in clips])
-    queries = _encode_queries(model, frames[:, 1:], recompute)
+    # where keys are shared, a frame is remembered as it was encoded to be segmented
+    queries = _encode_queries(model, frames if model.shares_keys else frames[:, 1:], recompute)
+    remembered = queries if model.shares_keys else frames.unbind(1)
     masks = [_one_hot(clip.labels[0], clip.objects) for clip in clips]
     keys, values, predictions = [], [], []
-    for time, query in enumerate(queries, start=1):
+    for time, query in enumerate(queries[-(frames.shape[1] - 1) :], start=1):
         others = torch.cat([other_object_masks(mask) for mask in masks])
-        key, value = run(model.memorize, frames[:, time - 1], torch.cat(masks), others, objects)
+        key, value = run(model.memorize, remembered[time - 1], torch.cat(masks), others, objects)
         keys.append(key)
         values.append(value)
-        query_key = query.key.repeat_interleave(counts, 0, output_size=sum(objects))
-        readout = space_time_memory_read(
-            query_key,
-            torch.stack(keys, 2),
-            torch.stack(values, 2),
-            similarity=model.config.similarity,
-            implementation=implementation,
-        )
-        probabilities = run(model.segment, readout, query, objects).split(objects)
+        readout = _read(model, query.key, torch.stack(keys, 2), torch.stack(values, 2), objects, implementation)
+        seen = [_disturbed(mask, clip, time, prior_noise) for mask, clip in zip(masks, clips)] if prior_noise else masks
+        previous = torch.cat(seen), torch.cat([other_object_masks(mask) for mask in seen])
+        probabilities = run(model.segment, readout, query, objects, previous).split(objects)
         logits = [soft_aggregate(part) for part in probabilities]
         predictions.append(logits)
         masks = [torch.softmax(part.detach(), 0)[1:] for part in logits]
     return predictions
+
+
+def _read(model: STM, query_key: Tensor, key: Tensor, value: Tensor, objects: list[int], implementation: str) -> Tensor:
+    """What the objects of all clips read, `[K, V, h, w]`."""
+    options = {"similarity": model.config.similarity, "implementation": implementation}
+    if not model.shares_keys:
+        counts = torch.tensor(objects, device=query_key.device)
+        query_key = query_key.repeat_interleave(counts, 0, output_size=sum(objects))
+        return space_time_memory_read(query_key, key, value, **options)
+    readouts = []
+    for clip, values in enumerate(value.split(objects)):
+        # the values of all objects lie side by side behind one set of keys
+        beside = rearrange(values, "n v t h w -> 1 (n v) t h w")
+        readout = space_time_memory_read(query_key[clip : clip + 1], key[clip : clip + 1], beside, **options)
+        readouts.append(rearrange(readout, "1 (n v) h w -> n v h w", n=len(values)))
+    return torch.cat(readouts)
+
+
+def _disturbed(masks: Tensor, clip: Clip, time: int, share: float) -> Tensor:
+    """Masks `[n, H, W]`, a share of them missing or shifted by up to an eighth of the frame."""
+    random = generator(clip.seed, 6, time)
+    draws = torch.rand(len(masks), 3, generator=random).tolist()
+    disturbed = []
+    for mask, (draw, down, right) in zip(masks, draws):
+        if draw < share / 2:
+            mask = torch.zeros_like(mask)
+        elif draw < share:
+            rows, columns = (round((2 * part - 1) * side / 8) for part, side in zip((down, right), mask.shape))
+            padded = F.pad(mask, (max(columns, 0), max(-columns, 0), max(rows, 0), max(-rows, 0)))
+            top, left = max(-rows, 0), max(-columns, 0)
+            mask = padded[top : top + mask.shape[0], left : left + mask.shape[1]]
+        disturbed.append(mask)
+    return torch.stack(disturbed)
 
 
 def called(function: Callable, *arguments):
@@ -74,13 +108,20 @@ def recomputed(function: Callable, *arguments):
 class ClipLoss(nn.Module):
     """A network together with its loss: what is called once per step, as torch's data parallelism expects."""
 
-    def __init__(self, model: STM, dice_weight: float, implementation: str = "auto", recompute: bool = False):
+    def __init__(
+        self,
+        model: STM,
+        dice_weight: float,
+        implementation: str = "auto",
+        recompute: bool = False,
+        prior_noise: float = 0.0,
+    ):
         super().__init__()
-        self.model, self.dice_weight = model, dice_weight
+        self.model, self.dice_weight, self.prior_noise = model, dice_weight, prior_noise
         self.implementation, self.recompute = implementation, recompute
 
     def forward(self, clips: list[Clip]) -> Tensor:
-        return clip_loss(self.model, clips, self.dice_weight, self.implementation, self.recompute)
+        return clip_loss(self.model, clips, self.dice_weight, self.implementation, self.recompute, self.prior_noise)
 
     def predict(self, clip: Clip) -> list[Tensor]:
         """Logit maps `[n + 1, H, W]` of the frames of a clip after its first."""
@@ -93,12 +134,13 @@ def clip_loss(
     dice_weight: float = 0.5,
     implementation: str = "auto",
     recompute: bool = False,
+    prior_noise: float = 0.0,
 ) -> Tensor:
     """Cross entropy on the aggregated logits plus a soft Dice term, mean over clips and frames; void counts nowhere.
 
     For the arguments see `segment_clips`; `dice_weight` is the weight of the Dice term.
     """
-    predictions = segment_clips(model, clips, implementation, recompute)
+    predictions = segment_clips(model, clips, implementation, recompute, prior_noise)
     losses = [
         frame_loss(logits, clip.labels[time], dice_weight)
         for time, frame_logits in enumerate(predictions, start=1)

@@ -43,8 +43,9 @@ class TrainState:
         self.config, self.path = config, config.out / "checkpoint.pt"
         torch.manual_seed(config.seed)
         self.model = _fresh(config) if config.init is None else _started(config, config.init)
+        encoder = self.model.Encoder if self.model.shares_keys else self.model.Encoder_Q
         for name in ("conv1", "bn1", "res2") if config.freeze_first_stage else ():
-            self.model.Encoder_Q.get_submodule(name).requires_grad_(False)
+            encoder.get_submodule(name).requires_grad_(False)
         self.model.to(device, memory_format=torch.channels_last)
         self.average = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.optimizer = torch.optim.Adam(_parameter_groups(self.model, config.trunk_rate), lr=config.learning_rate)
@@ -127,7 +128,7 @@ def _started(config: TrainConfig, path: Path) -> STM:
     guidance = config.network_shape.guidance
     if guidance == "scribbles" and shape.guidance == "masks":
         tensors = scribble_tensors(tensors)
-    model = STM(replace(shape, guidance=guidance))
+    model = STM(replace(shape, guidance=guidance, prior=shape.prior and guidance == "masks"))
     check_tensors(model.state_dict(), tensors, path)
     model.load_state_dict(tensors)
     return model
@@ -135,7 +136,7 @@ def _started(config: TrainConfig, path: Path) -> STM:
 
 def _parameter_groups(model: STM, trunk_rate: float) -> list[dict]:
     """The parameters of the trunks, and all others, each with its rate relative to the learning rate."""
-    trunk = [name for name, _ in model.named_parameters() if re.match(r"Encoder_[MQ]\.(conv1|bn1|res\d)\.", name)]
+    trunk = [name for name, _ in model.named_parameters() if re.match(r"Encoder(_[MQ])?\.(conv1|bn1|res\d)\.", name)]
     groups: dict[float, list] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -158,7 +159,12 @@ def initialize(model: STM) -> None:
             nn.init.zeros_(module.project[1].weight)
         if isinstance(module, ResBlock):
             nn.init.zeros_(module.conv2.weight)
-    for layer in (model.KV_M_r4.Key, model.KV_Q_r4.Key, model.Decoder.pred2):
+    undecided = (
+        (model.Encoder.Key, model.Decoder.predict)
+        if model.shares_keys
+        else (model.KV_M_r4.Key, model.KV_Q_r4.Key, model.Decoder.pred2)
+    )
+    for layer in undecided:
         nn.init.normal_(layer.weight, std=0.01)
 
 

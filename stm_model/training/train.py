@@ -65,7 +65,7 @@ class _Training:
         self.loss: nn.Module = (
             RoundsLoss(state.model, config.rounds, config.dice, *reading)
             if config.rounds
-            else ClipLoss(state.model, config.dice, *reading)
+            else ClipLoss(state.model, config.dice, *reading, config.prior_noise)
         )
         self.predict = self.loss.predict
         if processes > 1:

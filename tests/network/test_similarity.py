@@ -94,7 +94,7 @@ def test_importance_is_weighed_by_it(clip):
     # how much of the read a frame takes is what its share of the softmax over all frames is
     model, masks = network("l2"), one_hot(clip.labels[0])
     key, value = model.memorize(clip.frames, torch.cat([masks, masks]), torch.cat([masks, masks]).flip(0), [2, 2])
-    memory = SpaceTimeMemory(MemoryRule.parse("every:1"), weighed=True, similarity="l2")
+    memory = SpaceTimeMemory(MemoryRule.parse("every:1"), 2, weighed=True, similarity="l2")
     for index, part in enumerate(zip(key.split(2), value.split(2))):
         memory.remember(index, False, True, *part)
     query = model.encode_query(clip.frames[1:]).key
