@@ -6,7 +6,7 @@ From Python: evaluate_interactive(EvaluateInteractiveConfig(Path("DAVIS"))).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,9 +27,6 @@ from stm_model.io.images import VOID, MediaError, read_image, write_mask
 from stm_model.network import STM
 from stm_model.network.weights import DEFAULT_INTERACTIVE_WEIGHTS, network_size
 from stm_model.runtime import default_device
-
-ROBOT = "robot"
-"""Name of the first scribbles that the robot draws."""
 
 
 @dataclass(frozen=True)
@@ -74,16 +71,13 @@ class EvaluateInteractiveConfig:
 
 
 class _Start(NamedTuple):
-    """A video, and with what its segmentation begins."""
+    """A sample before it is segmented."""
 
-    video: Video
     name: str
+    """As of `Sample`; also the folder of its masks."""
+    video: Video
     first: tuple[int, Sequence[Scribble]] | None
-
-    @property
-    def folder(self) -> str:
-        """Folder of its masks."""
-        return self.video.name if self.first is None else f"{self.video.name}/{self.name}"
+    """Frame and scribbles to begin with; None lets the robot begin."""
 
 
 def evaluate_interactive(config: EvaluateInteractiveConfig) -> dict[str, Any]:
@@ -112,7 +106,7 @@ def describe_interactive(summary: dict[str, Any]) -> str:
 
 
 def open_interactive(config: EvaluateInteractiveConfig) -> Dataset:
-    """The split, of DAVIS 2017 where there is a list of it, else of 2016.
+    """The split, of DAVIS 2017 where it is listed there, else of 2016; every frame has ground truth.
 
     Raises:
         FileNotFoundError, ValueError: as `open_dataset`, or a frame without ground truth.
@@ -122,7 +116,7 @@ def open_interactive(config: EvaluateInteractiveConfig) -> Dataset:
     dataset = open_dataset(f"davis{(years or ['2017'])[0]}", config.data, split, config.resolution, config.videos)
     for video in dataset.videos:
         if len(video.annotations) < len(video.frame_paths):
-            raise ValueError(f"{video.name}: the robot needs the ground truth of every frame, and some is not here")
+            raise ValueError(f"{video.name}: the robot needs the ground truth of every frame, and some is missing")
     return dataclasses.replace(dataset, name=f"davis-interactive ({years[0]})")
 
 
@@ -135,18 +129,18 @@ def _prepare(config: EvaluateInteractiveConfig) -> tuple[Dataset, list[_Start]]:
     return dataset, starts
 
 
-def _starts(video: Video, folder: Path | None) -> Iterator[_Start]:
+def _starts(video: Video, folder: Path | None) -> list[_Start]:
     if folder is None:
-        yield _Start(video, ROBOT, None)
-        return
-    paths = sorted((folder / video.name).glob("*.json"))
-    if not paths:
-        raise FileNotFoundError(f"scribbles: no .json in {folder / video.name}")
-    for path in paths:
+        return [_Start(video.name, video, None)]
+    starts = []
+    for path in sorted((folder / video.name).glob("*.json")):
         frames = read_scribbles(path, len(video.frame_paths), video.objects)
         if len(frames) != 1:
             raise ScribbleError(f"{path}: expected scribbles on one frame to begin with, got {len(frames)} frames")
-        yield _Start(video, path.stem, next(iter(frames.items())))
+        starts.append(_Start(f"{video.name}/{path.stem}", video, *frames.items()))
+    if not starts:
+        raise FileNotFoundError(f"scribbles: no .json in {folder / video.name}")
+    return starts
 
 
 def _run(config: EvaluateInteractiveConfig, starts: Sequence[_Start], quiet: bool) -> list[Sample]:
@@ -155,11 +149,11 @@ def _run(config: EvaluateInteractiveConfig, starts: Sequence[_Start], quiet: boo
     device = torch.device(config.device) if config.device else default_device()
     dtype = getattr(torch, config.dtype) if config.dtype else None
     model = STM.load(config.checkpoint or DEFAULT_INTERACTIVE_WEIGHTS, device=device, dtype=dtype)
-    samples = []
+    samples: list[Sample] = []
     total = len(starts) * config.interactions
     with tqdm(total=total, desc="interact", unit="round", disable=quiet or None) as progress:
         for start in starts:
-            progress.set_postfix_str(start.folder)
+            progress.set_postfix_str(start.name)
             samples.append(_run_sample(config, model, start, progress))
             progress.update(len(samples) * config.interactions - progress.n)
     return samples
@@ -176,43 +170,43 @@ def _run_sample(config: EvaluateInteractiveConfig, model: STM, start: _Start, pr
         size = network_size(config.size, config.checkpoint, frames[0].shape[:2])
         session = ScribbleSession(model, frames, size=size)
         rounds, masks = [], np.zeros((len(frames), *truths[0].shape), np.uint8)
-        for result in run_rounds(session, truths, video.objects, first=start.first, interactions=config.interactions):
-            masks = result[1]
+        options = {"first": start.first, "interactions": config.interactions}
+        for result in run_rounds(session, truths, video.objects, **options):
             rounds.append(result[0])
+            masks = result[1]
             progress.update()
     except ValueError as error:
         raise MediaError(f"{video.name}: {error}") from error
-    folder = config.out / "masks" / start.folder
+    folder = config.out / "masks" / start.name
     folder.mkdir(parents=True, exist_ok=True)
     white = np.uint8(VOID if video.is_black_and_white() else 1)
     for index, labels in enumerate(masks):
         write_mask(folder / video.mask_name(index), labels * white)
-    return Sample(video.name, start.name, len(video.objects), config.interactions, tuple(rounds))
+    return Sample(start.name, len(video.objects), config.interactions, tuple(rounds))
 
 
 def _finish(config: EvaluateInteractiveConfig, dataset: Dataset, samples: list[Sample]) -> dict[str, Any]:
-    """Write the tables, the picture of the curve, the report and, last, the summary."""
-    samples.sort(key=lambda sample: (sample.video, sample.start))
-    summary = facts(config, dataset) | {
-        "scores": summarize_samples(samples, config.interactions),
-        "samples": [_record(sample, config.interactions) for sample in samples],
-    }
-    columns = list(summary["scores"])
+    """Write the tables, the report and, last, the summary."""
+    samples.sort(key=lambda sample: sample.name)
+    scores = summarize_samples(samples, config.interactions)
+    rows = [_record(sample, config.interactions) for sample in samples]
+    summary = facts(config, dataset) | {"scores": scores, "samples": rows}
+    seconds = [sum(done.seconds for done in sample.rounds) for sample in samples]
     write_csv(
         config.out / "samples.csv",
-        ["Sample", "Rounds", "Seconds", *columns],
+        ["Sample", "Rounds", "Seconds", *scores],
         [
-            [row["sample"], len(row["rounds"]), sum(done["seconds"] for done in row["rounds"])]
-            + [row[column] for column in columns]
-            for row in summary["samples"]
+            [row["sample"], len(row["rounds"]), total, *(row[column] for column in scores)]
+            for row, total in zip(rows, seconds)
         ],
     )
+    columns = ("frame", "scribbles", "seconds", "J", "F", "J&F")
     write_csv(
         config.out / "rounds.csv",
-        ["Sample", "Round", "Frame", "Scribbles", "Seconds", "J", "F", "J&F"],
+        ["Sample", "Round", *(column.capitalize() for column in columns[:3]), *columns[3:]],
         [
-            [row["sample"], number, *(done[key] for key in ("frame", "scribbles", "seconds", "J", "F", "J&F"))]
-            for row in summary["samples"]
+            [row["sample"], number, *(done[column] for column in columns)]
+            for row in rows
             for number, done in enumerate(row["rounds"], start=1)
         ],
     )
@@ -236,5 +230,9 @@ def _record(sample: Sample, interactions: int) -> dict[str, Any]:
         }
         for done in sample.rounds
     ]
-    name = sample.video if sample.start == ROBOT else f"{sample.video}/{sample.start}"
-    return {"sample": name, "objects": sample.objects} | summarize_samples([sample], interactions) | {"rounds": rounds}
+    return {
+        "sample": sample.name,
+        "objects": sample.objects,
+        **summarize_samples([sample], interactions),
+        "rounds": rounds,
+    }

@@ -1,4 +1,11 @@
-"""DAVIS' interactive protocol: a robot corrects the worst frame again and again, and accuracy is drawn over time."""
+"""DAVIS' interactive protocol: a robot corrects the worst frame again and again; accuracy is measured over time.
+
+`drive` plays it in a session of the package `davisinteractive`, where that is installed:
+
+    with DavisInteractiveSession(host="localhost", davis_root=root, max_nb_interactions=8, max_time=240) as official:
+        drive(official, STM.load(DEFAULT_INTERACTIVE_WEIGHTS), read_frames, size=240)
+        summary = official.get_global_summary()
+"""
 
 from __future__ import annotations
 
@@ -6,34 +13,23 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from stm_model.evaluation.metrics import contour_accuracy, region_similarity
-from stm_model.interactive.robot import first_frame, robot_scribbles, worst_frame
-from stm_model.interactive.scribbles import Scribble
+from stm_model.interactive.robot import first_frame, robot_scribbles
+from stm_model.interactive.scribbles import Scribble, parse_scribbles
+from stm_model.interactive.session import ScribbleSession
 from stm_model.io.images import VOID
+from stm_model.network import STM
 
 INTERACTIONS = 8
 """Rounds of scribbling."""
 SECONDS = 30.0
-"""Time that a system has in each round for each object."""
+"""Time budget of each round for each object."""
 THRESHOLD = 60.0
 """Seconds at which the curve is read off."""
-
-
-class Session(Protocol):
-    """What is evaluated: `ScribbleSession`, or anything that behaves like it."""
-
-    def add_scribbles(self, frame_index: int, scribbles: Sequence[Scribble]) -> None:
-        """Take the scribbles of a frame."""
-
-    def run(self) -> None:
-        """Segment the video from all scribbles so far."""
-
-    def masks(self) -> np.ndarray:
-        """Labels of all frames, uint8 `[T, H, W]`."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +39,11 @@ class Round:
     frame: int
     """Frame that was scribbled on."""
     scribbles: int
-    """Scribbles on it."""
+    """Number of scribbles on it."""
     seconds: float
     """From the scribbles to the masks."""
     region: float
-    """Mean J over all frames and objects, the first and last frame among them."""
+    """Mean J over all frames and objects, the first and last frame included."""
     contour: float
     """Mean F."""
 
@@ -61,16 +57,14 @@ class Round:
 class Sample:
     """A video segmented in rounds, from one set of first scribbles."""
 
-    video: str
-    """Its name."""
-    start: str
-    """Where the first scribbles came from: `robot`, or a file's name."""
+    name: str
+    """VIDEO where the robot begins, VIDEO/NAME where the first scribbles come from the file NAME.json."""
     objects: int
     """Number of objects."""
     interactions: int
-    """Rounds that were allowed."""
+    """Rounds allowed."""
     rounds: tuple[Round, ...]
-    """Those that were done: fewer where nothing was left to correct or the time was over."""
+    """Rounds done: fewer where nothing was left to correct or the time was up."""
 
     @property
     def budget(self) -> float:
@@ -78,37 +72,34 @@ class Sample:
         return SECONDS * self.objects * self.interactions
 
     def after(self, rounds: int, measure: str = "both") -> float:
-        """A measure (`region`, `contour` or `both`) after so many rounds; later ones than were done leave it as it was.
-
-        0 before the first.
-        """
+        """A measure (`region`, `contour` or `both`) after so many rounds, or after the last one done; 0 before any."""
         done = self.rounds[:rounds]
         return getattr(done[-1], measure) if done else 0.0
 
     def curve(self) -> tuple[list[float], list[float]]:
-        """Seconds, and J&F then: from 0 at the start straight to each round's, and level until the budget's end."""
+        """Seconds and J&F at the corners of the curve: from 0 straight to each round's, then level to the budget."""
         times = np.cumsum([0.0, *(done.seconds for done in self.rounds)]).tolist()
         values = [0.0, *(done.both for done in self.rounds)]
         return [*times, self.budget], [*values, values[-1]]
 
     @property
     def area(self) -> float:
-        """Area under J&F over time, over the budget: from 0 to 1.
+        """Area under J&F over time, divided by the budget: 0 to 1.
 
-        Source: the DAVIS challenge's AUC. There the curves of all samples are averaged first; here each sample has its
-        own, and a budget in proportion to its objects, and the areas are averaged.
+        Source: the DAVIS challenge's AUC. The challenge averages the curves of all samples first; here each sample has
+        its own curve, and a budget in proportion to its objects, and the areas are averaged.
         """
         times, values = self.curve()
         return float(np.trapezoid(values, times) / self.budget)
 
     @property
     def at_threshold(self) -> float:
-        """J&F after 60 seconds, on the straight line between the rounds before and after."""
+        """J&F after 60 seconds, interpolated between rounds."""
         return float(np.interp(THRESHOLD, *self.curve()))
 
 
 def run_rounds(
-    session: Session,
+    session: ScribbleSession,
     truths: Sequence[np.ndarray],
     objects: Collection[int],
     *,
@@ -118,20 +109,20 @@ def run_rounds(
 ) -> Iterator[tuple[Round, np.ndarray]]:
     """Scribble, segment and score, until the rounds or the time are used up or nothing is left to correct.
 
-    The first scribbles are given, or the robot's on the frame that shows the objects best; the next ones are the
-    robot's, on the frame with the lowest J&F among those not scribbled on. Time runs while the session works, not while
-    it is scored. A round that ends after the budget, 30 seconds a round and object, counts as not done.
+    After the first round the robot scribbles on the frame with the lowest J&F among those not scribbled on. Time runs
+    while the session works, not while it is scored. A round that ends after the budget, 30 seconds a round and object,
+    does not count.
 
     Args:
         session: of the video.
         truths: labels of all frames, uint8 `[H, W]`; 255 is void.
         objects: labels that are scored.
-        first: frame and scribbles to begin with; None is the robot's.
+        first: frame and scribbles to begin with; None lets the robot begin, on the frame that shows the objects best.
         interactions: rounds allowed.
-        clock: says the time in seconds.
+        clock: the time in seconds.
 
     Yields:
-        Each round, and the masks after it, uint8 `[T, H, W]`.
+        Each round and its masks, uint8 `[T, H, W]`.
 
     Source: Caelles et al. 2018; interactive.davischallenge.org, where the first scribbles are a person's.
     """
@@ -166,41 +157,67 @@ def next_scribbles(
     scores: Mapping[int, float],
     used: Collection[int],
 ) -> tuple[int, list[dict[str, Any]]]:
-    """The worst frame on which the robot finds something to correct, and its scribbles; none if nowhere is any."""
-    waiting = dict(scores)
-    while waiting:
-        frame = worst_frame(waiting, used)
+    """The frame with the lowest score on which the robot finds an error, and its scribbles; none if it finds no error.
+
+    Frames used before come last; of equal scores the earliest frame comes first.
+    """
+    for frame in sorted(scores, key=lambda frame: (frame in used, scores[frame], frame)):
         if scribbles := robot_scribbles(masks[frame], truths[frame], objects):
             return frame, scribbles
-        del waiting[frame]
     return 0, []
 
 
 def score_frames(
-    masks: Sequence[np.ndarray], truths: Sequence[np.ndarray], objects: Collection[int]
+    masks: np.ndarray, truths: Sequence[np.ndarray], objects: Collection[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """J and F of each object in each frame, `[T, n]`; for the arguments see `run_rounds`."""
-    triples = [
-        (mask == label, truth == label, truth == VOID) for mask, truth in zip(masks, truths) for label in objects
-    ]
-    shape = (len(truths), len(objects))
-    return tuple(
-        np.reshape([measure(*triple) for triple in triples], shape) for measure in (region_similarity, contour_accuracy)
-    )
+    """J and F of each object in each frame, `[T, n]`."""
+    region, contour = np.empty((2, len(truths), len(objects)))
+    for frame, (mask, truth) in enumerate(zip(masks, truths)):
+        for n, label in enumerate(objects):
+            pair = mask == label, truth == label, truth == VOID
+            region[frame, n], contour[frame, n] = region_similarity(*pair), contour_accuracy(*pair)
+    return region, contour
 
 
 def summarize_samples(samples: Sequence[Sample], interactions: int) -> dict[str, float]:
-    """Means over samples: J, F and J&F after rounds 1, 3 and the last, the area under J&F over time, J&F at 60 s."""
-    measures = {"J&F": "both", "J": "region", "F": "contour"}
-    after = {
-        name: {
+    """Means over samples: J&F after rounds 1, 3 and the last, AUC, J&F at 60 s, then J and F as J&F."""
+
+    def after(name: str, measure: str) -> dict[str, float]:
+        return {
             f"{name}@{rounds}": fmean(sample.after(rounds, measure) for sample in samples)
             for rounds in sorted({1, min(3, interactions), interactions})
         }
-        for name, measure in measures.items()
-    }
+
     over_time = {
         "AUC": fmean(sample.area for sample in samples),
         "J&F@60s": fmean(sample.at_threshold for sample in samples),
     }
-    return after["J&F"] | over_time | after["J"] | after["F"]
+    return after("J&F", "both") | over_time | after("J", "region") | after("F", "contour")
+
+
+def drive(
+    official: Any, model: STM, read_frames: Callable[[str], Sequence[np.ndarray]], *, size: int | None = None
+) -> None:
+    """Answer every interaction of an open `davisinteractive` session with our masks.
+
+    Args:
+        official: the session, by its documented methods `next`, `get_scribbles` and `submit_masks`; its own clock runs
+            between the last two.
+        model: a network guided by scribbles.
+        read_frames: sequence name → its frames, uint8 `[H, W, 3]`.
+        size: shorter side in pixels at which the network runs; None keeps the frames' own.
+
+    Raises:
+        ScribbleError: the session gives invalid scribbles.
+
+    Source: the package's user guide, interactive.davischallenge.org/user_guide/usage.
+    """
+    session = None
+    while official.next():
+        sequence, content, is_new = official.get_scribbles(only_last=True)
+        if is_new or session is None:
+            session = ScribbleSession(model, read_frames(sequence), size=size)
+        for frame, scribbles in parse_scribbles(content, len(session.frames)).items():
+            session.add_scribbles(frame, scribbles)
+        session.run()
+        official.submit_masks(session.masks())

@@ -1,4 +1,4 @@
-"""The interactive evaluation as a picture of its curves and as a page that needs no network."""
+"""Report of the interactive evaluation: a plot of its curves and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ from stm_model.evaluation.scoring import read_result
 from stm_model.interactive.protocol import THRESHOLD, Sample
 from stm_model.io.images import contact_sheet, overlay, read_image, write_image
 
-MOST_SAMPLES = 12
+MAX_SAMPLES = 12
 SHEET_FRAMES, SHEET_WIDTH = 4, 240
 """Frames of a sample on the contact sheet, and how wide each is in pixels."""
-CURVE = "curve.png"
 
 
 def write_interactive_report(dataset: Dataset, samples: Sequence[Sample], summary: dict[str, Any], out: Path) -> None:
-    """Write curve.png, contact_sheet.png and report.html, which holds both.
+    """Write curve.png, contact_sheet.png and report.html, which embeds both, into a folder that has masks/.
 
     Args:
         dataset: the split.
-        samples: what was measured, in the order of `summary["samples"]`.
-        summary: what evaluation.json holds.
-        out: folder for all three, which holds masks/ already.
+        samples: what was measured.
+        summary: the content of evaluation.json.
+        out: the folder.
     """
-    draw_curves(samples, summary, out / CURVE)
-    _draw_sheet(dataset, summary, out)
+    _draw_curves(samples, summary["scores"], out / "curve.png")
+    _draw_sheet(dataset, samples, out)
     write_page(
         out / "report.html",
         Path(__file__).with_name("report.html"),
@@ -46,21 +45,21 @@ def write_interactive_report(dataset: Dataset, samples: Sequence[Sample], summar
         columns=list(summary["scores"]),
         rows=[*((row["sample"], row) for row in summary["samples"]), ("mean", summary["scores"])],
         threshold=f"{THRESHOLD:.0f}",
-        curve=png_url(out / CURVE),
+        curve=png_url(out / "curve.png"),
         sheet=png_url(out / "contact_sheet.png"),
     )
 
 
-def draw_curves(samples: Sequence[Sample], summary: dict[str, Any], path: Path) -> None:
-    """J&F over the rounds, each sample a line and their mean a thick one, and over time."""
+def _draw_curves(samples: Sequence[Sample], scores: dict[str, float], path: Path) -> None:
+    """J&F over the rounds and over time: a line for each sample, a thick one for their mean."""
     rounds = range(1, samples[0].interactions + 1)
     figure = Figure((8.6, 3.8), layout="constrained")
     over_rounds, over_time = figure.subplots(1, 2, sharey=True)
     end = max(sum(done.seconds for done in sample.rounds) for sample in samples)
     times = np.linspace(0, max(end * 1.1, THRESHOLD), 400)
-    for index, (sample, row) in enumerate(zip(samples, summary["samples"])):
+    for index, sample in enumerate(samples):
         style = {"color": LINES[index % len(LINES)], "linestyle": DASHES[index // len(LINES) % len(DASHES)]}
-        label = row["sample"] if len(samples) <= MOST_SAMPLES else None
+        label = sample.name if len(samples) <= MAX_SAMPLES else None
         over_rounds.plot(rounds, [sample.after(number) for number in rounds], linewidth=1, label=label, **style)
         over_time.plot(times, np.interp(times, *sample.curve()), linewidth=1, **style)
     means = [fmean(sample.after(number) for sample in samples) for number in rounds]
@@ -68,7 +67,6 @@ def draw_curves(samples: Sequence[Sample], summary: dict[str, Any], path: Path) 
     curves = np.mean([np.interp(times, *sample.curve()) for sample in samples], 0)
     over_time.plot(times, curves, color="black", linewidth=2.4)
     over_time.axvline(THRESHOLD, color="grey", linewidth=0.8)
-    scores = summary["scores"]
     over_rounds.set(xlabel="round", ylabel="J&F", title=f"after {len(rounds)} rounds {means[-1]:.3f}", ylim=(0, 1))
     over_rounds.set_xticks(list(rounds))
     over_time.set(
@@ -80,14 +78,14 @@ def draw_curves(samples: Sequence[Sample], summary: dict[str, Any], path: Path) 
     save(figure, path)
 
 
-def _draw_sheet(dataset: Dataset, summary: dict[str, Any], out: Path) -> None:
+def _draw_sheet(dataset: Dataset, samples: Sequence[Sample], out: Path) -> None:
     """Frames spread over the samples, one row a sample."""
     videos = {video.name: video for video in dataset.videos}
     tiles = []
-    for row in summary["samples"][:MOST_SAMPLES]:
-        video = videos[row["sample"].partition("/")[0]]
+    for sample in samples[:MAX_SAMPLES]:
+        video = videos[sample.name.partition("/")[0]]
         for place in np.linspace(0, len(video.frame_paths) - 1, SHEET_FRAMES).round().astype(int):
             frame = read_image(video.frame_paths[place])
-            labels = read_result(out / "masks" / row["sample"] / video.mask_name(place), video, frame.shape[:2])
+            labels = read_result(out / "masks" / sample.name / video.mask_name(place), video, frame.shape[:2])
             tiles.append(narrow(overlay(frame, labels), SHEET_WIDTH))
     write_image(out / "contact_sheet.png", contact_sheet(tiles, columns=SHEET_FRAMES))

@@ -1,7 +1,7 @@
-"""Scribbles: DAVIS' JSON in and out, drawn as pixels, as the maps that the network reads; masks thinned to lines.
+"""Scribbles: read from DAVIS' JSON, checked, drawn, turned into the network's input maps; thinning of masks.
 
 A scribble is a dict as in that JSON: `path`, points [x, y] from 0 (left, top) to 1 (right, bottom), and `object_id`,
-its label, 0 for background. Several frames' are `{frame index: [scribble, …]}`.
+its label, 0 for background.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
+from functools import reduce
+from operator import and_
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +18,20 @@ import numpy as np
 from scipy import ndimage
 from scipy.stats import binom
 
-from stm_model.io.files import whole
-
 Scribble = Mapping[str, Any]
 
 NONE = -1
-"""Label of a pixel without scribble."""
-MOST_LABEL = 127
-"""Largest label that a drawing in int8 holds."""
+"""Label of a pixel without a scribble."""
+MAX_LABEL = 127
+"""Largest label: drawings are int8."""
 SMOOTH_POINTS = 1000
-"""Points at which a Bezier curve is sampled."""
-WIDENINGS = 2
-"""How often the network's scribbles are dilated by a cross of 3×3 pixels. Source: Oh et al., CVPR 2019."""
+"""Points sampled on a Bezier curve."""
+DILATIONS = 2
+"""Dilations of the network's scribbles by a 3×3 cross. Source: Oh et al., CVPR 2019."""
 
 
 class ScribbleError(ValueError):
-    """Scribbles that cannot be used; the message says which, what was expected and what came."""
+    """Invalid scribbles; the message says which, what was expected and what came."""
 
 
 def read_scribbles(
@@ -42,13 +42,13 @@ def read_scribbles(
     Args:
         path: the JSON file: {"sequence": name, "scribbles": [the scribbles of each frame]}.
         frame_count: frames of the video; None allows any number.
-        objects: labels that may be drawn, besides 0; None allows all up to 127.
+        objects: labels allowed besides 0; None allows all up to 127.
 
     Returns:
-        Frame index → its scribbles, frames without any left out.
+        Frame index → its scribbles, for the frames that have any.
 
     Raises:
-        ScribbleError: no JSON, another form, or scribbles that `check_scribbles` refuses; the message names the file.
+        ScribbleError: broken JSON, another structure or invalid scribbles; the message names the file.
         FileNotFoundError: there is no such file.
     """
     try:
@@ -64,7 +64,7 @@ def read_scribbles(
 def parse_scribbles(
     content: Any, frame_count: int | None = None, objects: Collection[int] | None = None
 ) -> dict[int, list[dict[str, Any]]]:
-    """`read_scribbles` of JSON that is already in memory."""
+    """`read_scribbles` of parsed JSON."""
     frames = content.get("scribbles") if isinstance(content, dict) else None
     if not isinstance(frames, list) or not all(isinstance(frame, list) for frame in frames):
         raise ScribbleError('expected {"sequence": name, "scribbles": [a list for each frame]}')
@@ -79,47 +79,15 @@ def parse_scribbles(
     return given
 
 
-def format_scribbles(sequence: str, frames: Mapping[int, Sequence[Scribble]], frame_count: int) -> dict[str, Any]:
-    """The content of a scribble file, for a video of so many frames.
-
-    Raises:
-        ScribbleError: a frame that the video does not have, or scribbles that `check_scribbles` refuses.
-    """
-    for index, frame in frames.items():
-        if not 0 <= index < frame_count:
-            raise ScribbleError(f"scribbles on frame {index}, but the video has {frame_count} frames")
-        check_scribbles(frame)
-    defaults = {"start_time": 0, "end_time": 0}
-    listed = [[defaults | dict(scribble) for scribble in frames.get(index, ())] for index in range(frame_count)]
-    return {"sequence": sequence, "scribbles": listed}
-
-
-def write_scribbles(
-    path: str | os.PathLike, sequence: str, frames: Mapping[int, Sequence[Scribble]], frame_count: int
-) -> None:
-    """Write a scribble file, whole or not at all; see `format_scribbles`."""
-    content = json.dumps(format_scribbles(sequence, frames, frame_count))
-    with whole(path) as partial:
-        partial.write_text(content + "\n", encoding="utf-8")
-
-
 def check_scribbles(scribbles: Sequence[Scribble], objects: Collection[int] | None = None) -> None:
-    """Refuse scribbles of a frame that cannot be drawn.
-
-    Args:
-        scribbles: of one frame.
-        objects: labels that may be drawn, besides 0; None allows all up to 127.
-
-    Raises:
-        ScribbleError: not of the form above, a point outside the frame, or the label of no object.
-    """
+    """Raise a ScribbleError for the first scribble of a frame that is invalid; for `objects` see `read_scribbles`."""
     for number, scribble in enumerate(scribbles):
         if not isinstance(scribble, Mapping) or not {"path", "object_id"} <= set(scribble):
             raise ScribbleError(f'scribble {number}: expected {{"path": [[x, y], …], "object_id": label}}')
         label = scribble["object_id"]
-        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label <= MOST_LABEL:
+        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label <= MAX_LABEL:
             raise ScribbleError(
-                f"scribble {number}: object_id: expected a whole number from 0 to {MOST_LABEL}, got {label!r}"
+                f"scribble {number}: object_id: expected a whole number from 0 to {MAX_LABEL}, got {label!r}"
             )
         if objects is not None and label not in (0, *objects):
             known = ", ".join(map(str, sorted({0, *objects})))
@@ -142,15 +110,15 @@ def rasterize(scribbles: Sequence[Scribble], size: tuple[int, int], smooth: bool
     """Draw the scribbles of one frame, one pixel wide, later ones on top.
 
     Args:
-        scribbles: of one frame.
+        scribbles: those of the frame.
         size: height and width of the drawing, in pixels.
-        smooth: draw the Bezier curve that a path's points control instead of the lines between them.
+        smooth: draw the Bezier curve with the path as control points instead of the lines between them.
 
     Returns:
-        int8 labels `[H, W]`; -1 where no scribble is.
+        int8 labels `[H, W]`, -1 where there is no scribble.
 
     Raises:
-        ScribbleError: scribbles that `check_scribbles` refuses.
+        ScribbleError: invalid scribbles.
 
     Source: the DAVIS interactive challenge: points times (W − 1, H − 1), rounded down, joined by Bresenham's lines.
     """
@@ -166,63 +134,60 @@ def rasterize(scribbles: Sequence[Scribble], size: tuple[int, int], smooth: bool
 
 
 def polyline(points: np.ndarray) -> np.ndarray:
-    """Whole points `[n, 2]` joined by Bresenham's lines: every point on the way, int64 `[m, 2]`."""
+    """Integer points `[n, 2]` joined by Bresenham's lines: every pixel on them in order, int64 `[m, 2]`."""
     parts = [points[:1]]
     for start, end in zip(points[:-1], points[1:]):
-        way = end - start
-        steps = np.abs(way).max()
+        offset = end - start
+        steps = np.abs(offset).max()
         if steps:
             along = np.arange(1, steps + 1)[:, None]
-            parts.append(start + np.sign(way) * ((2 * np.abs(way) * along + steps) // (2 * steps)))
+            parts.append(start + np.sign(offset) * ((2 * np.abs(offset) * along + steps) // (2 * steps)))
     return np.concatenate(parts)
 
 
 def bezier(points: np.ndarray, count: int) -> np.ndarray:
     """Sample the Bezier curve of control points `[n, 2]`: float64 `[count, 2]`, from the last point to the first.
 
-    Lines that end halfway between pixels depend on the direction, which is that of the challenge's drawings.
+    Ties in rounding to pixels depend on the direction; the challenge draws in this one.
     """
-    # the Bernstein polynomials are binomial probabilities, which do not overflow for long paths
+    # Bernstein polynomials as binomial probabilities, which do not overflow for long paths
     weight = binom.pmf(np.arange(len(points)), len(points) - 1, np.linspace(1, 0, count)[:, None])
     return weight @ points
 
 
 def scribble_maps(drawing: np.ndarray, objects: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """What the network reads of a frame's scribbles: for each object its own and, as negative, those of all others.
+    """The network's scribble input: for each of n objects its own scribbles, and as negative ones those of all others.
 
     Args:
-        drawing: int8 labels `[H, W]` of `rasterize`, at the network's size.
-        objects: the labels of n objects.
+        drawing: int8 labels `[H, W]` from `rasterize`, at the network's size.
+        objects: labels of the n objects.
 
     Returns:
-        Positive and negative maps of 0 and 1, float32 `[n, H, W]`, widened to lines of five pixels.
+        Positive and negative maps of 0 and 1, float32 `[n, H, W]`, dilated to lines five pixels wide.
     """
-    positive = [_widen(drawing == label) for label in objects]
-    negative = [_widen((drawing != label) & (drawing != NONE)) for label in objects]
-    shape = (len(objects), *drawing.shape)
-    return np.reshape(positive, shape).astype(np.float32), np.reshape(negative, shape).astype(np.float32)
-
-
-def _widen(scribble: np.ndarray) -> np.ndarray:
     cross = ndimage.generate_binary_structure(2, 1)
-    return ndimage.binary_dilation(scribble, cross, iterations=WIDENINGS)
+    drawn = drawing != NONE
+    maps = np.zeros((2, len(objects), *drawing.shape), np.float32)
+    for n, label in enumerate(objects):
+        own = drawing == label
+        for sign, scribble in enumerate((own, drawn & ~own)):
+            maps[sign, n] = ndimage.binary_dilation(scribble, cross, iterations=DILATIONS)
+    return maps[0], maps[1]
 
 
 def thin(mask: np.ndarray) -> np.ndarray:
-    """Thin a mask to lines one pixel wide that keep its connections.
-
-    Every pixel is a bit of one large whole number: each logical step runs over all pixels at once.
+    """Thin a mask to lines one pixel wide with the same connectivity.
 
     Args:
-        mask: bool `[H, W]`.
+        mask: bool `[H, W]`; outside the picture is background.
 
     Returns:
-        bool `[H, W]`, a part of the mask with as many pieces as it; empty for an empty mask.
+        bool `[H, W]`, a subset of the mask with as many components.
 
     Raises:
-        ValueError: not such a mask.
+        ValueError: another dtype or number of dimensions.
 
-    Source: Guo & Hall 1989, the algorithm of two subiterations; what is outside the picture is background.
+    Source: Guo & Hall 1989, the algorithm with two subiterations.
     """
     mask = np.asarray(mask)
     if mask.ndim != 2 or mask.dtype != bool:
@@ -233,46 +198,36 @@ def thin(mask: np.ndarray) -> np.ndarray:
         return skeleton
     box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
     height, width = mask[box].shape
-    # a column of background after each row keeps neighbours across the picture's sides apart
+    # the mask is one large integer, a bit a pixel, so that each logical operation covers all pixels at once;
+    # a column of background after each row separates the end of a row from the start of the next
     padded = np.pad(mask[box], ((0, 0), (0, 1)))
     bits = int.from_bytes(np.packbits(padded, bitorder="little").tobytes(), "little")
-    bits = _thin_bits(bits, width + 1)
+    before = None
+    while bits != before:
+        before = bits
+        for first in (True, False):
+            bits ^= _removable(bits, width + 1, first)
     packed = np.frombuffer(bits.to_bytes(-(-padded.size // 8), "little"), dtype=np.uint8)
     skeleton[box] = np.unpackbits(packed, count=padded.size, bitorder="little").reshape(height, width + 1)[:, :-1]
     return skeleton
 
 
-def _thin_bits(bits: int, stride: int) -> int:
-    first = True
-    unchanged = 0
-    while unchanged < 2:
-        removed = _removable(bits, stride, first)
-        bits ^= removed
-        unchanged = 0 if removed else unchanged + 1
-        first = not first
-    return bits
-
-
 def _removable(bits: int, stride: int, first: bool) -> int:
-    """The pixels that one subiteration takes away; names and conditions as in the paper's section on this algorithm."""
+    """The pixels that one subiteration removes; names and conditions as in the paper."""
     p2, p6, p4, p8 = bits << stride, bits >> stride, bits >> 1, bits << 1
     p3, p9, p5, p7 = p2 >> 1, p2 << 1, p6 >> 1, p6 << 1
     upper_right, lower_right, lower_left, upper_left = p3 | p4, p5 | p6, p7 | p8, p9 | p2
-    # C = 1: the neighbours are one connected group
+    # C = 1: the neighbours are connected
     groups = (upper_right & ~p2, lower_right & ~p4, lower_left & ~p6, upper_left & ~p8)
     odd = groups[0] ^ groups[1] ^ groups[2] ^ groups[3]
     one_group = odd & ~((groups[0] & groups[1]) | (groups[2] & groups[3]))
-    # 2 ≤ min(N1, N2) ≤ 3: neither the end of a line nor inside
+    # 2 ≤ min(N1, N2) ≤ 3: neither the end of a line nor an inner pixel
     pairs_1 = (upper_left, upper_right, lower_right, lower_left)
     pairs_2 = (p2 | p3, p4 | p5, p6 | p7, p8 | p9)
-    edge = _two_or_more(*pairs_1) & _two_or_more(*pairs_2) & ~(_all(*pairs_1) & _all(*pairs_2))
+    edge = _two_or_more(*pairs_1) & _two_or_more(*pairs_2) & ~reduce(and_, pairs_1 + pairs_2)
     kept_side = (p6 | p7 | ~p9) & p8 if first else (p2 | p3 | ~p5) & p4
     return bits & one_group & edge & ~kept_side
 
 
 def _two_or_more(a: int, b: int, c: int, d: int) -> int:
     return (a & b) | (c & d) | ((a | b) & (c | d))
-
-
-def _all(a: int, b: int, c: int, d: int) -> int:
-    return a & b & c & d

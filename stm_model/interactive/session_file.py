@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from stm_model.interactive.scribbles import MOST_LABEL, check_scribbles
+from stm_model.interactive.scribbles import MAX_LABEL, check_scribbles
 from stm_model.interactive.state import FrameMasks, State, unpack_bits
 from stm_model.io.files import whole
 from stm_model.io.images import by
@@ -133,7 +133,7 @@ def _check_video(path: str | os.PathLike, content: Any, video: Mapping[str, Any]
 def _from_json(content: Any, blobs: Mapping[str, bytes], video: Mapping[str, Any]) -> State:
     count, pixels, network_pixels = video["frames"], tuple(video["pixels"]), tuple(video["network pixels"])
     objects = tuple(content["objects"])
-    if len(set(objects)) != len(objects) or not set(objects) <= set(range(1, MOST_LABEL + 1)):
+    if len(set(objects)) != len(objects) or not set(objects) <= set(range(1, MAX_LABEL + 1)):
         raise ValueError(f"objects: {objects}")
     scribbles = {int(frame): tuple(given) for frame, given in content["scribbles"].items()}
     for given in scribbles.values():

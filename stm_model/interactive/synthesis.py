@@ -1,4 +1,4 @@
-"""Scribbles made up from masks, to train on: a random walk on a region's skeleton, drawn with an unsteady hand."""
+"""Synthetic scribbles for training: a random walk on a region's skeleton, drawn with an unsteady hand."""
 
 from __future__ import annotations
 
@@ -9,61 +9,52 @@ from scipy import ndimage
 from stm_model.interactive.scribbles import polyline, thin
 from stm_model.io.images import VOID
 
-MOST_STROKES = 3
-"""Strokes of one scribble: at most so many pieces of a region get one."""
-LEAST_PIECE = 0.05
-"""Pieces smaller than this share of their region get no stroke, but for the largest."""
-LONGEST, SHORTEST = 1.0, 0.3
-"""Length of a stroke, as a share of its piece's skeleton."""
-HAND = 8
-"""Pixels between the points that a hand is led through."""
+MAX_STROKES = 3
+"""Strokes of one scribble: one for each of the region's largest components."""
+MIN_COMPONENT = 0.05
+"""Smaller components, as a share of the region, get no stroke, except the largest."""
+MIN_LENGTH, MAX_LENGTH = 0.3, 1.0
+"""Length of a stroke, as a share of its component's skeleton."""
+POINT_SPACING = 8
+"""Pixels between the points of a walk that are moved at random."""
 NEAR = 0.15
 """Background is scribbled within this share of the picture's longer side from the objects."""
-ERODED = 0.15
-"""Errors lose a border of this share of the root of their area before they are scribbled on, as the robot does it."""
-WIDEST_BORDER = 16
-"""The most they lose, in pixels."""
+EROSION, MAX_EROSION = 0.15, 16
+"""Errors are eroded before they are scribbled on, as the robot does: by this share of the root of their area, and by
+at most so many pixels."""
 
 
 def synthesize(mask: np.ndarray, random: torch.Generator) -> np.ndarray:
-    """Scribble on a region as a person might: a stroke along the middle of each of its larger pieces.
+    """Scribble on a region as a person might: a stroke along the middle of each of its larger components.
 
     Args:
         mask: the region, bool `[H, W]`.
-        random: where chance comes from.
+        random: source of randomness.
 
     Returns:
-        bool `[H, W]`, lines one pixel wide that lie in the region; empty only if it is.
-
-    Raises:
-        ValueError: not such a mask.
+        bool `[H, W]`, lines one pixel wide inside the region; empty only if the region is.
 
     Source: Oh et al., DAVIS challenge 2019: skeleton and random walk.
     """
     skeleton = thin(mask)
     scribble = np.zeros_like(skeleton)
-    for piece in _large_pieces(mask):
-        box = ndimage.find_objects(piece.astype(np.uint8))[0]
-        scribble[box] |= _stroke(piece[box], skeleton[box] & piece[box], random)
+    for component in _large_components(mask):
+        box = ndimage.find_objects(component.astype(np.uint8))[0]
+        scribble[box] |= _stroke(component[box], skeleton[box] & component[box], random)
     return scribble
 
 
 def synthesize_background(objects: np.ndarray, random: torch.Generator) -> np.ndarray:
-    """Scribble on the background near the objects; for the arguments and the result see `synthesize`.
-
-    Args:
-        objects: the mask of all objects.
-        random: where chance comes from.
-    """
+    """Scribble on the background near the objects, given the mask of all of them; see `synthesize`."""
     reach = NEAR * max(objects.shape)
     near = ndimage.distance_transform_edt(~objects) <= reach if objects.any() else np.ones_like(objects)
-    # a part of the ring around the objects: a whole one would be scribbled all around
+    # half of the ring around the objects: nobody scribbles all the way around
     rows, columns = np.indices(objects.shape, sparse=True)
     height, width = objects.shape
     angle = 2 * np.pi * float(torch.rand((), generator=random))
-    places = np.argwhere(objects)
-    centre = places.mean(0) if len(places) else np.array([height / 2, width / 2])
-    side = np.cos(angle) * (columns - centre[1]) + np.sin(angle) * (rows - centre[0]) > 0
+    pixels = np.argwhere(objects)
+    center = pixels.mean(0) if len(pixels) else np.array([height / 2, width / 2])
+    side = np.cos(angle) * (columns - center[1]) + np.sin(angle) * (rows - center[0]) > 0
     for region in (near & ~objects & side, near & ~objects, ~objects):
         if region.any():
             break
@@ -73,17 +64,11 @@ def synthesize_background(objects: np.ndarray, random: torch.Generator) -> np.nd
 def corrective(
     prediction: np.ndarray, truth: np.ndarray, label: int, random: torch.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scribble on what a prediction got wrong about an object.
-
-    Args:
-        prediction: labels `[H, W]`.
-        truth: labels `[H, W]`; where it is 255 nothing is wrong.
-        label: the object.
-        random: where chance comes from.
+    """Scribble on the errors of one object in labels `[H, W]`; void pixels of the truth are no errors.
 
     Returns:
-        Positive scribbles where it was missed and negative ones where it is not, bool `[H, W]`; empty where nothing is
-        wrong.
+        Positive scribbles on false negatives and negative ones on false positives, bool `[H, W]`; empty where there is
+        no error.
     """
     missed = (truth == label) & (prediction != label)
     extra = (prediction == label) & (truth != label) & (truth != VOID)
@@ -91,43 +76,43 @@ def corrective(
 
 
 def _core(region: np.ndarray) -> np.ndarray:
-    """An error without what a border that is slightly off leaves; all of it, if nothing else is there."""
-    border = min(ERODED * np.sqrt(np.count_nonzero(region)), WIDEST_BORDER)
+    """An error without its border, unless nothing else is left: nobody scribbles on slightly wrong outlines."""
+    border = min(EROSION * np.sqrt(np.count_nonzero(region)), MAX_EROSION)
     core = ndimage.distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1] > border
     return core if core.any() else region
 
 
-def _large_pieces(mask: np.ndarray) -> list[np.ndarray]:
+def _large_components(mask: np.ndarray) -> list[np.ndarray]:
     labels, count = ndimage.label(mask, np.ones((3, 3)))
     areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
-    largest = np.argsort(-areas, kind="stable")[:MOST_STROKES]
-    return [labels == 1 + piece for piece in largest if piece == largest[0] or areas[piece] >= LEAST_PIECE * mask.sum()]
+    largest = np.argsort(-areas, kind="stable")[:MAX_STROKES]
+    return [labels == 1 + n for n in largest if n == largest[0] or areas[n] >= MIN_COMPONENT * mask.sum()]
 
 
-def _stroke(piece: np.ndarray, skeleton: np.ndarray, random: torch.Generator) -> np.ndarray:
-    """A walk on the skeleton of a connected piece, redrawn by hand."""
-    # a walk may end soon in a corner
+def _stroke(component: np.ndarray, skeleton: np.ndarray, random: torch.Generator) -> np.ndarray:
+    """A walk on a component's skeleton, redrawn by hand."""
+    # one walk may end early in a corner
     path = max((_walk(skeleton, random) for _ in range(2)), key=len)
-    points = path[np.unique(np.append(np.arange(0, len(path), HAND), len(path) - 1))]
-    room = ndimage.distance_transform_cdt(np.pad(piece, 1))[1:-1, 1:-1][tuple(points.T)]
+    points = path[np.unique(np.append(np.arange(0, len(path), POINT_SPACING), len(path) - 1))]
+    to_border = ndimage.distance_transform_cdt(np.pad(component, 1))[1:-1, 1:-1][tuple(points.T)]
     shake = float(torch.rand((), generator=random))
-    moved = points + torch.randn(points.shape, generator=random).numpy() * (shake * room)[:, None]
+    moved = points + torch.randn(points.shape, generator=random).numpy() * (shake * to_border)[:, None]
     smooth = np.round(ndimage.gaussian_filter1d(moved, 1.0, axis=0, mode="nearest")).astype(np.int64)
-    stroke = np.zeros_like(piece)
-    stroke[tuple(polyline(smooth.clip(0, np.array(piece.shape) - 1)).T)] = True
-    stroke &= piece
+    stroke = np.zeros_like(component)
+    stroke[tuple(polyline(smooth.clip(0, np.array(component.shape) - 1)).T)] = True
+    stroke &= component
     if not stroke.any():
-        # the hand left a narrow piece everywhere
+        # the redrawn line left a narrow component everywhere
         stroke[tuple(path[len(path) // 2])] = True
     return stroke
 
 
 def _walk(skeleton: np.ndarray, random: torch.Generator) -> np.ndarray:
-    """A random walk on a skeleton that visits no pixel twice, from a random pixel in two directions: `[n, 2]`."""
+    """A self-avoiding random walk on a skeleton, from a random pixel in two directions: `[n, 2]`."""
     stride = skeleton.shape[1] + 2
     pixels = np.flatnonzero(np.pad(skeleton, 1))
     start = int(pixels[int(torch.randint(len(pixels), (), generator=random))])
-    share = SHORTEST + (LONGEST - SHORTEST) * float(torch.rand((), generator=random))
+    share = MIN_LENGTH + (MAX_LENGTH - MIN_LENGTH) * float(torch.rand((), generator=random))
     draws = torch.rand(2, len(pixels), generator=random).tolist()
     steps = (-1, 1, -stride, stride, -stride - 1, -stride + 1, stride - 1, stride + 1)
     left, halves = set(pixels.tolist()) - {start}, []

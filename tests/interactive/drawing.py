@@ -15,6 +15,13 @@ def middle(mask, label):
     return stroke(label, (x - 0.03, y), (x + 0.03, y + 0.03))
 
 
+def scribble_file(sequence, frames, frame_count):
+    """Scribbles, by frame, as DAVIS' JSON has them."""
+    times = {"start_time": 0, "end_time": 0}
+    listed = [[scribble | times for scribble in frames.get(index, ())] for index in range(frame_count)]
+    return {"sequence": sequence, "scribbles": listed}
+
+
 def everything(session):
     """All that a session shows, to compare bit for bit."""
     probabilities = torch.stack([session.probabilities(index) for index in range(len(session.frames))])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from stm_model.interactive import robot
-from stm_model.interactive.robot import first_frame, medial_axis, robot_scribbles, worst_frame
+from stm_model.interactive.robot import first_frame, medial_axis, robot_scribbles
 from stm_model.interactive.scribbles import bezier, check_scribbles, rasterize
 
 VECTORS = Path(__file__).parents[3] / "shared" / "data" / "scribble_vectors"
@@ -126,13 +126,3 @@ def test_a_person_begins_where_all_objects_are_seen_well():
     truths[3, :3], truths[3, 5] = 1, 2
     assert first_frame(truths, [1, 2]) == 2
     assert first_frame(truths, [1]) == 0
-
-
-def test_the_worst_frame_is_taken_once():
-    scores = {1: 0.5, 2: 0.2, 3: 0.2, 4: 0.9}
-    assert worst_frame(scores) == 2
-    assert worst_frame(scores, used=[2]) == 3
-    assert worst_frame(scores, used=[2, 3], candidates=[2, 4]) == 4
-    assert worst_frame(scores, used=[1, 2, 3, 4]) == 2
-    with pytest.raises(ValueError, match=r"expected frames that have a score, got \[9\]"):
-        worst_frame(scores, candidates=[9])

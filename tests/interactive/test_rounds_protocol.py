@@ -8,14 +8,21 @@ import numpy as np
 import pytest
 import torch
 from answers import refused
+from drawing import scribble_file
 
 import stm_model.interactive.evaluate as module
 from stm_model import STM, STMConfig
 from stm_model.commands.main import main
 from stm_model.evaluation.metrics import sequence_scores
-from stm_model.interactive.official import drive
-from stm_model.interactive.protocol import Round, Sample, next_scribbles, run_rounds, score_frames, summarize_samples
-from stm_model.interactive.scribbles import format_scribbles, write_scribbles
+from stm_model.interactive.protocol import (
+    Round,
+    Sample,
+    drive,
+    next_scribbles,
+    run_rounds,
+    score_frames,
+    summarize_samples,
+)
 from stm_model.interactive.session import ScribbleSession
 from stm_model.io import images
 from stm_model.network.weights import write_tensors
@@ -74,6 +81,13 @@ def test_a_frame_without_anything_to_scribble_on_is_passed_over(truths):
     assert next_scribbles(masks, truths, [1, 2], {1: 0.0, 2: 1.0}, used=[])[1] == []
 
 
+def test_the_worst_frame_comes_first_and_those_used_before_last(truths):
+    masks = np.zeros_like(truths)
+    scores = {1: 0.5, 2: 0.2, 3: 0.2, 4: 0.9}
+    for used, expected in (([], 2), ([2], 3), ([2, 3], 1), ([1, 2, 3], 4), ([1, 2, 3, 4], 2)):
+        assert next_scribbles(masks, truths, [1, 2], scores, used)[0] == expected
+
+
 def test_frames_are_scored_as_everywhere_and_the_ends_count(truths):
     masks = np.roll(truths, 5, axis=2)
     region, contour = score_frames(masks, truths, [1, 2])
@@ -103,7 +117,7 @@ def test_a_round_beyond_the_budget_is_not_done(truths):
 
 def _sample(values, seconds=10.0, objects=1, interactions=8):
     rounds = tuple(Round(0, 1, seconds, value, value) for value in values)
-    return Sample("a", "robot", objects, interactions, rounds)
+    return Sample("a", objects, interactions, rounds)
 
 
 def test_the_area_of_a_constant_curve_is_the_constant():
@@ -192,7 +206,8 @@ def test_people_may_begin(evaluate, tmp_path):
     drawn = [{"path": [[0.3, 0.4], [0.6, 0.5]], "object_id": 2}]
     (tmp_path / "people" / "bee").mkdir(parents=True)
     for name, frame in (("001", 1), ("002", 3)):
-        write_scribbles(tmp_path / "people" / "bee" / f"{name}.json", "bee", {frame: drawn}, 6)
+        content = json.dumps(scribble_file("bee", {frame: drawn}, 6))
+        (tmp_path / "people" / "bee" / f"{name}.json").write_text(content)
     code, out, _ = evaluate("--json", "--videos", "bee", "--scribbles", tmp_path / "people")
     samples = json.loads(out)["samples"]
     assert code == 0 and [row["sample"] for row in samples] == ["bee/001", "bee/002"]
@@ -223,9 +238,9 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(evaluate, dav
     assert refused(evaluate("--scribbles", people), "no .json in")
     assert refused(evaluate(*bee), "001.json", "broken JSON")
     two = {0: [{"path": [[0, 0]], "object_id": 1}], 1: [{"path": [[0, 0]], "object_id": 1}]}
-    write_scribbles(people / "bee" / "001.json", "bee", two, 6)
+    (people / "bee" / "001.json").write_text(json.dumps(scribble_file("bee", two, 6)))
     assert refused(evaluate(*bee), "expected scribbles on one frame to begin with, got 2 frames")
-    write_scribbles(people / "bee" / "001.json", "bee", {8: two[0]}, 9)
+    (people / "bee" / "001.json").write_text(json.dumps(scribble_file("bee", {8: two[0]}, 9)))
     assert refused(evaluate(*bee), "scribbles on frame 8, but the video has 6 frames")
     assert refused(evaluate(checkpoint=tmp_path / "none.safetensors"), "checkpoint: no such file")
     assert refused(evaluate("--size", "3"), "size: expected at least 16 pixels, got 3")
@@ -251,7 +266,7 @@ class Official:
         assert only_last
         name, turn = self.todo[len(self.submitted)]
         drawn = [{"path": [[0.2 + 0.3 * turn, 0.4], [0.5, 0.5]], "object_id": 1 + turn}]
-        return name, format_scribbles(name, {2 * turn: drawn}, len(self.clips[name][0])), turn == 0
+        return name, scribble_file(name, {2 * turn: drawn}, len(self.clips[name][0])), turn == 0
 
     def submit_masks(self, masks, next_scribble_frame_candidates=None):
         self.submitted.append(masks)
