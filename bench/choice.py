@@ -81,7 +81,7 @@ def left_out(memory: PagedMemory, query_key: torch.Tensor, skip: float) -> float
     """The share of blocks of queries and memory positions whose values are not read."""
     scale = query_key.shape[2] ** -0.5
     read = blocks = 0
-    for key, value in memory._pages.parts():
+    for key, value in memory.state()["pages"]:
         kept = read_operator(query_key, key, value, None, None, scale, 0, skip, "auto")[3]
         read, blocks = read + int(kept.sum()), blocks + kept.numel()
     return 1 - read / blocks

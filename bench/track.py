@@ -55,7 +55,7 @@ class PublicMemory(PagedMemory):
 
     def read(self, query_key: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
         """What is read, and zeros for the log-sum-exp, for which public code does not ask."""
-        key, value = (torch.cat(parts, 1) for parts in zip(*self._pages.parts()))
+        key, value = (torch.cat(parts, 1) for parts in zip(*self.state()["pages"]))
         affinity = torch.softmax(query_key @ key.mT * query_key.shape[2] ** -0.5, -1)
         return affinity @ value, query_key.new_zeros(query_key.shape[:2])
 

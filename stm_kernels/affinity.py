@@ -39,38 +39,6 @@ class Affinity:
         return N if self.lengths is None else min(max(int(self.lengths[item]), 0), N)
 
 
-def as_dot_product(
-    query_key: Tensor,
-    memory_key: Tensor,
-    scale: float,
-    similarity: str,
-    key_bias: Tensor | None,
-    lengths: Tensor | None,
-) -> tuple[float, Tensor | None, Tensor | None, Tensor | None]:
-    """Scale, bias and lengths as the operators take them, and what to take from their log-sum-exp `[B, M]`.
-
-    -scale · |q - k|² is 2 · scale · q · k - scale · |k|² - scale · |q|²: a dot product, a bias of the position, and a
-    shift of the whole row, which the softmax does not see.
-    """
-    wide = wide_dtype(query_key.dtype)
-    shift = None
-    if key_bias is not None:
-        key_bias = key_bias.to(wide).contiguous()
-    if lengths is not None:
-        lengths = lengths.to(torch.int32).contiguous()
-    if similarity == "l2":
-        visible = memory_key.to(wide)
-        if lengths is not None:
-            # a gradient of 0 times NaN is NaN
-            behind = torch.arange(memory_key.shape[1], device=lengths.device) >= lengths[:, None]
-            visible = visible.masked_fill(behind[:, :, None], 0.0)
-        square = visible.square().sum(2) * -scale
-        key_bias = square if key_bias is None else square + key_bias
-        shift = query_key.double().square().sum(2) * scale
-        scale = 2 * scale
-    return scale, key_bias, lengths, shift
-
-
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums, maxima and biases of a read in `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,11 +1,43 @@
-"""Partial reads to one, by log-sum-exp: the same for splits, pages and ranks."""
+"""Partial reads → one, by log-sum-exp: splits, pages and ranks alike."""
 
 import math
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor
+
+from stm_kernels.affinity import wide_dtype
+
+
+class ReadResult(NamedTuple):
+    """All that a read of a memory, or of a part of one, can return."""
+
+    out: Tensor
+    """`[B, M, V]`."""
+    lse: Tensor
+    """`[B, M]`, float64: merging many reads by rounded ones would add the roundings up."""
+    skipped: Tensor
+    """`[B, M]`, float32: the dropped softmax mass."""
+
+    def chosen(self, return_lse: bool, return_skipped: bool = False) -> Tensor | tuple[Tensor, ...]:
+        """What the caller of a public read asked for; the log-sum-exp in float32 unless the read is float64."""
+        results = [self.out]
+        if return_lse:
+            results.append(self.lse.to(wide_dtype(self.out.dtype)))
+        if return_skipped:
+            results.append(self.skipped)
+        return tuple(results) if len(results) > 1 else self.out
+
+
+def merge_results(first: ReadResult, second: ReadResult) -> ReadResult:
+    """Combine reads of two disjoint parts of one memory, in float32 or wider: whoever merges many rounds once."""
+    parts, wide = (first, second), wide_dtype(second.out.dtype)
+    lses, skipped = (torch.stack([getattr(part, name) for part in parts]) for name in ("lse", "skipped"))
+    out, lse = merge_reads(torch.stack([part.out.to(wide) for part in parts]), lses)
+    shares = (lses - lse.masked_fill(lse.isneginf(), 0.0)).exp()
+    return ReadResult(out, lse, (shares * skipped).sum(0).float())
 
 
 def merge_reads(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,14 +64,13 @@ def merge_reads(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 
         out, lse = triton_merge(outs.contiguous(), lses.double().contiguous(), outs.dtype)
         return out, lse.to(lses.dtype)
-    # a row that no part can see has weight 0 everywhere, not 0/0, and so have its gradients
+    # a row with no visible key in any part has weight 0 everywhere, not 0/0, and so have its gradients
     empty = lses.isneginf().all(0)
     seen = lses.masked_fill(empty, 0.0)
-    # not exp(lses - lse): a large log-sum-exp is rounded, and would take the weights with it
+    # not exp(lses - lse): a large log-sum-exp is rounded, and the weights with it
     weight = seen.softmax(0).masked_fill(empty, 0.0)
-    math_dtype = torch.promote_types(outs.dtype, torch.float32)
     # a product and a sum: as a contraction this would run as B·M tiny matrix products
-    out = (rearrange(weight.to(math_dtype), "s b m -> s b m 1") * outs).sum(0)
+    out = (rearrange(weight.to(wide_dtype(outs.dtype)), "s b m -> s b m 1") * outs).sum(0)
     return out.to(outs.dtype), seen.logsumexp(0).masked_fill(empty, -math.inf)
 
 

@@ -1,4 +1,8 @@
-"""The read, its backward and the usage as PyTorch operators: what compile, autograd, autocast and vmap see of them."""
+"""The read, its backward and the usage as PyTorch operators: what compile, autograd, autocast and vmap see of them.
+
+An operator of torch.library takes tensors and numbers, no dataclass: `read`, `select` and `usage` flatten the options,
+`_affinity_of` restores what weighs the positions.
+"""
 
 import os
 from importlib.util import find_spec
@@ -10,8 +14,79 @@ from torch import Tensor
 from stm_kernels.affinity import SKIP_POSITIONS, SKIP_QUERIES, Affinity, wide_dtype
 from stm_kernels.cpu.chunked import chunked_read, chunked_read_backward, chunked_usage
 from stm_kernels.cpu.top_k import Select, chunked_select, top_k_read, top_k_read_backward, top_k_usage
+from stm_kernels.merge import ReadResult
+from stm_kernels.options import ReadOptions
 
 TRITON_KEY_CHANNELS = 256
+
+
+def read(options: ReadOptions, query_key: Tensor, memory_key: Tensor, memory_value: Tensor) -> ReadResult:
+    """Read by `options.implementation`, but "reference"; the inputs are checked."""
+    key_bias, lengths, scale, shift = _flat(options, query_key, memory_key)
+    settings = (scale, options.top_k or 0, options.dropped, options.implementation)
+    out, lse, skipped, _ = read_operator(query_key, memory_key, memory_value, key_bias, lengths, *settings)
+    return ReadResult(out, lse if shift is None else shift_back(lse, shift), skipped)
+
+
+def select(options: ReadOptions, query_key: Tensor, memory_key: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The positions that a top-k read weighs, their logits, and what `shift_back` takes from their log-sum-exp."""
+    key_bias, lengths, scale, shift = _flat(options, query_key, memory_key)
+    settings = (scale, options.top_k or 0, options.implementation)
+    return *select_operator(query_key, memory_key, key_bias, lengths, *settings), shift
+
+
+def usage(options: ReadOptions, lse: Tensor | None, query_key: Tensor, memory_key: Tensor) -> Tensor:
+    """Column sums of the affinity, by `options.implementation`, but "reference"; the inputs are checked."""
+    key_bias, lengths, scale, shift = _flat(options, query_key, memory_key)
+    if lse is not None:
+        lse = lse.double() if shift is None else lse.double() + shift
+    settings = (scale, options.top_k or 0, options.implementation)
+    return usage_operator(query_key, memory_key, key_bias, lengths, lse, *settings)
+
+
+def shift_back(lse: Tensor, shift: Tensor) -> Tensor:
+    """The log-sum-exp of squared distances from that of their dot product."""
+    # a query with no visible key has no gradient by its shift either
+    return lse - shift.masked_fill(lse.isneginf(), 0.0)
+
+
+def _flat(
+    options: ReadOptions, query_key: Tensor, memory_key: Tensor
+) -> tuple[Tensor | None, Tensor | None, float, Tensor | None]:
+    """Bias, lengths and scale as the operators take them, and what `shift_back` takes from their log-sum-exp.
+
+    -scale · |q - k|² is 2 · scale · q · k - scale · |k|² - scale · |q|²: a dot product, a bias of the position, and a
+    shift of the whole row, which the softmax does not see.
+    """
+    wide, scale = wide_dtype(query_key.dtype), options.scale_of(query_key.shape[2])
+    key_bias = None if options.key_bias is None else options.key_bias.to(wide).contiguous()
+    lengths = None if options.lengths is None else options.lengths.to(torch.int32).contiguous()
+    if options.similarity == "dot":
+        return key_bias, lengths, scale, None
+    visible = memory_key.to(wide)
+    if lengths is not None:
+        # a gradient of 0 times NaN is NaN
+        padding = torch.arange(memory_key.shape[1], device=lengths.device) >= lengths[:, None]
+        visible = visible.masked_fill(padding[:, :, None], 0.0)
+    square = visible.square().sum(2) * -scale
+    shift = query_key.double().square().sum(2) * scale
+    return square if key_bias is None else square + key_bias, lengths, 2 * scale, shift
+
+
+def _affinity_of(
+    query_key: Tensor, memory_key: Tensor, key_bias: Tensor | None, lengths: Tensor | None, scale: float
+) -> Affinity:
+    """What weighs the positions, from the arguments of an operator.
+
+    Raises:
+        ValueError: a length is out of range, where looking at it costs no wait for a GPU; a kernel clamps it.
+    """
+    N = memory_key.shape[1]
+    if lengths is not None and lengths.device.type == "cpu" and lengths.numel():
+        smallest, largest = int(lengths.min()), int(lengths.max())
+        if smallest < 0 or largest > N:
+            raise ValueError(f"lengths: expected 0 to N = {N} positions, got {smallest if smallest < 0 else largest}")
+    return Affinity(query_key, memory_key, scale, key_bias, lengths)
 
 
 @torch.library.custom_op("stm_kernels::memory_read", mutates_args=())
@@ -41,8 +116,7 @@ def read_operator(
         of the choice made: `[B, M, min(k, N)]` int32, the chosen positions, for a top-k read; for one that skips
         `[B, ⌈M / SKIP_QUERIES⌉, ⌈N / SKIP_POSITIONS⌉]` uint8, 1 where a block's values were read; else `[B, 0]`.
     """
-    affinity = Affinity(query_key, memory_key, scale, key_bias, lengths)
-    _check_lengths(affinity)
+    affinity = _affinity_of(query_key, memory_key, key_bias, lengths, scale)
     if min(*query_key.shape, *memory_value.shape) == 0:
         out, lse, skipped, choice = _outputs(affinity, memory_value, top_k, skip)
         return out.zero_(), lse.fill_(float("-inf")), skipped.zero_(), choice.zero_()
@@ -161,8 +235,7 @@ def select_operator(
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
     """The positions `[B, M, min(top_k, N)]` that a top-k read weighs, and their logits, as `topk.Select` has them."""
-    affinity = Affinity(query_key, memory_key, scale, key_bias, lengths)
-    _check_lengths(affinity)
+    affinity = _affinity_of(query_key, memory_key, key_bias, lengths, scale)
     if min(*query_key.shape, *memory_key.shape) == 0:
         indices, logits = _empty_selection(query_key, memory_key, top_k)
         return indices.zero_(), logits.fill_(float("-inf"))
@@ -194,8 +267,7 @@ def usage_operator(
 
     With `top_k` they are those of a read of so many positions, and `lse` is not looked at.
     """
-    affinity = Affinity(query_key, memory_key, scale, key_bias, lengths)
-    _check_lengths(affinity)
+    affinity = _affinity_of(query_key, memory_key, key_bias, lengths, scale)
     if min(*query_key.shape, *memory_key.shape) == 0:
         return query_key.new_zeros(memory_key.shape[:2], dtype=wide_dtype(query_key.dtype))
     on_gpu = resolve_implementation(implementation, query_key) == "triton"
@@ -247,15 +319,6 @@ def _select_of(on_gpu: bool) -> Select:
     from stm_kernels.gpu.top_k import triton_select
 
     return triton_select
-
-
-def _check_lengths(affinity: Affinity) -> None:
-    """Refuse a length out of range where looking at it costs no wait for a GPU; a kernel clamps it."""
-    lengths, N = affinity.lengths, affinity.memory_key.shape[1]
-    if lengths is not None and lengths.device.type == "cpu" and lengths.numel():
-        least, most = int(lengths.min()), int(lengths.max())
-        if least < 0 or most > N:
-            raise ValueError(f"lengths: expected 0 to N = {N} positions, got {least if least < 0 else most}")
 
 
 def resolve_implementation(implementation: str, query_key: Tensor) -> str:

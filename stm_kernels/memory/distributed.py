@@ -7,8 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stm_kernels.affinity import wide_dtype
 from stm_kernels.memory.paged import PagedMemory
-from stm_kernels.read import read_with_float64_lse
+from stm_kernels.merge import ReadResult
+from stm_kernels.options import ReadOptions
+from stm_kernels.read import checked_inputs, read_checked
 
 
 class DistributedMemory:
@@ -37,10 +40,7 @@ class DistributedMemory:
         device: torch.device | str = "cpu",
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        if not dist.is_initialized():
-            raise RuntimeError(
-                "torch.distributed: expected an initialised process group, call init_process_group first"
-            )
+        _check_group()
         self.group = group
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self.shard = PagedMemory(batch, key_channels, value_channels, page_size=page_size, dtype=dtype, device=device)
@@ -67,7 +67,7 @@ class DistributedMemory:
     ) -> Any: ...
     def read(
         self, query_key: Tensor, *, scale: float | None = None, return_lse: bool = False, implementation: str = "auto"
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, ...]:
         """Read everything held by all ranks; on every rank the result is the same, as of one memory in one place.
 
         Args:
@@ -81,9 +81,9 @@ class DistributedMemory:
             TypeError, ValueError, ImportError: as in `memory_read`.
             RuntimeError: another rank died.
         """
-        query_key = _Shared.apply(query_key, self.group)
-        out, lse, _ = self.shard.read_with_float64_lse(query_key, scale=scale, implementation=implementation)
-        return _results(out, lse, self.group, return_lse)
+        options = ReadOptions(scale, implementation=implementation)
+        part = self.shard.read_all(_Shared.apply(query_key, self.group), options)
+        return _merged(part, self.group).chosen(return_lse)
 
 
 @overload
@@ -116,7 +116,7 @@ def distributed_memory_read(
     return_lse: bool = False,
     implementation: str = "auto",
     group: dist.ProcessGroup | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Read a memory of which every rank holds a shard, as if it lay in one place.
 
     Args:
@@ -136,9 +136,10 @@ def distributed_memory_read(
         RuntimeError: another rank died.
     """
     _check_group()
-    query_key = _Shared.apply(query_key, group)
-    out, lse, _ = read_with_float64_lse(query_key, memory_key, memory_value, scale=scale, implementation=implementation)
-    return _results(out, lse, group, return_lse)
+    options = ReadOptions(scale, implementation=implementation)
+    query_key, *memory = checked_inputs(options, query_key, memory_key, memory_value)
+    part = read_checked(options, _Shared.apply(query_key, group), *memory)
+    return _merged(part, group).chosen(return_lse)
 
 
 def _check_group() -> None:
@@ -146,15 +147,10 @@ def _check_group() -> None:
         raise RuntimeError("torch.distributed: expected an initialised process group, call init_process_group first")
 
 
-def _results(
-    out: Tensor, lse: Tensor, group: dist.ProcessGroup | None, return_lse: bool
-) -> Tensor | tuple[Tensor, Tensor]:
-    dtype = out.dtype
-    merged, lse = _Merge.apply(out.to(torch.promote_types(dtype, torch.float32)), lse, group)
-    merged = merged.to(dtype)
-    if not return_lse:
-        return merged
-    return merged, lse if dtype == torch.float64 else lse.float()
+def _merged(part: ReadResult, group: dist.ProcessGroup | None) -> ReadResult:
+    """The read of the whole, on every rank, from each rank's part; rounded once."""
+    out, lse = _Merge.apply(part.out.to(wide_dtype(part.out.dtype)), part.lse, group)
+    return ReadResult(out.to(part.out.dtype), lse, part.skipped)
 
 
 class _Shared(torch.autograd.Function):
@@ -168,7 +164,7 @@ class _Shared(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         # summed in float32: the parts of a gradient are rounded once, not once a rank
-        total = grad.to(torch.promote_types(grad.dtype, torch.float32)).contiguous()
+        total = grad.to(wide_dtype(grad.dtype)).contiguous()
         dist.all_reduce(total, group=ctx.group)
         return total.to(grad.dtype), None
 
@@ -180,16 +176,16 @@ class _Merge(torch.autograd.Function):
     def forward(ctx, out: Tensor, lse: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
         top = lse.clone()
         dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-        blind = top.isneginf()
-        top = top.masked_fill(blind, 0.0)
+        unseen = top.isneginf()
+        top = top.masked_fill(unseen, 0.0)
         weight = (lse - top).exp()
         total = weight.clone()
         dist.all_reduce(total, group=group)
-        weight = (weight / total.masked_fill(blind, 1.0)).to(out.dtype)
+        weight = (weight / total.masked_fill(unseen, 1.0)).to(out.dtype)
         merged = weight[..., None] * out
         dist.all_reduce(merged, group=group)
         ctx.save_for_backward(weight, out, merged)
-        return merged, (top + total.log()).masked_fill(blind, -math.inf)
+        return merged, (top + total.log()).masked_fill(unseen, -math.inf)
 
     @staticmethod
     def backward(ctx, grad_out: Tensor, grad_lse: Tensor):

@@ -1,17 +1,23 @@
 """A memory that grows by pages: appending copies the new positions and nothing else."""
 
-from collections.abc import Iterable
-from typing import Any, Literal, overload
+import math
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from stm_kernels.affinity import PAGE_MULTIPLE, Affinity, wide_dtype
-from stm_kernels.memory.pages import Page, Pages, Parts
-from stm_kernels.merge import merge_reads
-from stm_kernels.operator import resolve_implementation
-from stm_kernels.options import check_agreement, check_tensors, checked_affinity, checked_choice
-from stm_kernels.read import memory_usage, read_with_float64_lse, top_k_of_parts
+from stm_kernels.cpu.top_k import weighted_read
+from stm_kernels.memory.pages import Pages
+from stm_kernels.merge import ReadResult, merge_results
+from stm_kernels.operator import autocast_inputs, resolve_implementation, select, shift_back
+from stm_kernels.options import ReadOptions, check_rows
+from stm_kernels.read import checked_inputs, read_checked, usage_checked
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from stm_kernels.options import PageKeywords
 
 
 class PagedMemory:
@@ -24,14 +30,14 @@ class PagedMemory:
         key_channels: C.
         value_channels: V.
         page_size: positions per page.
-        device_pages: how many pages may lie on the device; the others lie in the host's memory (pinned for a GPU), and
+        device_pages: how many pages may lie on the device; the others lie in host memory (pinned for a GPU), and
             stream through two pages on the device while they are read. None is as many as the device can hold.
         dtype: floating-point type of keys and values.
         device: where the memory is read.
 
     Raises:
         ValueError: a size is not positive.
-        TypeError: `dtype` is no floating-point type.
+        TypeError: `dtype` is not a floating-point type.
     """
 
     def __init__(
@@ -56,8 +62,9 @@ class PagedMemory:
         self.batch, self.key_channels, self.value_channels = batch, key_channels, value_channels
         self.page_size, self.dtype, self.device = page_size, dtype, torch.empty(0, device=device).device
         self._pages = Pages(batch, key_channels, value_channels, page_size, dtype, self.device, device_pages)
-        # addresses of the pages on the device, keys above values, made anew when there are more
-        self._table: Tensor | None = None
+        # of the pages on the device, keys above values; the table is the same on the device
+        self._addresses: list[list[int]] = []
+        self._table = torch.empty(0)
 
     def __len__(self) -> int:
         """Positions held."""
@@ -90,7 +97,7 @@ class PagedMemory:
 
     @property
     def host_nbytes(self) -> int:
-        """Bytes of the pages in the host's memory that lie there for want of room on the device."""
+        """Bytes of the pages in host memory, for which the device has no room."""
         return len(self._pages.on_host) * self._pages.page_nbytes
 
     def append(self, key: Tensor, value: Tensor) -> None:
@@ -137,20 +144,25 @@ class PagedMemory:
         start = len(self) - count if start is None else start
         length = len(self) - count
         moving = max(start + count, length)
-        for source, key, value in self._pages.read_back(moving, len(self) - moving):
-            self._pages.write(start + source - moving, key, value)
+        for key, value in self._pages.held(moving):
+            self._pages.write(start, key, value)
+            start += key.shape[1]
         self._pages.truncate(length)
 
     def free_unused(self) -> None:
         """Give back the pages that hold nothing."""
         self._pages.free_unused()
-        self._table = None
 
     def state(self) -> dict[str, Any]:
         """All that is held, page by page as it is held, for `torch.save`: only the last page is copied, so write it
         before the memory changes.
         """
-        return {"pages": self._pages.filled(), "on_device": len(self._pages.on_device)}
+        pages = self._pages.held()
+        if pages and pages[-1][0].shape[1] < self.page_size:
+            # whoever writes a view writes all that it is a view of
+            key, value = pages[-1]
+            pages[-1] = (key.clone(), value.clone())
+        return {"pages": pages, "on_device": len(self._pages.on_device)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Hold what a memory of the same form held at its `state`, to the bit and where it lay, and nothing else.
@@ -180,26 +192,18 @@ class PagedMemory:
         self,
         query_key: Tensor,
         *,
-        scale: float | None = None,
-        similarity: str = "dot",
-        top_k: int | None = None,
-        skip: float = 0.0,
         return_lse: Literal[False] = False,
         return_skipped: Literal[False] = False,
-        implementation: str = "auto",
+        **options: "Unpack[PageKeywords]",
     ) -> Tensor: ...
     @overload
     def read(
         self,
         query_key: Tensor,
         *,
-        scale: float | None = None,
-        similarity: str = "dot",
-        top_k: int | None = None,
-        skip: float = 0.0,
         return_lse: bool = False,
         return_skipped: bool = False,
-        implementation: str = "auto",
+        **options: "Unpack[PageKeywords]",
     ) -> Any: ...
     def read(
         self,
@@ -229,44 +233,82 @@ class PagedMemory:
         Raises:
             TypeError, ValueError, ImportError: as in `memory_read`.
         """
-        out, lse, skipped = self.read_with_float64_lse(
-            query_key, scale=scale, similarity=similarity, top_k=top_k, skip=skip, implementation=implementation
-        )
-        results = [out]
-        if return_lse:
-            results.append(lse if out.dtype == torch.float64 else lse.float())
-        if return_skipped:
-            results.append(skipped)
-        return tuple(results) if len(results) > 1 else out
+        options = ReadOptions(scale, similarity, None, None, top_k, skip, implementation)
+        return self.read_all(query_key, options).chosen(return_lse, return_skipped)
 
-    def read_with_float64_lse(
-        self, query_key: Tensor, *, top_k: int | None = None, implementation: str = "auto", **options: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`read` with all it can return, and its log-sum-exp in float64, to merge it with other reads."""
-        parts: Parts | list[Page] = self._pages.parts() if len(self) else [self._pages.new_page(0)]
-        if implementation == "reference":
+    def read_all(self, query_key: Tensor, options: ReadOptions) -> ReadResult:
+        """`read` with all that it can return."""
+        query_key, *nothing = checked_inputs(options, query_key, *self._pages.new_page(0))
+        pages = -(-len(self) // self.page_size)
+        if not pages:
+            return read_checked(options, query_key, *nothing)
+        if options.implementation == "reference":
             # a page from the host is lent for one turn only
-            keys, values = zip(*((key.clone(), value.clone()) for key, value in parts))
-            parts = [(torch.cat(keys, 1), torch.cat(values, 1))]
-        if len(parts) == 1:
-            (page,) = parts
-            return read_with_float64_lse(query_key, *page, top_k=top_k, implementation=implementation, **options)
-        if top_k is not None:
-            return top_k_of_parts(query_key, parts, top_k=top_k, implementation=implementation, **options)
-        assert isinstance(parts, Parts)
-        merged: tuple[Tensor, Tensor, Tensor] | None = None
-        rest: Iterable[Page] = parts
-        if len(parts.on_device) > 1 and self._one_launch_reads(query_key, implementation, **options):
-            merged, rest = self._read_in_one_launch(query_key, parts.on_device, **options), parts.streamed()
-        dtype = None
-        for key, value in rest:
-            out, lse, skipped = read_with_float64_lse(query_key, key, value, implementation=implementation, **options)
-            dtype = out.dtype
-            # merged in float32 or wider, so that the read is rounded once, not once a page
-            part = (out.to(wide_dtype(dtype)), lse, skipped)
-            merged = part if merged is None else _merged(merged, part)
+            keys, values = zip(*((key.clone(), value.clone()) for key, value in self._pages.stream()))
+            return read_checked(options, query_key, *autocast_inputs(torch.cat(keys, 1), torch.cat(values, 1)))
+        if options.top_k is not None and pages > 1:
+            return self._read_top_k(query_key, options)
+        merged: ReadResult | None = None
+        done = 0
+        if min(pages, len(self._pages.on_device)) > 1 and self._has_table_kernel(query_key, options):
+            merged, done = self._read_by_table(query_key, options), len(self._pages.on_device)
+        for page in self._pages.stream(done):
+            part = read_checked(options, query_key, *autocast_inputs(*page))
+            merged = part if merged is None else merge_results(merged, part)
         assert merged is not None
-        return merged[0].to(dtype or query_key.dtype), *merged[1:]
+        return merged._replace(out=merged.out.to(query_key.dtype))
+
+    def _has_table_kernel(self, query_key: Tensor, options: ReadOptions) -> bool:
+        """Whether the kernel that walks over a table of pages can read this; it has no backward pass."""
+        differentiated = torch.is_grad_enabled() and query_key.requires_grad
+        if differentiated or options.similarity != "dot" or self.page_size % PAGE_MULTIPLE:
+            return False
+        return query_key.dtype == self.dtype and resolve_implementation(options.implementation, query_key) == "triton"
+
+    def _read_by_table(self, query_key: Tensor, options: ReadOptions) -> ReadResult:
+        """The read of the pages on the device, in one launch."""
+        from stm_kernels.gpu.forward import PageTable, triton_read
+
+        pages = self._pages.on_device
+        addresses = [[tensor.data_ptr() for tensor in tensors] for tensors in zip(*pages)]
+        if addresses != self._addresses:
+            # a kernel that followed the addresses of pages given back would read what is another's now
+            self._addresses, self._table = addresses, torch.tensor(addresses, device=self.device)
+        keys, values = self._table
+        table = PageTable(keys, values, self.page_size, min(len(self), len(pages) * self.page_size))
+        key, value = pages[0]
+        affinity = Affinity(query_key, key, options.scale_of(self.key_channels))
+        return ReadResult(*triton_read(affinity, value, options.dropped, table)[:3])
+
+    def _read_top_k(self, query_key: Tensor, options: ReadOptions) -> ReadResult:
+        """The read of the `top_k` best positions of all pages, which are gone through twice.
+
+        Each page selects; the best of all selections are the best of all, and are weighed page by page.
+        """
+        if query_key.requires_grad and torch.is_grad_enabled():
+            raise ValueError("query_key: expected no gradients of top_k in several pages, got requires_grad=True")
+        k, start, shift = options.top_k, 0, None
+        logits = query_key.new_empty(*query_key.shape[:2], 0, dtype=wide_dtype(query_key.dtype))
+        positions = logits.int()
+        for key, _ in self._pages.stream():
+            page_positions, page_logits, shift = select(options, query_key, *autocast_inputs(key))
+            # the earlier of two equal ones stands first, and a stable sort keeps it there
+            logits, order = torch.cat([logits, page_logits], 2).sort(dim=2, descending=True, stable=True)
+            positions = torch.cat([positions, page_positions + start], 2).gather(2, order[..., :k])
+            logits, start = logits[..., :k], start + key.shape[1]
+        merged: ReadResult | None = None
+        start = 0
+        for _, value in self._pages.stream():
+            (value,) = autocast_inputs(value)
+            elsewhere = (positions < start) | (positions >= start + value.shape[1])
+            here = (positions - start).masked_fill_(elsewhere, 0)
+            out, lse = weighted_read(value, here, logits.masked_fill(elsewhere, -math.inf))
+            part = ReadResult(out, lse, torch.zeros_like(lse, dtype=torch.float32))
+            merged = part if merged is None else merge_results(merged, part)
+            start += value.shape[1]
+        assert merged is not None
+        lse = merged.lse if shift is None else shift_back(merged.lse, shift)
+        return ReadResult(merged.out.to(query_key.dtype), lse, merged.skipped)
 
     def usage(
         self,
@@ -277,7 +319,7 @@ class PagedMemory:
         similarity: str = "dot",
         implementation: str = "auto",
     ) -> Tensor:
-        """Sum what all queries of a read weigh each position held, as `memory_usage` does.
+        """Sum the softmax mass of each position held over all queries of a read, as `memory_usage` does.
 
         Args:
             query_key, scale, similarity, implementation: of the read.
@@ -285,46 +327,17 @@ class PagedMemory:
 
         Returns:
             `[B, N]` in float32 (float64 for float64 inputs).
+
+        Raises:
+            TypeError, ValueError, ImportError: as in `memory_usage`.
         """
-        usages = [
-            memory_usage(query_key, key, lse=lse, scale=scale, similarity=similarity, implementation=implementation)
-            for key, _ in self._pages.parts()
-        ]
-        return torch.cat(usages, 1) if usages else query_key.new_zeros(self.batch, 0, dtype=wide_dtype(query_key.dtype))
-
-    def _one_launch_reads(self, query_key: Tensor, implementation: str, similarity: str = "dot", **others: Any) -> bool:
-        """Whether a kernel that walks over a table of pages can read this; it has no backward pass."""
-        differentiated = torch.is_grad_enabled() and query_key.requires_grad
-        if differentiated or similarity != "dot" or self.page_size % PAGE_MULTIPLE:
-            return False
-        if query_key.dtype != self.dtype:
-            return False
-        return resolve_implementation(implementation, query_key) == "triton"
-
-    def _read_in_one_launch(
-        self,
-        query_key: Tensor,
-        pages: list[Page],
-        *,
-        scale: float | None = None,
-        similarity: str = "dot",
-        skip: float = 0.0,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        from stm_kernels.gpu.forward import PageTable, triton_read
-
-        (key, value), held = self._pages.on_device[0], self._pages.on_device
-        check_tensors(query_key=query_key)
-        check_agreement(query_key, memory_key=key, memory_value=value)
-        scale = checked_affinity(query_key, key, scale, similarity, None, None, "triton")
-        _, skip = checked_choice(None, skip)
-        if self._table is None or self._table.shape[1] != len(held):
-            addresses = [[tensor.data_ptr() for tensor in tensors] for tensors in zip(*held)]
-            self._table = torch.tensor(addresses, device=self.device)
-        length = sum(key.shape[1] for key, _ in pages)
-        keys, values = self._table
-        table = PageTable(keys, values, self.page_size, length)
-        out, lse, skipped, _ = triton_read(Affinity(query_key, key, scale), value, skip, table)
-        return out, lse, skipped
+        options = ReadOptions(scale, similarity, implementation=implementation)
+        query_key, nothing = checked_inputs(options, query_key, self._pages.new_page(0)[0])
+        check_rows("lse", lse, query_key, query_key.shape[:2], "[B, M]")
+        usages = [usage_checked(options, lse, query_key, nothing)]
+        for key, _ in self._pages.stream():
+            usages.append(usage_checked(options, lse, query_key, *autocast_inputs(key)))
+        return torch.cat(usages, 1)
 
     def check(self, key: Tensor, value: Tensor) -> None:
         """Raise what `append` would raise."""
@@ -341,13 +354,3 @@ class PagedMemory:
                 raise ValueError(f"{name}: expected {what} {expected} as in this memory, got {got}")
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: expected no gradients, a memory holds none; got requires_grad=True")
-
-
-def _merged(
-    first: tuple[Tensor, Tensor, Tensor], second: tuple[Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Two reads to one: the read, its log-sum-exp, and the share of the weight that was left out."""
-    (outs, lses, skipped) = (torch.stack(pair) for pair in zip(first, second))
-    out, lse = merge_reads(outs, lses)
-    shares = (lses - lse.masked_fill(lse.isneginf(), 0.0)).exp()
-    return out, lse, (shares * skipped).sum(0).float()

@@ -2,13 +2,12 @@
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 Page = tuple[Tensor, Tensor]
-"""Keys `[B, page_size, C]` and values `[B, page_size, V]`."""
+"""Keys `[B, P, C]` and values `[B, P, V]`; P is the page size, or fewer positions in a part of a page."""
 
 
 class Pages:
@@ -16,8 +15,8 @@ class Pages:
 
     Args:
         batch, key_channels, value_channels, page_size, dtype, device: as in `PagedMemory`.
-        device_pages: how many pages may lie on the device; further ones lie in the host's memory, pinned for a GPU.
-            None is as many as it can hold.
+        device_pages: how many pages may lie on the device; further ones lie in host memory, pinned for a GPU. None is
+            as many as it can hold.
     """
 
     def __init__(
@@ -35,7 +34,7 @@ class Pages:
         self.on_device: list[Page] = []
         self.on_host: list[Page] = []
         self.length = 0
-        self._staging: _Staging | None = None
+        self._staging: Staging | None = None
 
     @property
     def page_nbytes(self) -> int:
@@ -44,25 +43,40 @@ class Pages:
 
     def write(self, start: int, key: Tensor, value: Tensor) -> None:
         """Copy P positions to the places from `start` on, into new pages where there are none yet."""
-        done, total = 0, key.shape[1]
-        while done < total:
-            page, place = divmod(start + done, self.page_size)
-            while page >= len(self.on_device) + len(self.on_host):
-                self._add_page()
-            count = min(total - done, self.page_size - place)
-            for held, new in zip(self._page(page), (key, value)):
-                held[:, place : place + count] = new[:, done : done + count]
+        stop = start + key.shape[1]
+        while stop > (len(self.on_device) + len(self.on_host)) * self.page_size:
+            self._add_page()
+        self.length = max(self.length, stop)
+        done = 0
+        for parts in self.held(start, stop - start):
+            count = parts[0].shape[1]
+            for part, new in zip(parts, (key, value)):
+                part.copy_(new[:, done : done + count])
             done += count
-        self.length = max(self.length, start + total)
 
-    def read_back(self, start: int, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """The positions from `start` on, page by page: where each part begins, its keys and its values."""
-        while count:
-            page, place = divmod(start, self.page_size)
-            part = min(count, self.page_size - place)
-            key, value = (held[:, place : place + part] for held in self._page(page))
-            yield start, key, value
-            start, count = start + part, count - part
+    def held(self, start: int = 0, count: int | None = None) -> list[Page]:
+        """Views of the positions from `start` on, a part a page, wherever they lie."""
+        stop = self.length if count is None else start + count
+        parts = []
+        for first in range(start - start % self.page_size, stop, self.page_size):
+            index, places = first // self.page_size, slice(max(start - first, 0), min(stop - first, self.page_size))
+            devices = len(self.on_device)
+            key, value = self.on_device[index] if index < devices else self.on_host[index - devices]
+            parts.append((key[:, places], value[:, places]))
+        return parts
+
+    def stream(self, first_page: int = 0) -> Iterator[Page]:
+        """What is held from a page on, page by page, on the device.
+
+        A page from the host is copied while the caller reads the one before, and lent until the next one is asked for.
+        """
+        parts, devices = self.held(), len(self.on_device)
+        yield from parts[first_page:devices]
+        host = parts[max(first_page, devices) :]
+        if host and self.device.type == "cuda":
+            self._staging = self._staging or Staging([self.new_page() for _ in range(2)])
+            host = self._staging.stream(host)
+        yield from host
 
     def truncate(self, length: int) -> None:
         """Forget the positions from `length` on; their pages stay for the next ones."""
@@ -88,29 +102,6 @@ class Pages:
         if not self.on_host:
             self._staging = None
 
-    def parts(self) -> "Parts":
-        """The filled part of every page in use."""
-        parts = []
-        for index in range(-(-self.length // self.page_size)):
-            count = min(self.page_size, self.length - index * self.page_size)
-            parts.append(tuple(held[:, :count] for held in self._page(index)))
-        if parts and len(parts) > len(self.on_device) and self.device.type == "cuda" and self._staging is None:
-            self._staging = _Staging([self.new_page() for _ in range(2)])
-        return Parts(parts[: len(self.on_device)], parts[len(self.on_device) :], self._staging)
-
-    def filled(self) -> list[Page]:
-        """The filled part of every page in use as it is held; a page that is not full is copied."""
-        pages = []
-        for start in range(0, self.length, self.page_size):
-            held, count = self._page(start // self.page_size), self.length - start
-            # whoever writes a view writes all that it is a view of
-            pages.append(held if count >= self.page_size else tuple(tensor[:, :count].clone() for tensor in held))
-        return pages
-
-    def _page(self, index: int) -> Page:
-        devices = len(self.on_device)
-        return self.on_device[index] if index < devices else self.on_host[index - devices]
-
     def _add_page(self) -> None:
         if not self.on_host and (self.device_pages is None or len(self.on_device) < self.device_pages):
             try:
@@ -122,7 +113,7 @@ class Pages:
                 held = len(self.on_device) * self.page_nbytes / 2**20
                 warnings.warn(
                     f"the device is out of memory with {held:.0f} MiB of remembered frames on it: further ones go to "
-                    "the host's memory, which reads more slowly",
+                    "host memory, which reads more slowly",
                     stacklevel=4,
                 )
         self.on_host.append(self.new_page(device=torch.device("cpu")))
@@ -131,42 +122,17 @@ class Pages:
         """A page of uninitialised memory, of the usual size and on the device unless told otherwise."""
         positions, device = self.page_size if positions is None else positions, device or self.device
         pinned = device.type == "cpu" and self.device.type == "cuda"
+        key_channels, value_channels = self.channels
         # a tensor made in inference mode could never be appended to outside it
         with torch.inference_mode(False):
-            return tuple(
-                torch.empty(self.batch, positions, channels, dtype=self.dtype, device=device, pin_memory=pinned)
-                for channels in self.channels
+            like = torch.empty(0, dtype=self.dtype, device=device)
+            return (
+                like.new_empty(self.batch, positions, key_channels, pin_memory=pinned),
+                like.new_empty(self.batch, positions, value_channels, pin_memory=pinned),
             )
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The pages of a memory, to be read one after the other, as often as needed.
-
-    A page from the host is copied to the device while the caller reads the one before, and lent until the next one is
-    asked for.
-    """
-
-    on_device: list[Page]
-    """Pages on the device; without staging the host's memory is the device's."""
-    on_host: list[Page]
-    """Pages in the host's memory."""
-    staging: "_Staging | None" = None
-    """What brings these to the device."""
-
-    def __len__(self) -> int:
-        return len(self.on_device) + len(self.on_host)
-
-    def __iter__(self) -> Iterator[Page]:
-        yield from self.on_device
-        yield from self.streamed()
-
-    def streamed(self) -> Iterator[Page]:
-        """The pages from the host alone."""
-        yield from self.on_host if self.staging is None else self.staging.stream(self.on_host)
-
-
-class _Staging:
+class Staging:
     """Two pages on a GPU that host pages stream through, on a stream of their own."""
 
     def __init__(self, buffers: list[Page]) -> None:
@@ -177,10 +143,11 @@ class _Staging:
         self.read = [torch.cuda.Event() for _ in buffers]
 
     def stream(self, parts: list[Page]) -> Iterator[Page]:
+        """The parts of host pages, one after the other, each in one of the buffers until the next is asked for."""
         reader = torch.cuda.current_stream(self.device)
         # what read the buffers last must be done with them
         self.copies.wait_stream(reader)
-        staged = [self._copy(0, parts[0])] if parts else []
+        staged = [self._copy(0, parts[0])]
         for index in range(len(parts)):
             if index + 1 < len(parts):
                 if index:
@@ -191,9 +158,9 @@ class _Staging:
             self.read[index % 2].record(reader)
 
     def _copy(self, buffer: int, part: Page) -> Page:
+        key, value = (held[:, : source.shape[1]] for held, source in zip(self.buffers[buffer], part))
         with torch.cuda.stream(self.copies):
-            target = tuple(held[:, : source.shape[1]] for held, source in zip(self.buffers[buffer], part))
-            for held, source in zip(target, part):
-                held.copy_(source, non_blocking=True)
+            for target, source in zip((key, value), part):
+                target.copy_(source, non_blocking=True)
             self.filled[buffer].record(self.copies)
-        return target
+        return key, value

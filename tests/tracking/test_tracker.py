@@ -275,7 +275,7 @@ def test_the_read_is_bounded_as_asked(small_model, clip):
     "options, message",
     [
         ({"top_k": 0}, "top_k: expected at least 1, got 0"),
-        ({"skip": 1.0}, "skip: expected a weight from 0 to below 1, got 1.0"),
+        ({"skip": 1.0}, r"skip: expected a share of the softmax mass in \[0, 1\), got 1.0"),
         ({"top_k": 5, "skip": 0.1}, "skip: expected 0 beside top_k"),
         ({"implementation": "fast"}, "implementation: expected one of"),
     ],
