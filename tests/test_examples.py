@@ -32,7 +32,7 @@ def test_few_lines_change(examples, name):
     example = examples(name)
     count = examples("compare").changed_lines(example.Before, example.After)
     assert 1 < count <= MOST_CHANGED_LINES
-    (row,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| `{name}.py` |")]
+    (row,) = [line for line in (ROOT / "docs/read.md").read_text().splitlines() if line.startswith(f"| `{name}.py` |")]
     assert row.endswith(f"| {count} |")
 
 
