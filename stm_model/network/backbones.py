@@ -39,12 +39,15 @@ class Backbone:
     """Of the colours that the classifiers were trained with, in 0…1."""
 
 
-BACKBONES: dict[str, Backbone] = {
-    "efficientnet-lite0": Backbone(
-        lite_stages,
-        (24, 40, 112),
-        context=lite_context,
-        context_channels=192,
+def _lite(
+    channels: tuple[int, int, int, int], depths: tuple[int, int, int, int], context_channels: int, context_depth: int
+) -> Backbone:
+    """An EfficientNet-Lite, see `lite_stages`, with what its published weights expect."""
+    return Backbone(
+        partial(lite_stages, channels, depths),
+        (channels[0], channels[1], channels[3]),
+        context=partial(lite_context, channels[3], context_channels, context_depth),
+        context_channels=context_channels,
         stem_channels=32,
         stem_kernel=3,
         epsilon=EPSILON,
@@ -53,7 +56,13 @@ BACKBONES: dict[str, Backbone] = {
         damping=3.0,
         mean=(127 / 255,) * 3,
         std=(128 / 255,) * 3,
-    ),
+    )
+
+
+BACKBONES: dict[str, Backbone] = {
+    "efficientnet-lite0": _lite((24, 40, 80, 112), (2, 2, 3, 3), 192, 4),
+    "efficientnet-lite1": _lite((24, 40, 80, 112), (3, 3, 4, 4), 192, 5),
+    "efficientnet-lite2": _lite((24, 48, 88, 120), (3, 3, 4, 4), 208, 5),
     "resnet18": Backbone(partial(resnet_stages, BasicBlock, (2, 2, 2)), (64, 128, 256)),
     "resnet50": Backbone(partial(resnet_stages, Bottleneck, (3, 4, 6)), (256, 512, 1024)),
 }

@@ -1,4 +1,4 @@
-"""The EfficientNet-Lite0 trunk: inverted residuals, a quarter of ResNet-18's parameters."""
+"""The EfficientNet-Lite trunks: inverted residuals; Lite0 has a quarter of ResNet-18's parameters."""
 
 from __future__ import annotations
 
@@ -56,18 +56,26 @@ def _normalized(convolution: nn.Conv2d) -> nn.Sequential:
     return nn.Sequential(convolution, nn.BatchNorm2d(convolution.out_channels, eps=EPSILON))
 
 
-def lite_stages() -> tuple[nn.Sequential, nn.Sequential, nn.Sequential]:
-    """The stages up to 1/4, 1/8 and 1/16 of the frame behind a 32-channel stem at 1/2."""
+def lite_stages(
+    channels: tuple[int, int, int, int], depths: tuple[int, int, int, int]
+) -> tuple[nn.Sequential, nn.Sequential, nn.Sequential]:
+    """The stages up to 1/4, 1/8 and 1/16 of the frame behind a 32-channel stem at 1/2.
+
+    Args:
+        channels: of the maps at 1/4 and 1/8, and of both groups of blocks at 1/16.
+        depths: blocks of each.
+    """
+    quarter, eighth, sixteenth, deepest = channels
     return (
-        nn.Sequential(InvertedResidual(32, 16, 3, 1, expansion=1), *_stage(16, 24, 3, 2, depth=2)),
-        nn.Sequential(*_stage(24, 40, 5, 2, depth=2)),
-        nn.Sequential(*_stage(40, 80, 3, 2, depth=3), *_stage(80, 112, 5, 1, depth=3)),
+        nn.Sequential(InvertedResidual(32, 16, 3, 1, expansion=1), *_stage(16, quarter, 3, 2, depths[0])),
+        nn.Sequential(*_stage(quarter, eighth, 5, 2, depths[1])),
+        nn.Sequential(*_stage(eighth, sixteenth, 3, 2, depths[2]), *_stage(sixteenth, deepest, 5, 1, depths[3])),
     )
 
 
-def lite_context() -> nn.Sequential:
+def lite_context(in_channels: int, channels: int, depth: int) -> nn.Sequential:
     """The stage behind them, up to 1/32 of the frame."""
-    return nn.Sequential(*_stage(112, 192, 5, 2, depth=4))
+    return nn.Sequential(*_stage(in_channels, channels, 5, 2, depth))
 
 
 def _stage(in_channels: int, channels: int, kernel: int, stride: int, depth: int) -> list[nn.Module]:

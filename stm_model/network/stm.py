@@ -30,7 +30,7 @@ class STMConfig:
     """Shape of the network; the defaults are the released STM's."""
 
     backbone: str = "resnet50"
-    """Trunk of both encoders: `resnet50`, `resnet18` or `efficientnet-lite0`."""
+    """Trunk of both encoders: `resnet50`, `resnet18`, or `efficientnet-lite0` to `-lite2`."""
     key_channels: int = 128
     """C, channels that are compared."""
     value_channels: int = 512
@@ -302,7 +302,10 @@ class STM(nn.Module):
 def _backbone_of(tensors: Mapping[str, Tensor], encoder: str) -> str | None:
     """The backbone that has a first stage with these tensors, None if there is none."""
     if f"{encoder}.res2.0.depthwise.0.weight" in tensors:
-        return "efficientnet-lite0"
+        if f"{encoder}.res2.3.depthwise.0.weight" not in tensors:
+            return "efficientnet-lite0"
+        eighth = tensors.get(f"{encoder}.res3.0.project.0.weight")
+        return "efficientnet-lite2" if eighth is not None and len(eighth) == 48 else "efficientnet-lite1"
     if f"{encoder}.res2.0.conv3.weight" in tensors:
         return "resnet50"
     return "resnet18" if f"{encoder}.res2.0.conv2.weight" in tensors else None

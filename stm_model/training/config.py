@@ -40,6 +40,8 @@ class TrainConfig:
     network: Literal["shared", "lite", "small", "released"] = "small"
     """Shape of a network that does not start from weights: one EfficientNet-Lite0 for query and memory; or one for
     each, EfficientNet-Lite0 or ResNet-18 with narrow keys and values, or the released STM's ResNet-50."""
+    backbone: Literal["efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2"] | None = None
+    """Trunk of a network that does not start from weights; None for that of `network`."""
     key_channels: int | None = None
     """Of a network that does not start from weights: channels that are compared; None for those of `network`."""
     value_channels: int | None = None
@@ -183,7 +185,7 @@ class TrainConfig:
     @property
     def _shape(self) -> dict:
         """What differs from the shape that `network` names."""
-        names = ("key_channels", "value_channels", "decoder_channels", "similarity")
+        names = ("backbone", "key_channels", "value_channels", "decoder_channels", "similarity")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property

@@ -11,7 +11,7 @@ from stm_model.data.collage import CollageClips
 from stm_model.data.crowd import CrowdClips
 from stm_model.data.davis import davis_sequences
 from stm_model.data.folders import TrainingData, open_folder
-from stm_model.data.images import ImageClips
+from stm_model.data.images import ImageClips, LabelledImage
 from stm_model.data.synthetic import ProceduralClips
 from stm_model.data.video import Sequence, VideoClips
 from stm_model.training.config import TrainConfig
@@ -27,7 +27,7 @@ def training_clips(config: TrainConfig) -> Dataset:
     size = (config.crop, config.crop_width or config.crop)
     procedural = ProceduralClips(config.frames, size)
     if not config.data:
-        return FollowedClips(procedural)
+        return FollowedClips(_crowded(procedural, [], config))
     folders = [open_folder(path, config.split) for path in config.data]
     mixes = [_clips_of(folder, config) for folder in folders]
     weights = config.weights or (1.0,) * len(mixes)
@@ -36,9 +36,13 @@ def training_clips(config: TrainConfig) -> Dataset:
     collage = CollageClips(clips, cut_outs, config.paste, config.distract, config.replace)
     mixed = MixedClips([collage, procedural], [1 - config.procedural, config.procedural])
     images = [image for folder in folders for image in folder.images]
-    return FollowedClips(
-        CrowdClips(mixed, images, config.crowd, config.most_objects, config.color) if config.crowd else mixed
-    )
+    return FollowedClips(_crowded(mixed, images, config))
+
+
+def _crowded(clips: Dataset, images: list[LabelledImage], config: TrainConfig) -> Dataset:
+    if not config.crowd:
+        return clips
+    return CrowdClips(clips, images, config.crowd, config.most_objects, config.color)
 
 
 def _clips_of(data: TrainingData, config: TrainConfig) -> tuple[Dataset, Dataset]:

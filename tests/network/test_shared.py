@@ -55,6 +55,15 @@ def test_the_weights_say_which_form_they_have(tmp_path, guidance, prior):
     assert STM.load(tmp_path / "shared.safetensors", device="cpu").config == config
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_weights_say_which_trunk_they_have(number):
+    config = replace(CONFIG, backbone=f"efficientnet-lite{number}")
+    with torch.device("meta"):
+        assert STMConfig.of_tensors(STM(config).state_dict()) == config
+        separate = replace(STMConfig.lite(), backbone=f"efficientnet-lite{number}")
+        assert STMConfig.of_tensors(STM(separate).state_dict()) == separate
+
+
 def test_a_form_that_makes_no_sense_is_refused():
     with pytest.raises(ValueError, match=r"backbone: expected one of efficientnet-lite0.* got 'resnet50'"):
         STMConfig(form="shared")

@@ -14,16 +14,17 @@ from stm_model.network.weights import CheckpointError, write_tensors
 from stm_model.training.config import LiteConfig, TrainConfig
 from stm_model.training.state import TrainState, initialize
 
-# input and output channels, kernel, stride, expansion of EfficientNet-Lite0's blocks; the last two are not of the trunk
+# input and output channels, kernel, stride, expansion of EfficientNet-Lite0's blocks; the last is not of the trunk
 LITE_BLOCKS = [
     (32, 16, 3, 1, 1),
     *[(16, 24, 3, 2, 6), (24, 24, 3, 1, 6)],
     *[(24, 40, 5, 2, 6), (40, 40, 5, 1, 6)],
     *[(40, 80, 3, 2, 6), (80, 80, 3, 1, 6), (80, 80, 3, 1, 6)],
     *[(80, 112, 5, 1, 6), (112, 112, 5, 1, 6), (112, 112, 5, 1, 6)],
-    *[(112, 192, 5, 2, 6), (192, 192, 5, 1, 6)],
+    *[(112, 192, 5, 2, 6), (192, 192, 5, 1, 6), (192, 192, 5, 1, 6), (192, 192, 5, 1, 6)],
+    (192, 320, 3, 1, 6),
 ]
-LITE_STAGE_ENDS = (2, 4, 10)
+LITE_STAGE_ENDS = (2, 4, 10, 14)
 RESNETS = {"resnet18": ("basic", (2, 2, 2, 2)), "resnet50": ("bottleneck", (3, 4, 6, 3))}
 
 
@@ -35,7 +36,7 @@ def test_the_encoders_see_what_efficientnet_lite_saw(tmp_path):
     x = (frame * 255 - 127) / 128
     x = F.relu6(norm(F.conv2d(x, tensors["_conv_stem.weight"], stride=2, padding=1), tensors, "_bn0", 1e-3))
     maps = []
-    for number, (channels, out_channels, kernel, stride, expansion) in enumerate(LITE_BLOCKS[:11]):
+    for number, (channels, out_channels, kernel, stride, expansion) in enumerate(LITE_BLOCKS[:15]):
         name = f"_blocks.{number}."
         y = x
         if expansion > 1:
@@ -47,7 +48,15 @@ def test_the_encoders_see_what_efficientnet_lite_saw(tmp_path):
         x = x + y if stride == 1 and channels == out_channels else y
         if number in LITE_STAGE_ENDS:
             maps.append(x)
-    same_maps(model, frame, maps)
+    same_maps(model, frame, maps[:3])
+    shared = STM(STMConfig.shared())
+    load_trunk(shared, tmp_path / "lite.pth")
+    seen, stages = [], (shared.Encoder.res2, shared.Encoder.res3, shared.Encoder.res4, shared.Encoder.res5)
+    for stage in stages:
+        stage.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    shared.eval().encode_query(frame)
+    for ours, theirs in zip(seen, maps, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
 
 
 @pytest.mark.parametrize("backbone", RESNETS)
@@ -233,7 +242,7 @@ def lite_classifier() -> dict[str, torch.Tensor]:
             convolution(tensors, name + "_expand_conv", name + "_bn0", (wide, channels, 1, 1))
         convolution(tensors, name + "_depthwise_conv", name + "_bn1", (wide, 1, kernel, kernel))
         convolution(tensors, name + "_project_conv", name + "_bn2", (out_channels, wide, 1, 1))
-    convolution(tensors, "_conv_head", "_bn1", (1280, 192, 1, 1))
+    convolution(tensors, "_conv_head", "_bn1", (1280, 320, 1, 1))
     return tensors | {"_fc.weight": torch.rand(10, 1280), "_fc.bias": torch.rand(10)}
 
 

@@ -42,8 +42,17 @@ def tiny_model(seed: int = 0) -> STM:
     return model
 
 
-def test_ragged_batches_equal_the_clips_one_by_one(clips):
-    model = tiny_model().eval()
+def tiny_shared_model() -> STM:
+    torch.manual_seed(0)
+    shape = {"key_channels": 16, "value_channels": 16, "decoder_channels": 16}
+    model = STM(dataclasses.replace(STMConfig.shared(), **shape))
+    initialize(model)
+    return model
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_ragged_batches_equal_the_clips_one_by_one(clips, shared):
+    model = (tiny_shared_model() if shared else tiny_model()).eval()
     with torch.no_grad():
         together = clip_loss(model, clips)
         apart = torch.stack([clip_loss(model, [clip]) for clip in clips]).mean()
@@ -118,10 +127,11 @@ def test_void_in_the_first_frame_is_nobodys_mask(clips):
     assert len(logits) == 2 and torch.equal(logits, expected)
 
 
-def test_recomputed_activations_give_the_same_gradients(clips):
+@pytest.mark.parametrize("shared", [False, True])
+def test_recomputed_activations_give_the_same_gradients(clips, shared):
     gradients = []
     for recompute in (False, True):
-        model = tiny_model().eval()
+        model = (tiny_shared_model() if shared else tiny_model()).eval()
         clip_loss(model, clips, recompute=recompute).backward()
         gradients.append(torch.cat([value.grad.flatten() for value in model.parameters()]))
     # the frames are encoded one by one, so sums are taken in another order
@@ -152,9 +162,13 @@ def losses_of(folder) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
-@pytest.mark.parametrize("rounds", [0, 2])
-def test_a_killed_run_resumed_equals_an_unbroken_one(config, rounds, tmp_path, monkeypatch):
-    config = dataclasses.replace(config, rounds=rounds)
+SHARED = {"network": "shared", "decoder_channels": 16, "crowd": 1.0, "prior_noise": 0.5, "crop": 32}
+
+
+@pytest.mark.parametrize("changes", [{}, {"rounds": 2}, SHARED, SHARED | {"rounds": 2}])
+def test_a_killed_run_resumed_equals_an_unbroken_one(config, changes, tmp_path, monkeypatch):
+    config = dataclasses.replace(config, **changes)
+    rounds = config.rounds
     whole = train(config)
     broken = dataclasses.replace(config, out=tmp_path / "broken")
 
