@@ -170,8 +170,8 @@ def _run_sample(config: EvaluateInteractiveConfig, model: STM, start: _Start, pr
         size = network_size(config.size, config.checkpoint, frames[0].shape[:2])
         session = ScribbleSession(model, frames, size=size)
         rounds, masks = [], np.zeros((len(frames), *truths[0].shape), np.uint8)
-        options = {"first": start.first, "interactions": config.interactions}
-        for result in run_rounds(session, truths, video.objects, **options):
+        results = run_rounds(session, truths, video.objects, first=start.first, interactions=config.interactions)
+        for result in results:
             rounds.append(result[0])
             masks = result[1]
             progress.update()

@@ -1,4 +1,4 @@
-"""The network in a session: annotated frames are remembered, all others asked; what a frame looks like is kept."""
+"""The network in a session: it memorizes annotated frames and segments any frame; features of frames are cached."""
 
 from __future__ import annotations
 
@@ -17,48 +17,39 @@ from stm_model.network.encoders import FrameFeatures
 from stm_model.tracking.tracker import check_frame, network_size, pad_to_stride
 
 BATCH_BYTES = 64 * 2**20
-"""What the decoder may hold of the frames that are segmented together, roughly."""
+"""Rough limit of the decoder's maps for the frames that are segmented together."""
 
 
 class Annotation(NamedTuple):
     """What is known of n objects on one frame, at the network's size."""
 
     frame: int
-    """Its index."""
-    masks: Tensor
-    """`[n, h, w]` soft masks; 0.5 everywhere for an object without."""
-    positive: Tensor
-    """`[n, h, w]` 1 on an object's scribbles, else 0."""
-    negative: Tensor
-    """`[n, h, w]` 1 on the scribbles of all other labels, else 0."""
-    known: tuple[bool, ...]
-    """Whether anything is known of an object here; where nothing is, the frame is not remembered for it."""
-    version: Hashable
-    """Equal for two annotations of a frame only if they are the same."""
+    masks: Tensor  # [n, h, w] soft masks, 0.5 everywhere for an object without one
+    positive: Tensor  # [n, h, w] 1 on the object's scribbles, else 0
+    negative: Tensor  # [n, h, w] 1 on the scribbles of all other labels, else 0
+    known: tuple[bool, ...]  # whether anything is known of each object here; where nothing is, it ignores the frame
+    version: Hashable  # equal only for equal annotations of a frame
 
 
 class Memory(NamedTuple):
-    """What n objects remember."""
+    """What n objects remember of the annotated frames."""
 
-    key: Tensor
-    """`[n, N, C]`"""
-    value: Tensor
-    """`[n, N, V]`"""
-    bias: Tensor | None
-    """`[n, N]`, -inf where a frame is not remembered for an object; None where all are."""
+    key: Tensor  # [n, N, C]
+    value: Tensor  # [n, N, V]
+    bias: Tensor | None  # [n, N] -inf where an object ignores a frame; None if no object ignores any
 
 
 class Segmenter:
     """Segments frames of one video from annotated ones.
 
     Args:
-        model: a network guided by scribbles; its device and dtype are where and how it runs.
+        model: a network guided by scribbles.
         frames: uint8 `[H, W, 3]`, all of one size.
-        size: shorter side in pixels at which the network runs; None is the frames' own.
-        memory_limit: bytes that features of frames may take between rounds; frames beyond are encoded anew each time.
+        size: shorter side in pixels at which the network runs; None keeps the frames' own.
+        memory_limit: bytes for cached features; frames beyond it are encoded again each time.
 
     Raises:
-        ValueError: the network is guided by masks, there are no frames, or the size makes no sense.
+        ValueError: the network is guided by masks, there are no frames, or the size is too small.
     """
 
     def __init__(self, model: STM, frames: Sequence[np.ndarray], size: int | None, memory_limit: int):
@@ -74,32 +65,30 @@ class Segmenter:
         self.encoded_frames = 0
         """How often a frame was encoded as a query."""
         self.held_bytes = 0
-        """What the features that are kept take."""
+        """Bytes of the cached features."""
         self._queries: dict[int, Query] = {}
         self._remembered: dict[int, tuple[Hashable, Tensor, Tensor]] = {}
 
     @torch.inference_mode()
     def remember(self, annotations: Sequence[Annotation]) -> Memory:
-        """Put annotated frames into a memory; those that did not change since are not encoded again."""
-        rows, hidden = [], []
+        """The memory of annotated frames; those that did not change since the last call are not encoded again."""
+        keys, values, ignored = [], [], []
         for annotation in annotations:
-            version, *row = self._remembered.get(annotation.frame, (None, None, None))
-            if version != annotation.version:
-                row = self._encode_memory(annotation)
-                self._remembered[annotation.frame] = (annotation.version, *row)
-            rows.append(row)
-            hidden += [~torch.tensor(annotation.known, device=self.device)[:, None].expand(row[0].shape[:2])]
-        hidden = torch.cat(hidden, 1)
+            if annotation.frame in self._remembered and self._remembered[annotation.frame][0] == annotation.version:
+                key, value = self._remembered[annotation.frame][1:]
+            else:
+                key, value = self._encode_memory(annotation)
+                self._remembered[annotation.frame] = annotation.version, key, value
+            keys.append(key)
+            values.append(value)
+            ignored.append(~torch.tensor(annotation.known, device=self.device)[:, None].expand(key.shape[:2]))
+        hidden = torch.cat(ignored, 1)
         bias = torch.zeros(hidden.shape, device=self.device).masked_fill(hidden, -torch.inf) if hidden.any() else None
-        return Memory(*(torch.cat(parts, 1) for parts in zip(*rows)), bias)
+        return Memory(torch.cat(keys, 1), torch.cat(values, 1), bias)
 
     @torch.inference_mode()
     def segment(self, memory: Memory, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        """Segment frames, several at once.
-
-        Yields:
-            Index and probabilities `[n + 1, h, w]` float32 on the CPU, background first, in the order of `indices`.
-        """
+        """Index and probabilities of each frame, float32 `[n + 1, h, w]` on the CPU; several frames run at once."""
         # the decoder's maps at a quarter of the size, and probabilities
         pixels = self.size[0] * self.size[1] * len(memory.key)
         together = max(1, int(BATCH_BYTES // (pixels * (self.model.config.decoder_channels / 16 * 4 * 4 + 16))))
@@ -108,9 +97,9 @@ class Segmenter:
             yield from zip(batch, self._segment(memory, self._query(batch)).cpu())
 
     def _segment(self, memory: Memory, query: Query) -> Tensor:
-        """Probabilities `[B, n + 1, h, w]` of the B frames of a query."""
+        """Probabilities `[B, n + 1, h, w]` of B frames."""
         objects, (frames, _, height, width) = len(memory.key), query.key.shape
-        # the frames' positions side by side are the queries of one read for each object
+        # one read for each object: the positions of all frames side by side are its queries
         keys = repeat(as_positions(query.key), "b m c -> n (b m) c", n=objects)
         readout = memory_read(
             keys, memory.key, memory.value, similarity=self.model.config.similarity, key_bias=memory.bias
@@ -123,7 +112,7 @@ class Segmenter:
         return rearrange(torch.softmax(logits, 0), "n b h w -> b n h w")
 
     def _query(self, indices: Sequence[int]) -> Query:
-        """The features of frames, those that are not kept encoded together."""
+        """The features of frames; those that are not cached are encoded together."""
         missing = [index for index in indices if index not in self._queries]
         encoded = {}
         if missing:
@@ -143,13 +132,13 @@ class Segmenter:
     def _encode_memory(self, annotation: Annotation) -> tuple[Tensor, Tensor]:
         """Key `[n, h·w, C]` and value `[n, h·w, V]` of an annotated frame."""
         image = pad_to_stride(self._prepare(annotation.frame))[0]
-        maps = (pad_to_stride(part.to(self.device))[0] for part in annotation[1:4])
-        key, value = self.model.memorize_scribbles(image, *maps, [len(annotation.known)])
+        masks, positive, negative = (pad_to_stride(part.to(self.device))[0] for part in annotation[1:4])
+        key, value = self.model.memorize_scribbles(image, masks, positive, negative, [len(annotation.known)])
         return as_positions(key), as_positions(value)
 
     def _prepare(self, index: int) -> Tensor:
         """A frame as float32 `[1, 3, h, w]` in 0…1 at the network's size, not yet padded."""
-        # a copy: frames of a file may not be written to, which PyTorch does not know of
+        # a copy: PyTorch has no read-only tensors, and frames mapped from a file are read-only
         frame = check_frame(np.array(self.frames[index]), index, self.frame_size)
         pixels = torch.from_numpy(frame).to(self.device)
         image = pixels.permute(2, 0, 1)[None].contiguous().float() / 255
@@ -159,6 +148,8 @@ class Segmenter:
 
 
 def _part(query: Query, place: int) -> Query:
-    """One frame of a query, by itself in memory, without the map that only the key and the value are made of."""
-    own = [part[place : place + 1].clone() for part in (query.key, query.value, *query.features[1:])]
-    return Query(*own[:2], FrameFeatures(own[0][:, :0], *own[2:]))
+    """One frame of a query in memory of its own, without the deepest map, which only the key and the value need."""
+    key, value, stride8, stride4 = (
+        part[place : place + 1].clone() for part in (query.key, query.value, *query.features[1:])
+    )
+    return Query(key, value, FrameFeatures(key[:, :0], stride8, stride4))

@@ -1,4 +1,4 @@
-"""An interactive session: scribbles in, masks of the whole video out, in any number of rounds; no user interface."""
+"""An interactive session: scribbles in, masks of the whole video out, in rounds; no user interface."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stm_model.interactive.corrections import cross_out
+from stm_model.interactive.blending import blend_weights, cross_out, mix
 from stm_model.interactive.scribbles import check_scribbles, rasterize, scribble_maps
 from stm_model.interactive.segmenter import Annotation, Memory, Segmenter
 from stm_model.interactive.session_file import describe_video, read_session, write_session
-from stm_model.interactive.state import NO_MASKS, FrameMasks, State, blend_weights, mix, unpack_bits
+from stm_model.interactive.state import NO_MASKS, FrameMasks, State, unpack_bits
 from stm_model.network import STM
 from stm_model.tracking.tracker import Tracker
 
 Progress = Callable[[int, int], Any]
-"""Called with the frames done and the frames in all. What it raises stops the work and leaves the session as it was."""
+"""Called with the frames done and the total. An exception it raises stops the work and leaves the session unchanged."""
+Direction = Literal["both", "forward", "backward"]
 
 
 class ScribbleSession:
@@ -31,55 +32,33 @@ class ScribbleSession:
 
     Args:
         model: a network guided by scribbles.
-        frames: the video, uint8 `[H, W, 3]`, all of one size; anything with a length that gives a frame for an index.
-        size: shorter side in pixels at which the network runs; None is the frames' own.
-        memory_limit: bytes that the features of frames may take between rounds; those beyond are computed anew.
-        blend: mix a round's masks with those before it, see `state.blend_weights`; without it a round replaces them.
+        frames: the video, uint8 `[H, W, 3]`, all of one size; anything with a length and an index.
+        size: shorter side in pixels at which the network runs; None keeps the frames' own.
+        memory_limit: bytes for features of frames between rounds; beyond it they are computed again each round.
 
     Raises:
-        ValueError: the network is guided by masks, there are no frames, or the size makes no sense.
+        ValueError: the network is guided by masks, there are no frames, or the size is too small.
 
     Source: Oh et al., A Unified Model for Semi-supervised and Interactive Video Object Segmentation using Space-time
     Memory Networks, DAVIS Challenge 2019, section 3.2.
     """
 
     def __init__(
-        self,
-        model: STM,
-        frames: Sequence[np.ndarray],
-        *,
-        size: int | None = None,
-        memory_limit: int = 2 * 2**30,
-        blend: bool = True,
+        self, model: STM, frames: Sequence[np.ndarray], *, size: int | None = None, memory_limit: int = 2 * 2**30
     ):
         self._segmenter = Segmenter(model, frames, size, memory_limit)
-        self.frames, self.blend = frames, blend
+        self.frames = frames
         self.frame_size, self.network_size = self._segmenter.frame_size, self._segmenter.size
         self._history, self._position = [State()], 0
 
-    @classmethod
-    def load(cls, path: str | os.PathLike, model: STM, frames: Sequence[np.ndarray], **options: Any) -> ScribbleSession:
-        """A session as it was saved, undo and redo included.
-
-        Args:
-            path: a file of `save`.
-            model, frames, options: as for a new session; of the same video and size.
-
-        Raises:
-            SessionFileError: no session, or one of another video or size; the message says what differs.
-        """
-        session = cls(model, frames, **options)
-        session.restore(path)
-        return session
-
     @property
     def state(self) -> State:
-        """What the session stands at."""
+        """The present state."""
         return self._history[self._position]
 
     @property
     def objects(self) -> tuple[int, ...]:
-        """Labels of the objects, in the order they were drawn."""
+        """Labels of the objects, in the order they were first drawn."""
         return self.state.objects
 
     @property
@@ -89,7 +68,7 @@ class ScribbleSession:
 
     @property
     def annotated_frames(self) -> tuple[int, ...]:
-        """Frames with scribbles or painted masks: those that are remembered."""
+        """Frames with scribbles or painted masks; the memory holds these."""
         return self.state.annotated
 
     @property
@@ -99,19 +78,18 @@ class ScribbleSession:
 
     @property
     def steps(self) -> tuple[tuple[str, ...], int]:
-        """What was done, first to last, and which of it is the present state."""
+        """The name of each step, and the index of the present one."""
         return tuple(state.action for state in self._history), self._position
 
     def add_scribbles(self, frame_index: int, scribbles: Sequence[Mapping[str, Any]]) -> None:
-        """Draw on a frame; nothing is computed. A label that was not drawn before is a new object.
+        """Draw on a frame, without computing anything. A new label is a new object.
 
         Args:
             frame_index: the frame.
             scribbles: {"path": [[x, y], …] in 0…1, "object_id": label, 0 for background}, as in DAVIS' JSON.
 
         Raises:
-            ScribbleError: a point outside the frame, or something else that `check_scribbles` refuses.
-            ValueError: no such frame, or no scribbles.
+            ValueError: no such frame, no scribbles, or invalid ones.
         """
         self._check_index(frame_index)
         check_scribbles(scribbles)
@@ -124,15 +102,15 @@ class ScribbleSession:
         self._step(self.state.with_scribbles(frame_index, plain))
 
     def paint(self, frame_index: int, mask: np.ndarray, object_id: int = 1) -> None:
-        """Say what the mask of an object is on a frame; it stays so until scribbles correct it.
+        """Set the mask of an object on a frame; it stays until scribbles correct it.
 
         Args:
             frame_index: the frame.
-            mask: bool `[H, W]` of the frame's size.
-            object_id: label; one that was not seen before is a new object.
+            mask: bool `[H, W]`, of the frame's size.
+            object_id: label; a new one is a new object.
 
         Raises:
-            ValueError: no such frame, another size or type of mask, or no label of an object.
+            ValueError: no such frame, another size or dtype, or an invalid label.
         """
         self._check_index(frame_index)
         mask = np.asarray(mask)
@@ -144,15 +122,10 @@ class ScribbleSession:
         painted = torch.from_numpy(mask)[None, None].float()
         if self.network_size != self.frame_size:
             painted = F.interpolate(painted, self.network_size, mode="bilinear", antialias=True)
-        before = self.state.masks.get(frame_index, NO_MASKS)
-        masks = before.with_objects((object_id,), painted[0].clamp(0, 1))
-        self._step(self.state.with_paint(frame_index, object_id, mask, masks))
+        self._step(self.state.with_paint(frame_index, object_id, mask, painted[0, 0].clamp(0, 1)))
 
     def run(self, progress: Progress | None = None) -> None:
-        """Segment the video from all that is annotated: one round.
-
-        Args:
-            progress: called as frames are done.
+        """Segment the video from all annotations: one round.
 
         Raises:
             ValueError: no object was drawn yet.
@@ -160,9 +133,9 @@ class ScribbleSession:
         state, count = self.state, len(self.frames)
         memory = self._refined_memory(state)
         weights = np.ones(count)
-        if self.blend and state.fresh:
+        if state.fresh:
             weights = blend_weights(count, state.fresh, frozenset(state.annotated) - state.fresh)
-        # a frame that keeps its masks is not segmented, unless an object enters that it does not have yet
+        # frames that keep their masks are not segmented, unless an object enters
         asked = [
             index
             for index in range(count)
@@ -177,7 +150,7 @@ class ScribbleSession:
         self._step(replace(state, action=f"round {rounds}", masks=masks, fresh=frozenset(), rounds=rounds))
 
     def preview(self, frame_index: int) -> np.ndarray:
-        """What a round would make of one frame: labels uint8 `[H, W]`. The session stays as it is.
+        """Labels, uint8 `[H, W]`, that a round would give one frame; the session stays unchanged.
 
         Raises:
             ValueError: no such frame, or no object was drawn yet.
@@ -191,18 +164,18 @@ class ScribbleSession:
         self,
         frame_index: int,
         tracking_model: STM,
-        direction: Literal["both", "forward", "backward"] = "both",
+        direction: Direction = "both",
         progress: Progress | None = None,
     ) -> None:
-        """Follow the objects of one frame through the video, away from it, by a network guided by masks.
+        """Track the objects of one frame through the video with a network guided by masks.
 
-        Objects that are not on that frame stay as they are, where the others leave them room.
+        Masks of objects that are not on that frame stay where the tracked ones leave room.
 
         Args:
-            frame_index: the frame whose masks are right.
-            tracking_model: the network of `Tracker`.
-            direction: to the video's end, to its start, or both.
-            progress: called as frames are done.
+            frame_index: the frame, whose masks are right.
+            tracking_model: a network guided by masks.
+            direction: forward to the video's end, backward to its start, or both.
+            progress: see `Progress`.
 
         Raises:
             ValueError: no such frame, no object on it, another direction, or a network guided by scribbles.
@@ -231,32 +204,27 @@ class ScribbleSession:
         self._step(replace(state, action=f"tracked {direction} from frame {frame_index}", masks=masks))
 
     def labels(self, frame_index: int) -> np.ndarray:
-        """Labels of a frame as it stands, uint8 `[H, W]`; 0 everywhere before the first round."""
+        """Present labels of a frame, uint8 `[H, W]`."""
         self._check_index(frame_index)
         return self._labels(self.state, frame_index, self.state.masks.get(frame_index, NO_MASKS))
 
     def masks(self) -> np.ndarray:
-        """Labels of all frames, uint8 `[T, H, W]`."""
+        """Present labels of all frames, uint8 `[T, H, W]`."""
         return np.stack([self.labels(index) for index in range(len(self.frames))])
 
     def probabilities(self, frame_index: int) -> Tensor:
         """Probabilities of a frame at the network's size, float32 `[n + 1, h, w]`: background, then `objects`."""
         self._check_index(frame_index)
-        probabilities = torch.zeros(1 + len(self.objects), *self.network_size)
-        masks = self.state.masks.get(frame_index, NO_MASKS)
-        probabilities[[0, *(1 + self.objects.index(label) for label in masks.objects)]] = masks.unpack(
-            self.network_size
-        )
-        return probabilities
+        return self.state.masks.get(frame_index, NO_MASKS).unpack(self.network_size, self.objects)
 
     def undo(self) -> None:
-        """Go back to before the last step. Raises a ValueError where there is none."""
+        """Undo the last step. Raises a ValueError if there is none."""
         if not self._position:
             raise ValueError("nothing to undo")
         self._position -= 1
 
     def redo(self) -> None:
-        """Take back the last undo. Raises a ValueError where there is none."""
+        """Redo the last step undone. Raises a ValueError if there is none."""
         if self._position == len(self._history) - 1:
             raise ValueError("nothing to redo")
         self._position += 1
@@ -266,21 +234,20 @@ class ScribbleSession:
         write_session(path, describe_video(self.frames, self.network_size), self._history, self._position)
 
     def restore(self, path: str | os.PathLike) -> None:
-        """Go on from a file of `save`; errors as in `load`, after which the session is as it was."""
+        """Continue from a file of `save`, undo and redo included.
+
+        Raises:
+            SessionFileError: not a session, or one of another video or size; this session stays unchanged.
+        """
         self._history, self._position = read_session(path, describe_video(self.frames, self.network_size))
 
     def export(self, folder: str | os.PathLike, fps: Fraction | float = 24, progress: Progress | None = None) -> None:
-        """Write masks/00000.png … (palette PNGs) and overlay.mp4.
-
-        Args:
-            folder: where to; missing, or empty.
-            fps: frames a second of the overlay.
-            progress: called as frames are done.
+        """Write masks/00000.png … (palette PNGs) and overlay.mp4 into a folder that is missing or empty.
 
         Raises:
             ValueError: the folder is not empty.
         """
-        # here alone, so that a session runs without PyAV
+        # imported here, so that a session runs without PyAV
         from stm_model.io.images import overlay, write_mask
         from stm_model.io.video import VideoWriter
 
@@ -312,9 +279,9 @@ class ScribbleSession:
         return self._segmenter.remember([self._annotation(state, index) for index in state.annotated])
 
     def _refined_memory(self, state: State) -> Memory:
-        """What is remembered, frames drawn on since the last round with the masks that their scribbles make of them.
+        """The memory, in which frames annotated since the last round have the masks that their scribbles give them.
 
-        A mask says more about an object to other frames than scribbles do.
+        Masks tell other frames more about an object than scribbles do.
         """
         masks = dict(state.masks)
         for index, new in self._segmenter.segment(self._remember(state), sorted(state.fresh)):
@@ -325,25 +292,23 @@ class ScribbleSession:
         scribbles, masks = state.scribbles.get(index, ()), state.masks.get(index, NO_MASKS)
         drawing = rasterize(scribbles, self.network_size)
         positive, negative = (torch.from_numpy(maps) for maps in scribble_maps(drawing, state.objects))
-        soft = torch.full((len(state.objects), *self.network_size), 0.5)
-        soft[[state.objects.index(label) for label in masks.objects]] = masks.unpack(self.network_size)[1:]
+        soft = masks.unpack(self.network_size, state.objects)[1:]
+        soft[[channel for channel, label in enumerate(state.objects) if label not in masks.objects]] = 0.5
         known = tuple(label in masks.objects or bool((drawing == label).any()) for label in state.objects)
         paths = tuple((scribble["object_id"], str(scribble["path"])) for scribble in scribbles)
         return Annotation(index, soft, positive, negative, known, (state.objects, paths, masks))
 
     def _settle(self, state: State, index: int, new: Tensor, weight: float) -> FrameMasks:
-        """A frame's masks after a round: what is new and not crossed out, mixed with what was; painted ones stay."""
+        """A frame's masks after a round: scribbles cross out, earlier masks are mixed in, painted masks stay."""
         if index in state.scribbles:
             new = cross_out(new, rasterize(state.scribbles[index], self.network_size), state.objects)
-        old = state.masks.get(index)
-        if old is not None and weight < 1:
-            new = mix(new, state.objects, old, weight)
+        old = state.masks.get(index, NO_MASKS)
+        if index in state.masks and weight < 1:
+            entered = [channel for channel, label in enumerate(state.objects, start=1) if label not in old.objects]
+            new = mix(new, old.unpack(self.network_size, state.objects), entered, weight)
         masks = FrameMasks.pack(state.objects, new[1:])
-        painted = tuple(state.painted.get(index, ()))
-        if painted:
-            assert old is not None
-            given = old.unpack(self.network_size)[[1 + old.objects.index(label) for label in painted]]
-            masks = masks.with_objects(painted, given)
+        if painted := tuple(state.painted.get(index, ())):
+            masks = masks.with_objects(painted, old.unpack(self.network_size, painted)[1:])
         return masks
 
     def _labels(self, state: State, index: int, masks: FrameMasks) -> np.ndarray:

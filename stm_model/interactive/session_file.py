@@ -1,4 +1,4 @@
-"""A session in one file: a zip of `session.json`, which has every step, and of the masks that the steps name."""
+"""A session in one file: a zip of `session.json`, with every step, and of the masks that the steps name by checksum."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,42 +18,31 @@ from stm_model.io.files import whole
 from stm_model.io.images import by
 
 VERSION = 1
-MOST_BYTES = 2 * 2**30
-"""What a session file may unpack to; one of 300 frames and 8 rounds takes a few megabytes."""
+MAX_BYTES = 2 * 2**30
+"""Largest unpacked size; a session of 300 frames and 8 rounds takes a few megabytes."""
 CHECKED_FRAMES = 5
-"""Frames of the video, evenly spread, whose checksums are kept."""
+"""Evenly spread frames whose checksums identify the video."""
 
 
 class SessionFileError(ValueError):
-    """A file that is no session, or one of another video; the message says what differs."""
+    """Not a session file, or one of another video; the message says what differs."""
 
 
 def describe_video(frames: Sequence[np.ndarray], size: tuple[int, int]) -> dict[str, Any]:
-    """What a session file says of its video.
-
-    Args:
-        frames: uint8 `[H, W, 3]`.
-        size: height and width at which the network sees them.
-    """
+    """What a session file says of its video: frames, uint8 `[H, W, 3]`, and the network's height and width."""
     places = sorted({round(place * (len(frames) - 1) / (CHECKED_FRAMES - 1)) for place in range(CHECKED_FRAMES)})
-    sums = {str(place): hashlib.sha256(np.ascontiguousarray(frames[place])).hexdigest() for place in places}
     return {
         "frames": len(frames),
         "pixels": list(np.shape(frames[0])[:2]),
         "network pixels": list(size),
-        "checksums": sums,
+        "checksums": {
+            str(place): hashlib.sha256(np.ascontiguousarray(frames[place]).tobytes()).hexdigest() for place in places
+        },
     }
 
 
 def write_session(path: str | os.PathLike, video: Mapping[str, Any], history: Sequence[State], position: int) -> None:
-    """Write every step of a session, whole or not at all.
-
-    Args:
-        path: the file.
-        video: by `describe_video`.
-        history: the states, first to last.
-        position: which of them is the present one.
-    """
+    """Write every step of a session, whole or not at all; `position` is the present one."""
     blobs: dict[str, bytes] = {}
 
     def keep(content: bytes) -> str:
@@ -69,7 +58,7 @@ def write_session(path: str | os.PathLike, video: Mapping[str, Any], history: Se
             archive.writestr(f"masks/{name}", blob)
 
 
-def _to_json(state: State, keep) -> dict[str, Any]:
+def _to_json(state: State, keep: Callable[[bytes], str]) -> dict[str, Any]:
     painted = state.painted.items()
     return {
         "action": state.action,
@@ -83,27 +72,20 @@ def _to_json(state: State, keep) -> dict[str, Any]:
 
 
 def read_session(path: str | os.PathLike, video: Mapping[str, Any]) -> tuple[list[State], int]:
-    """Read what `write_session` wrote.
-
-    Args:
-        path: the file.
-        video: by `describe_video`, that the session must be of.
-
-    Returns:
-        The states and the place of the present one.
+    """The steps of a session of this video, and the index of the present one.
 
     Raises:
-        SessionFileError: not such a file, a damaged one, or one of another video.
+        SessionFileError: not a session file, a damaged one, or one of another video.
         FileNotFoundError: there is no such file.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > MOST_BYTES:
-                raise SessionFileError(f"{path}: unpacks to more than {MOST_BYTES} bytes")
+            if sum(entry.file_size for entry in archive.infolist()) > MAX_BYTES:
+                raise SessionFileError(f"{path}: unpacks to more than {MAX_BYTES} bytes")
             content = json.loads(archive.read("session.json"))
             _check_video(path, content, video)
             blobs = {name.removeprefix("masks/"): archive.read(name) for name in archive.namelist()}
-        states = [_from_json(state, blobs, content["video"]) for state in content["states"]]
+        states = [_from_json(state, blobs, video) for state in content["states"]]
         position = content["position"]
         if not 0 <= position < len(states):
             raise SessionFileError(f"{path}: step {position} of {len(states)}")
@@ -125,34 +107,39 @@ def _check_video(path: str | os.PathLike, content: Any, video: Mapping[str, Any]
     for name, what in (("pixels", "its video"), ("network pixels", "its network")):
         if list(saved[name]) != list(video[name]):
             raise SessionFileError(f"{path}: {what} has {by(saved[name])} pixels, this one {by(video[name])}")
-    different = [place for place, sum_ in video["checksums"].items() if saved["checksums"].get(place) != sum_]
+    different = [place for place, checksum in video["checksums"].items() if saved["checksums"].get(place) != checksum]
     if different:
         raise SessionFileError(f"{path}: of another video: frames {', '.join(different)} differ")
 
 
 def _from_json(content: Any, blobs: Mapping[str, bytes], video: Mapping[str, Any]) -> State:
-    count, pixels, network_pixels = video["frames"], tuple(video["pixels"]), tuple(video["network pixels"])
     objects = tuple(content["objects"])
     if len(set(objects)) != len(objects) or not set(objects) <= set(range(1, MAX_LABEL + 1)):
         raise ValueError(f"objects: {objects}")
-    scribbles = {int(frame): tuple(given) for frame, given in content["scribbles"].items()}
-    for given in scribbles.values():
-        check_scribbles(given, objects)
-    painted = {
-        int(frame): {int(label): blobs[name] for label, name in masks.items()}
-        for frame, masks in content["painted"].items()
-    }
-    masks = {int(frame): FrameMasks(tuple(labels), blobs[name]) for frame, (labels, name) in content["masks"].items()}
-    fresh, rounds = frozenset(content["fresh"]), content["rounds"]
-    for frame in {*scribbles, *painted, *masks, *fresh}:
-        if not 0 <= frame < count:
-            raise ValueError(f"frame {frame} of {count}")
-    for given in masks.values():
-        if not set(given.objects) <= set(objects):
-            raise ValueError(f"masks of objects {given.objects}, but the objects are {objects}")
-        given.unpack(network_pixels)
-    for given in painted.values():
-        for label, packed in given.items():
-            objects.index(label)
-            unpack_bits(packed, pixels)
-    return State(str(content["action"]), objects, scribbles, painted, masks, fresh, int(rounds))
+    state = State(
+        str(content["action"]),
+        objects,
+        {int(frame): tuple(scribbles) for frame, scribbles in content["scribbles"].items()},
+        {
+            int(frame): {int(label): blobs[name] for label, name in masks.items()}
+            for frame, masks in content["painted"].items()
+        },
+        {int(frame): FrameMasks(tuple(labels), blobs[name]) for frame, (labels, name) in content["masks"].items()},
+        frozenset(content["fresh"]),
+        int(content["rounds"]),
+    )
+    for frame in {*state.scribbles, *state.painted, *state.masks, *state.fresh}:
+        if not 0 <= frame < video["frames"]:
+            raise ValueError(f"frame {frame} of {video['frames']}")
+    for scribbles in state.scribbles.values():
+        check_scribbles(scribbles, objects)
+    for masks in state.masks.values():
+        if not set(masks.objects) <= set(objects):
+            raise ValueError(f"masks of objects {masks.objects}, but the objects are {objects}")
+        masks.unpack(tuple(video["network pixels"]))
+    for frame, painted in state.painted.items():
+        for label, packed in painted.items():
+            if label not in state.masks[frame].objects:
+                raise ValueError(f"object {label} is painted on frame {frame}, but has no mask there")
+            unpack_bits(packed, tuple(video["pixels"]))
+    return state

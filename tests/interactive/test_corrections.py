@@ -5,7 +5,7 @@ import pytest
 import torch
 from drawing import stroke
 
-from stm_model.interactive.corrections import cross_out
+from stm_model.interactive.blending import cross_out
 from stm_model.interactive.scribbles import NONE
 from stm_model.interactive.session import ScribbleSession
 

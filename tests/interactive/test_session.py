@@ -7,8 +7,9 @@ from drawing import everything, middle, same, stroke
 
 from stm_kernels import memory_read
 from stm_model.data.synthetic import procedural_clip
+from stm_model.interactive.blending import blend_weights, mix
 from stm_model.interactive.session import ScribbleSession
-from stm_model.interactive.state import LEVELS, NO_MASKS, FrameMasks, blend_weights, mix
+from stm_model.interactive.state import LEVELS, NO_MASKS, FrameMasks
 from stm_model.network import as_positions
 
 
@@ -204,13 +205,14 @@ def test_a_mixture_is_a_distribution_and_lets_new_objects_in():
     generator = torch.Generator().manual_seed(0)
     old = FrameMasks.pack((3,), torch.rand(1, 4, 5, generator=generator))
     new = torch.softmax(torch.randn(3, 4, 5, generator=generator), 0)
+    before = old.unpack((4, 5), (7, 3))
+    assert torch.equal(before[[0, 2]], old.unpack((4, 5))) and not before[1].any()
     for weight in (0.0, 0.3, 1.0):
-        mixed = mix(new, (7, 3), old, weight)
+        mixed = mix(new, before, [1], weight)
         torch.testing.assert_close(mixed.sum(0), torch.ones(4, 5))
         torch.testing.assert_close(mixed[1], new[1])
-    torch.testing.assert_close(mix(new, (7, 3), old, 1.0), new)
-    kept = mix(new, (7, 3), old, 0.0)
-    torch.testing.assert_close(kept[[0, 2]], old.unpack((4, 5)) * (1 - new[1]))
+        torch.testing.assert_close(mixed[2], weight * new[2] + (1 - weight) * before[2] * (1 - new[1]))
+    torch.testing.assert_close(mix(new, before, [1], 1.0), new)
 
 
 def test_a_frame_annotated_before_keeps_its_masks(session, clip):
@@ -222,16 +224,6 @@ def test_a_frame_annotated_before_keeps_its_masks(session, clip):
     session.run()
     after = session.masks()
     assert np.array_equal(before[0], after[0]) and not np.array_equal(before[4], after[4])
-
-
-def test_without_blending_a_round_replaces(scribble_model, clip):
-    session = ScribbleSession(scribble_model, clip[0], blend=False)
-    session.add_scribbles(0, [middle(clip[1][0], 1)])
-    session.run()
-    before = session.masks()
-    session.add_scribbles(4, [stroke(0, (0.1, 0.9), (0.9, 0.9)), middle(clip[1][4], 1)])
-    session.run()
-    assert not np.array_equal(before[0], session.labels(0))
 
 
 @pytest.mark.parametrize("size", [None, 64])

@@ -15,7 +15,8 @@ from stm_model.io.images import read_mask
 def test_a_saved_session_comes_back_with_all_its_steps(two_rounds, scribble_model, clip, tmp_path):
     path = tmp_path / "walk.stm"
     two_rounds.save(path)
-    session = ScribbleSession.load(path, scribble_model, clip[0])
+    session = ScribbleSession(scribble_model, clip[0])
+    session.restore(path)
     assert same(everything(two_rounds), everything(session)) and session.steps == two_rounds.steps
     session.undo()
     session.undo()
@@ -42,7 +43,7 @@ def test_a_session_of_another_video_says_what_differs(two_rounds, scribble_model
     ]
     for video, options, message in cases:
         with pytest.raises(ValueError, match=message):
-            ScribbleSession.load(path, scribble_model, video, **options)
+            ScribbleSession(scribble_model, video, **options).restore(path)
 
 
 def rewrite(path, change):

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from stm_model.interactive.footage import Footage
-from stm_model.interactive.session import Progress, ScribbleSession
+from stm_model.interactive.session import Direction, Progress, ScribbleSession
 from stm_model.io.images import OVERLAY_COLOURS, encode_jpeg, fill_polygons, overlay
 from stm_model.network import STM
 
@@ -199,7 +199,7 @@ class Workbench:
                 raise Refused("no object yet: draw a scribble on one first")
             self._start(f"round {session.rounds + 1}", session.run)
 
-    def track(self, tab: str, index: int, direction: str) -> None:
+    def track(self, tab: str, index: int, direction: Direction) -> None:
         """Start to track the objects of a frame."""
         with self._editing(tab, changes=False) as session:
             if not session.labels(index).any():
