@@ -20,6 +20,7 @@ setup(
             "weights/*.safetensors",
             "weights/*.jsonl",
             "weights/*.md",
+            "data/splits/*/*.txt",
             "evaluation/quoted.csv",
             "evaluation/templates/*",
             "interactive/report.html",
@@ -40,6 +41,8 @@ setup(
         "scipy",
         "matplotlib",
         "Jinja2",
+        "pycocotools",
+        "PyYAML",
     ],
     extras_require={
         "dev": [

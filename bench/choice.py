@@ -26,8 +26,8 @@ from track import device_name
 from stm_kernels import PagedMemory
 from stm_kernels.operator import read_operator
 from stm_model import STM, Tracker
-from stm_model.data.davis import davis_sequences
-from stm_model.data.video import Sequence
+from stm_model.data.davis import davis_videos
+from stm_model.data.video import Video
 from stm_model.evaluation.metrics import sequence_scores
 from stm_model.network.weights import DEFAULT_WEIGHTS_SIZE
 from stm_model.runtime import default_device
@@ -87,7 +87,7 @@ def left_out(memory: PagedMemory, query_key: torch.Tensor, skip: float) -> float
     return 1 - read / blocks
 
 
-def track(sequence: Sequence, trackers: dict[str, Tracker], figures: dict[str, Figures], device: torch.device) -> None:
+def track(sequence: Video, trackers: dict[str, Tracker], figures: dict[str, Figures], device: torch.device) -> None:
     """Track a sequence by all variants, frame by frame in alternation."""
     frames, truths = sequence.load()
     running = {name: tracker.track(frames, {0: truths[0]}) for name, tracker in trackers.items()}
@@ -138,7 +138,7 @@ def main() -> None:
     settings = {"memory": arguments.memory, "size": arguments.size}
     trackers = {name: Tracker(model, **settings, **options) for name, options in VARIANTS.items()}
     figures = {name: Figures() for name in VARIANTS}
-    for sequence in tqdm(davis_sequences(arguments.data, arguments.split), desc="track", unit="sequence"):
+    for sequence in tqdm(davis_videos(arguments.data, arguments.split), desc="track", unit="sequence"):
         track(sequence, trackers, figures, device)
     rows = {name: row(figures[name], figures["exact"]) for name in VARIANTS}
     print(f"{'':10}{'J':>8}{'change':>9}{'frame s':>9}{'read s':>9}{'faster':>8}{'blocks left out':>17}{'weight':>10}")

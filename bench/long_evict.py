@@ -10,7 +10,7 @@ import torch
 
 from bench.workers import Result, Task
 from stm_model import STM, Tracker
-from stm_model.data.davis import davis_sequences
+from stm_model.data.davis import davis_videos
 from stm_model.evaluation.metrics import sequence_scores
 from stm_model.network import STRIDE
 from stm_model.network.weights import DEFAULT_WEIGHTS_SIZE
@@ -41,7 +41,7 @@ def eviction_score(
     if data is None or not data.is_dir():
         return {"skipped": "no clips: --data names a folder in the DAVIS layout"}
     model, scores, evicted, most = STM.load(device=device), {}, 0, 0
-    for sequence in davis_sequences(data, split):
+    for sequence in davis_videos(data, split):
         frames, truths = sequence.load()
         budget = None
         if eviction:

@@ -36,7 +36,7 @@ def random_view(
     """
     frames, labels = _shrink(frames, labels, size)
     center = _object_center(labels[0], random)
-    theta = _view_matrices(len(frames), tuple(frames.shape[-2:]), size, center, random, jitter)
+    theta = _view_matrices(len(frames), (frames.shape[-2], frames.shape[-1]), size, center, random, jitter)
     grid = F.affine_grid(torch.eye(2, 3).expand_as(theta), [len(frames), 3, *size], align_corners=False)
     if bend:
         grid = grid + _random_bend(len(frames), size, random, bend)

@@ -1,4 +1,4 @@
-"""Images annotated in COCO's json: polygons, and run-length codes plain or compressed."""
+"""The COCO layout: images with polygons or run lengths in a json."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stm_model.data.video import same_size
 from stm_model.io import images
 from stm_model.io.images import VOID, MediaError
 
@@ -28,14 +27,13 @@ class CocoImage(NamedTuple):
             MediaError: the image cannot be read, or its annotations not understood.
         """
         frame = images.read_image(self.path)
-        labels = np.zeros(frame.shape[:2], dtype=np.uint8)
+        labels = np.zeros((frame.shape[0], frame.shape[1]), dtype=np.uint8)
         label = 0
         for annotation in self.annotations[: VOID - 1]:
             try:
-                mask = decode_segmentation(annotation["segmentation"], frame.shape[:2])
-            except (ValueError, KeyError, TypeError, IndexError) as error:
+                mask = decode_segmentation(annotation["segmentation"], labels.shape)
+            except (ValueError, KeyError, TypeError) as error:
                 raise MediaError(f"{self.path}: annotation {annotation.get('id')} is not COCO's: {error}") from error
-            same_size(frame, mask, self.path)
             if annotation.get("iscrowd"):
                 labels[mask & (labels == 0)] = VOID
             else:
@@ -94,41 +92,44 @@ def _image_folder(annotations: Path, example: str) -> Path:
 
 
 def decode_segmentation(segmentation: list | dict, size: tuple[int, int]) -> np.ndarray:
-    """An instance's mask, bool `[H, W]`.
+    """An instance's mask, bool `[H, W]`, as COCO's own tools draw it.
 
     Args:
-        segmentation: polygons, or a run-length code {"size": [H, W], "counts": numbers or COCO's string}.
-        size: height and width of the image, for polygons.
+        segmentation: polygons, or run lengths {"size": [H, W], "counts": numbers or COCO's string}.
+        size: height and width of the image.
 
     Raises:
-        ValueError: the runs do not fill the mask.
+        ValueError: the run lengths are not those of this image, or a polygon is no polygon.
+
+    Source: the COCO API, pycocotools.
     """
-    if isinstance(segmentation, dict):
-        return decode_runs(segmentation["counts"], segmentation["size"])
-    return images.fill_polygons(size, segmentation)
+    # only here: most training data needs none of it
+    from pycocotools import mask as coco
 
-
-def decode_runs(counts: Sequence[int] | str, size: Sequence[int]) -> np.ndarray:
-    """Lengths of runs of 0 and 1 in turn, down the columns, to a mask bool `[H, W]`."""
-    runs = _read_string(counts) if isinstance(counts, str) else list(counts)
     height, width = size
-    if min(runs, default=0) < 0 or sum(runs) != height * width:
-        raise ValueError(f"run lengths: expected a sum of {height}·{width} pixels, got {sum(runs)}")
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+    if not isinstance(segmentation, dict):
+        runs = coco.merge(coco.frPyObjects([_corners(polygon, size) for polygon in segmentation], height, width))
+        return coco.decode(runs).astype(bool)
+    if tuple(segmentation["size"]) != size:
+        raise ValueError(f"size: expected the image's {list(size)}, got {segmentation['size']}")
+    counts = segmentation["counts"]
+    # pycocotools checks neither: it leaves pixels that no run covers as they were in memory
+    if isinstance(counts, str):
+        mask = coco.decode(segmentation)
+        if coco.encode(np.asfortranarray(mask))["counts"] != counts.encode():
+            raise ValueError(f"run lengths: expected COCO's string for {height}·{width} pixels")
+        return mask.astype(bool)
+    if min(counts, default=0) < 0 or sum(counts) != height * width:
+        raise ValueError(f"run lengths: expected a sum of {height}·{width} pixels, got {sum(counts)}")
+    return coco.decode(coco.frPyObjects(segmentation, height, width)).astype(bool)
 
 
-def _read_string(text: str) -> list[int]:
-    """Numbers from COCO's string: five bits a character, a sixth for more to come; from the fourth on differences."""
-    runs: list[int] = []
-    value = shift = 0
-    for character in text:
-        bits = ord(character) - 48
-        value |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:
-            continue
-        if bits & 16:
-            value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        value = shift = 0
-    return runs
+def _corners(polygon: Sequence[float], size: tuple[int, int]) -> list[float]:
+    """Corners x₀, y₀, x₁, y₁, … of a polygon that is worth drawing."""
+    corners = np.asarray(polygon, dtype=np.float64)
+    if corners.ndim != 1 or len(corners) < 6 or len(corners) % 2:
+        raise ValueError(f"polygon: expected x and y of at least 3 corners, got shape {list(corners.shape)}")
+    # pycocotools walks along every edge, however far from the image
+    if not (np.abs(corners) <= 10 * max(size)).all():
+        raise ValueError(f"polygon: expected corners in an image of {size[0]}·{size[1]} pixels, got {polygon[:6]} …")
+    return corners.tolist()

@@ -1,45 +1,94 @@
-"""Folders in the DAVIS layout: JPEGImages/<resolution>/<sequence>/, Annotations/<resolution>/<sequence>/, ImageSets."""
+"""The DAVIS layout: ImageSets/<year>/<split>.txt, JPEGImages/<resolution>/<video>/ and Annotations/ likewise."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Collection
 from pathlib import Path
+from typing import Literal
 
-from stm_model.data.video import Sequence
+from stm_model.data.video import Video
+
+Year = Literal["2016", "2017"]
+SPLITS = Path(__file__).parent / "splits" / "davis2016"
+"""Lists for datasets without a list of that name: `fit` and `held` divide DAVIS-2016's training sequences."""
 
 
-def davis_sequences(root: str | Path, split: str, resolution: str | None = None) -> list[Sequence]:
-    """The sequences a split names.
+def davis_videos(
+    root: Path,
+    split: str,
+    resolution: str | None = None,
+    *,
+    year: Year | None = None,
+    only: Collection[str] = (),
+    first_mask_suffices: bool = False,
+) -> list[Video]:
+    """The videos of a split.
 
     Args:
         root: the dataset's folder.
-        split: name of a list under ImageSets/2017 or ImageSets/2016, without `.txt`; where both have it, 2017's, which
-            names all that 2016's does.
-        resolution: folder under JPEGImages; None takes the only one, or `480p`.
+        split: name of a list, without `.txt`, under ImageSets or shipped with the package.
+        resolution: folder under JPEGImages; None takes `480p`, or the only one.
+        year: whose list; None takes 2017's, which names all that 2016's does, else 2016's.
+        only: names of the videos to find; none finds all.
+        first_mask_suffices: accept videos of which only the first mask is public, as in test-dev.
 
     Raises:
-        FileNotFoundError: a folder, list or sequence is missing.
-        ValueError: frames and masks of a sequence differ in number.
+        FileNotFoundError: a folder, a list, a video or a mask is missing.
+        ValueError: a mask has no frame, or there are several resolutions to choose from.
     """
-    root = Path(root)
-    lists = [path for year in ("2017", "2016") if (path := root / "ImageSets" / year / f"{split}.txt").is_file()]
-    if not lists:
-        raise FileNotFoundError(f"DAVIS split: no {split}.txt under {root / 'ImageSets'}")
-    resolution = resolution or _only_resolution(root)
-    return [_find_sequence(root, resolution, name) for name in lists[0].read_text().split()]
+    names = find_list(root, split, year).read_text(encoding="utf-8").split()
+    resolution = resolution or _only_resolution(root / "JPEGImages")
+    attributes = _read_attributes(root)
+    videos = []
+    for name in names:
+        if only and name not in only:
+            continue
+        folder = root / "Annotations" / resolution / name
+        video = Video.find("DAVIS", root / "JPEGImages" / resolution / name, folder)
+        only_first = first_mask_suffices and len(video.annotations) == 1
+        for frame in range(1 if only_first else len(video.frame_paths)):
+            if frame not in video.annotations:
+                stem = video.frame_paths[frame].stem
+                raise FileNotFoundError(f"DAVIS video {name}: frame {stem} has no annotation in {folder}")
+        videos.append(dataclasses.replace(video, attributes=attributes.get(name, ())))
+    return videos
 
 
-def _only_resolution(root: Path) -> str:
-    found = sorted(path.name for path in (root / "JPEGImages").glob("*") if path.is_dir())
+def find_list(root: Path, split: str, year: Year | None = None) -> Path:
+    """The file of a list: the dataset's own, else the package's.
+
+    Raises:
+        FileNotFoundError: neither has it.
+    """
+    own = [root / "ImageSets" / of / f"{split}.txt" for of in ([year] if year else ["2017", "2016"])]
+    for path in (*own, SPLITS / f"{split}.txt"):
+        if path.is_file():
+            return path
+    shipped = ", ".join(sorted(path.stem for path in SPLITS.glob("*.txt")))
+    raise FileNotFoundError(f"DAVIS split {split}: no such file: {own[0]}; the package has {shipped}")
+
+
+def _only_resolution(folder: Path) -> str:
+    found = sorted(path.name for path in folder.glob("*") if path.is_dir())
     if not found:
-        raise FileNotFoundError(f"DAVIS layout: no resolution folder under {root / 'JPEGImages'}")
+        raise FileNotFoundError(f"DAVIS layout: no resolution folder under {folder}")
+    if "480p" not in found and len(found) > 1:
+        raise ValueError(f"DAVIS layout: several resolutions under {folder} ({', '.join(found)}); choose one")
     return "480p" if "480p" in found else found[0]
 
 
-def _find_sequence(root: Path, resolution: str, name: str) -> Sequence:
-    frames = sorted((root / "JPEGImages" / resolution / name).glob("*.jpg"))
-    masks = sorted((root / "Annotations" / resolution / name).glob("*.png"))
-    if not frames:
-        raise FileNotFoundError(f"DAVIS sequence {name}: no frames under {root / 'JPEGImages' / resolution / name}")
-    if len(frames) != len(masks):
-        raise ValueError(f"DAVIS sequence {name}: {len(frames)} frames but {len(masks)} masks")
-    return Sequence(name, frames, masks)
+def _read_attributes(root: Path) -> dict[str, tuple[str, ...]]:
+    """Video → attributes, from db_info.yml where the dataset has it."""
+    for path in (root / "db_info.yml", root / "db_info.yaml"):
+        if path.is_file():
+            # only here: most folders have no such file
+            import yaml
+
+            try:
+                entries = yaml.safe_load(path.read_text(encoding="utf-8"))["sequences"]
+                return {str(entry["name"]): tuple(map(str, entry.get("attributes") or ())) for entry in entries}
+            except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+                detail = " ".join(str(error).split())
+                raise ValueError(f"{path}: expected sequences with name and attributes ({detail})") from error
+    return {}

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from stm_model.data.coco import coco_images
-from stm_model.data.davis import davis_sequences
+from stm_model.data.davis import davis_videos
 from stm_model.data.images import LabelledImage, folder_images, frames_as_images, voc_images
-from stm_model.data.video import Sequence
-from stm_model.data.youtube_vos import youtube_vos_sequences
+from stm_model.data.video import Video
+from stm_model.data.youtube_vos import youtube_vos_videos
 
 
 class TrainingData(NamedTuple):
     """What a folder holds."""
 
-    sequences: list[Sequence]
+    videos: list[Video]
     """Its videos; none in a folder of still images."""
-    images: list[LabelledImage]
+    images: Sequence[LabelledImage]
     """Its images; those of videos are their annotated frames."""
 
 
@@ -27,7 +28,7 @@ def open_folder(path: str | Path, split: str) -> TrainingData:
     Args:
         path: a folder in the layout of DAVIS, YouTube-VOS, COCO or Pascal VOC, a COCO json, or any folder of images and
             masks.
-        split: name of the list to read in the layouts that have lists (DAVIS, VOC).
+        split: name of the list to read in the layouts that have lists (DAVIS, VOC), or of the folder in YouTube-VOS.
 
     Raises:
         FileNotFoundError: something of the layout is missing.
@@ -36,23 +37,24 @@ def open_folder(path: str | Path, split: str) -> TrainingData:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"data: no such folder: {path}")
-    videos: list[Sequence] = []
     if path.suffix == ".json":
         return TrainingData([], coco_images(path))
-    if (path / "meta.json").is_file():
-        videos = youtube_vos_sequences(path)
-    elif any((path / "ImageSets" / year).is_dir() for year in ("2016", "2017")) or _names_davis(path):
-        videos = davis_sequences(path, split)
-    elif (path / "SegmentationObject").is_dir():
+    # the folder of a split, or that of the dataset
+    splits = [folder for folder in (path, path / split, path / "train") if (folder / "meta.json").is_file()]
+    if splits or is_davis(path):
+        videos = youtube_vos_videos(splits[0]) if splits else davis_videos(path, split)
+        return TrainingData(videos, frames_as_images(videos))
+    if (path / "SegmentationObject").is_dir():
         has_list = (path / "ImageSets" / "Segmentation" / f"{split}.txt").is_file()
         return TrainingData([], voc_images(path, split if has_list else None))
-    elif found := sorted((path / "annotations").glob("instances_train*.json")):
+    if found := sorted((path / "annotations").glob("instances_train*.json")):
         return TrainingData([], coco_images(found[-1]))
-    else:
-        return TrainingData([], folder_images(path))
-    return TrainingData(videos, frames_as_images(videos))
+    return TrainingData([], folder_images(path))
 
 
-def _names_davis(path: Path) -> bool:
-    """A folder of frames and annotations without lists; reading it as DAVIS names the list that is missing."""
-    return (path / "JPEGImages").is_dir() and (path / "Annotations").is_dir()
+def is_davis(path: Path) -> bool:
+    """Whether a folder has DAVIS' layout; one without its lists has it too, so that the missing list is named."""
+    if any((path / "ImageSets" / year).is_dir() for year in ("2016", "2017")):
+        return True
+    frames_and_masks = (path / "JPEGImages").is_dir() and (path / "Annotations").is_dir()
+    return frames_and_masks and not (path / "SegmentationObject").is_dir()

@@ -29,14 +29,14 @@ class LabelledImage(Protocol):
         ...
 
 
-class SequenceFrame(NamedTuple):
+class VideoFrame(NamedTuple):
     """A frame of a video, taken as an image."""
 
-    sequence: video.Sequence
-    index: int
+    video: video.Video
+    frame: int
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.sequence.load_pair(self.index)
+        return self.video.load_pair(self.frame)
 
 
 class ImageFile(NamedTuple):
@@ -61,9 +61,9 @@ def _read_image_mask(path: Path) -> np.ndarray:
     return read_mask(path, binary=True) if labels.max() == VOID else labels
 
 
-def frames_as_images(sequences: Iterable[video.Sequence]) -> list[SequenceFrame]:
+def frames_as_images(videos: Iterable[video.Video]) -> list[VideoFrame]:
     """Every annotated frame of some videos as an image."""
-    return [SequenceFrame(sequence, index) for sequence in sequences for index in sequence.annotated]
+    return [VideoFrame(source, frame) for source in videos for frame in source.annotated]
 
 
 def voc_images(root: str | Path, split: str | None = None) -> list[ImageFile]:
@@ -172,9 +172,9 @@ class ImageClips(DrawnClips):
         self.color, self.follow = color, follow
 
     def draw(self, source: LabelledImage, seed: int, random: torch.Generator) -> Clip:
-        frame, labels = source.load()
-        clip = clip_of([frame], [labels])
-        labels = random_region(labels.shape, random)[None].to(torch.uint8) if self.regions else clip.labels
+        frame, mask = source.load()
+        clip = clip_of([frame], [mask])
+        labels = random_region(mask.shape, random)[None].to(torch.uint8) if self.regions else clip.labels
         frames, labels = clip.frames.expand(self.frames, -1, -1, -1), labels.expand(self.frames, -1, -1)
         clip = random_view(frames, labels, self.size, random, jitter=1.0, bend=1.0)
         clip = Clip(random_color(clip.frames, random, self.color), clip.labels)

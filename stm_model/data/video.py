@@ -1,8 +1,10 @@
-"""Videos with masks as a source of clips: what the readers of the layouts yield, and the sampling of frames."""
+"""A video of a dataset, which the readers of all layouts yield, and training clips cut from videos."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Sequences
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,42 +14,99 @@ import torch
 from stm_model.data.augment import random_color, random_view, visible_objects
 from stm_model.data.clips import Clip, DrawnClips, clip_of
 from stm_model.io import images
-from stm_model.io.images import MediaError
+from stm_model.io.images import VOID, MediaError
 
 
-class Sequence(NamedTuple):
-    """One video of a dataset, as paths in order of time."""
+class ListedObject(NamedTuple):
+    """An object as a dataset's metadata lists it."""
+
+    frame_names: tuple[str, ...]
+    """Names of the frames it is annotated in, in order of time; its mask enters in the first."""
+    category: str | None = None
+    """What it is."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video with masks, as paths. Frames are numbered from 0 in order of time."""
 
     name: str
-    frame_paths: list[Path]
-    mask_paths: list[Path | None]
-    """The mask of each frame; None where there is none."""
+    """Name of its folder."""
+    frame_paths: tuple[Path, ...]
+    """Every frame."""
+    annotations: Mapping[int, Path]
+    """Frame → its mask, where there is one, in ascending order."""
+    listed_objects: Mapping[int, ListedObject] = field(default_factory=dict)
+    """Label → object, where the dataset has metadata; DAVIS and LVOS have masks only."""
+    attributes: tuple[str, ...] = ()
+    """What makes the video hard, in the dataset's words."""
+    single_object: bool = False
+    """All objects count as one, label 1, as in DAVIS-2016."""
+
+    @classmethod
+    def find(cls, layout: str, frames_folder: Path, masks_folder: Path) -> Video:
+        """Find the pictures in two folders named for the video; a mask belongs to the frame of its name.
+
+        Raises:
+            FileNotFoundError: there are no frames or no masks.
+            ValueError: a mask has no frame.
+        """
+        owner = f"{layout} video {frames_folder.name}"
+        frames, masks = _pictures(frames_folder, owner), _pictures(masks_folder, owner)
+        numbers = {path.stem: number for number, path in enumerate(frames)}
+        for path in masks:
+            if path.stem not in numbers:
+                raise ValueError(f"{path}: there is no frame of this name")
+        return cls(frames_folder.name, frames, {numbers[path.stem]: path for path in masks})
 
     @property
     def annotated(self) -> list[int]:
         """The frames that have a mask."""
-        return [index for index, path in enumerate(self.mask_paths) if path is not None]
+        return list(self.annotations)
+
+    @cached_property
+    def black_and_white(self) -> bool:
+        """Whether 255 marks its one object, as DAVIS-2016 is released: the first mask with anything in it says."""
+        for path in self.annotations.values():
+            if found := set(np.unique(images.read_mask(path)).tolist()) - {0}:
+                return found == {VOID}
+        return False
+
+    def read_annotation(self, frame: int) -> np.ndarray:
+        """Labels of an annotated frame, uint8 `[H, W]`; 255 is void."""
+        labels = images.read_mask(self.annotations[frame])
+        if self.black_and_white:
+            return (labels > 0).astype(np.uint8)
+        if self.single_object:
+            return np.where((labels > 0) & (labels < VOID), 1, labels).astype(np.uint8)
+        return labels
 
     def load(self) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
         """All frames uint8 `[H, W, 3]` and all label maps uint8 `[H, W]`, None where there is no mask."""
-        return [images.read_image(path) for path in self.frame_paths], [
-            None if path is None else read_labels(path) for path in self.mask_paths
-        ]
+        numbers = range(len(self.frame_paths))
+        labels = [self.read_annotation(frame) if frame in self.annotations else None for frame in numbers]
+        return [images.read_image(path) for path in self.frame_paths], labels
 
-    def load_pair(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Frame uint8 `[H, W, 3]` and labels uint8 `[H, W]` of an annotated frame.
+    def load_pair(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
+        """An annotated frame uint8 `[H, W, 3]` and its labels uint8 `[H, W]`.
 
         Raises:
             MediaError: a file cannot be read, or the two differ in size.
         """
-        mask_path = self.mask_paths[index]
-        return same_size(images.read_image(self.frame_paths[index]), read_labels(mask_path), mask_path)
+        pixels = images.read_image(self.frame_paths[frame])
+        return same_size(pixels, self.read_annotation(frame), self.annotations[frame])
 
 
-def read_labels(path: Path) -> np.ndarray:
-    """Labels of an annotation; DAVIS-2016's 255 is its one object."""
-    labels = images.read_mask(path)
-    return np.where(labels == 255, 1, labels).astype(np.uint8) if set(np.unique(labels)) <= {0, 255} else labels
+def _pictures(folder: Path, owner: str) -> tuple[Path, ...]:
+    files = images.picture_files(folder) if folder.is_dir() else []
+    if not files:
+        raise FileNotFoundError(f"{owner}: no pictures in {folder}")
+    return tuple(files)
+
+
+def labels_in(labels: np.ndarray) -> tuple[int, ...]:
+    """The objects of a label map, in ascending order."""
+    return tuple(int(label) for label in np.unique(labels) if label not in (0, VOID))
 
 
 def same_size(frame: np.ndarray, labels: np.ndarray, mask_path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -60,11 +119,11 @@ def same_size(frame: np.ndarray, labels: np.ndarray, mask_path: Path) -> tuple[n
 
 
 class VideoClips(DrawnClips):
-    """Random training clips of a list of sequences."""
+    """Random training clips of a list of videos."""
 
     def __init__(
         self,
-        sequences: Sequences[Sequence],
+        videos: Sequence[Video],
         frames: int = 3,
         size: tuple[int, int] = (192, 192),
         max_skip: tuple[int, int] = (8, 8),
@@ -75,7 +134,7 @@ class VideoClips(DrawnClips):
     ):
         """
         Args:
-            sequences: what to draw from; each with a mask at least.
+            videos: what to draw from; each with a mask at least.
             frames: T, frames per clip, in the order of the video or in reverse.
             size: height and width of the crop in pixels.
             max_skip: greatest number of video frames from one frame of the clip to the next, at the start of the
@@ -86,24 +145,24 @@ class VideoClips(DrawnClips):
             motion: strength of what is added to the motion of the video, see `random_view`.
 
         Raises:
-            ValueError: there is no sequence, or one has no mask.
+            ValueError: there is no video, or one has no mask.
         """
-        super().__init__(sequences)
-        for sequence in sequences:
-            if not sequence.annotated:
-                raise ValueError(f"sequence {sequence.name}: expected a mask at least, got none")
+        super().__init__(videos)
+        for video in videos:
+            if not video.annotations:
+                raise ValueError(f"video {video.name}: expected a mask at least, got none")
         self.frames, self.size, self.max_skip, self.growth = frames, size, max_skip, growth
         self.most_objects, self.color, self.motion = most_objects, color, motion
 
-    def draw(self, source: Sequence, seed: int, random: torch.Generator) -> Clip:
+    def draw(self, source: Video, seed: int, random: torch.Generator) -> Clip:
         # neighbouring frames too, as a video is tracked: a clip has its own greatest skip
         skip = int(torch.randint(1, self._max_skip(seed) + 1, (), generator=random))
         indices = pick_frames(source.annotated, self.frames, skip, random)
         pairs = {index: source.load_pair(index) for index in set(indices)}
         sizes = {pairs[index][1].shape for index in indices}
         if len(sizes) > 1:
-            sizes = " and ".join(images.by(size) for size in sorted(sizes))
-            raise MediaError(f"sequence {source.name}: frames differ in size: {sizes} pixels")
+            found = " and ".join(images.by(size) for size in sorted(sizes))
+            raise MediaError(f"video {source.name}: frames differ in size: {found} pixels")
         clip = clip_of(*zip(*(pairs[index] for index in indices), strict=True))
         clip = random_view(clip.frames, clip.labels, self.size, random, jitter=self.motion, bend=self.motion)
         clip = Clip(random_color(clip.frames, random, self.color), clip.labels)

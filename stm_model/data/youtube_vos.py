@@ -1,45 +1,68 @@
-"""Folders in the YouTube-VOS layout: JPEGImages/<video>/, Annotations/<video>/ and meta.json with the names."""
+"""The YouTube-VOS layout: <split>/meta.json, <split>/JPEGImages/<video>/, <split>/Annotations/<video>/.
+
+Not every frame has a mask: every fifth in the training split, in the validation split those in which an object enters.
+<split>_all_frames/JPEGImages/ holds the frames between.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
-from stm_model.data.video import Sequence
+from stm_model.data.video import ListedObject, Video
+from stm_model.io.images import MediaError
 
 
-def youtube_vos_sequences(root: str | Path) -> list[Sequence]:
-    """The videos that meta.json names.
-
-    Not every frame has a mask: every fifth has in the training set, in the validation set those in which an object
-    enters. Objects that enter later have labels that the masks before don't.
+def youtube_vos_videos(folder: Path, all_frames: bool = False, only: Collection[str] = ()) -> list[Video]:
+    """The videos that meta.json lists.
 
     Args:
-        root: the folder of one split, with meta.json in it.
+        folder: the folder of a split.
+        all_frames: take frames from the folder `<split>_all_frames` beside it, if there.
+        only: names of the videos to find; none finds all.
 
     Raises:
-        FileNotFoundError: meta.json or the frames of a video are missing.
-        ValueError: meta.json is not of this kind, a video has no mask, or a mask has no frame.
+        FileNotFoundError: meta.json, or the frames or masks of a video are missing.
+        ValueError: meta.json is not of this kind, or a mask has no frame.
     """
-    root = Path(root)
-    path = root / "meta.json"
+    meta = read_meta(folder / "meta.json")
+    every = folder.with_name(f"{folder.name}_all_frames") / "JPEGImages"
+    frames = every if all_frames and every.is_dir() else folder / "JPEGImages"
+    return [
+        dataclasses.replace(
+            Video.find("YouTube-VOS", frames / name, folder / "Annotations" / name), listed_objects=meta[name]
+        )
+        for name in sorted(meta)
+        if not only or name in only
+    ]
+
+
+def read_meta(path: Path) -> dict[str, dict[int, ListedObject]]:
+    """Video → label → object, from a meta.json.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        MediaError: it is not of this kind.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"YouTube-VOS layout: no such file: {path}")
     try:
-        names = sorted(json.loads(path.read_text())["videos"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'YouTube-VOS layout: {path}: expected {{"videos": …}}: {error}') from error
-    return [_find_video(root, name) for name in names]
+        videos = json.loads(path.read_text(encoding="utf-8"))["videos"]
+        return {
+            name: {int(label): _listed(facts) for label, facts in sorted(video["objects"].items(), key=_label)}
+            for name, video in videos.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        form = '{"videos": {name: {"objects": {label: {"frames": [...]}}}}}'
+        raise MediaError(f"{path}: expected {form} ({type(error).__name__}: {error})") from error
 
 
-def _find_video(root: Path, name: str) -> Sequence:
-    frames = sorted((root / "JPEGImages" / name).glob("*.jpg"))
-    masks = {path.stem: path for path in (root / "Annotations" / name).glob("*.png")}
-    if not frames:
-        raise FileNotFoundError(f"YouTube-VOS video {name}: no frames under {root / 'JPEGImages' / name}")
-    if not masks:
-        raise ValueError(f"YouTube-VOS video {name}: no masks under {root / 'Annotations' / name}")
-    without = sorted(masks.keys() - {path.stem for path in frames})
-    if without:
-        raise ValueError(f"YouTube-VOS video {name}: masks {', '.join(without[:5])} have no frame")
-    return Sequence(name, frames, [masks.get(path.stem) for path in frames])
+def _label(item: tuple[str, Any]) -> int:
+    return int(item[0])
+
+
+def _listed(facts: dict[str, Any]) -> ListedObject:
+    return ListedObject(tuple(sorted(map(str, facts["frames"]))), facts.get("category"))

@@ -111,7 +111,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         # what can be refused is refused before anything is written
         dataset = ranks.on_first(lambda: _prepare(config))
         config = dataclasses.replace(config, device=ranks.device(config.device))
-        return (_study if config.study else _evaluation)(config, dataset, ranks)
+        return _evaluation(config, dataset, ranks) if config.study is None else _study(config, dataset, ranks)
 
 
 def _evaluation(config: EvaluateConfig, dataset: Dataset, ranks: Ranks) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def _finish(config: EvaluateConfig, dataset: Dataset, masks: Path, speed: Speed 
 
 
 def _study(config: EvaluateConfig, dataset: Dataset, ranks: Ranks) -> dict[str, Any]:
-    study = STUDIES[config.study]
+    study = STUDIES[str(config.study)]
     rows = run_study(study, dataset, tracking_settings(config), config.out, ranks, config.workers)
     summary = facts(config, dataset) | {"study": config.study, "variants": rows}
 

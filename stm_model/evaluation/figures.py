@@ -69,8 +69,8 @@ def draw_bars(scores: Sequence[ObjectScore], floor: Mapping[str, float], path: P
     axes.barh(places + 0.19, [mean_region(own) for _, own in rows], 0.36, color=LINES[1], label="J")
     axes.barh(places - 0.19, [mean_contour(own) for _, own in rows], 0.36, color=LINES[4], label="F")
     ticks = [floor.get(name, np.nan) for name in names]
-    tick = {"color": "black", "markersize": 11, "markeredgewidth": 2, "label": "J, first mask repeated"}
-    axes.plot(ticks, places + 0.19, "|", **tick)
+    label = "J, first mask repeated"
+    axes.plot(ticks, places + 0.19, "|", color="black", markersize=11, markeredgewidth=2, label=label)
     axes.set_yticks(places, names)
     axes.set(xlim=(0, 1), ylim=(-0.6, len(rows) - 0.4))
     figure.legend(loc="outside upper center", ncols=3, frameon=False)

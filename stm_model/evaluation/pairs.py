@@ -20,14 +20,14 @@ from tqdm import tqdm
 
 from stm_model.data.augment import paste_objects, visible_objects
 from stm_model.data.clips import Clip, clip_of, generator
-from stm_model.data.davis import davis_sequences
-from stm_model.data.video import Sequence
+from stm_model.data.davis import davis_videos
+from stm_model.data.video import Video
 from stm_model.io.images import by, encode_jpeg, write_mask
 
 JPEG_QUALITY = 95
 
 
-def read_clip(sequence: Sequence) -> Clip:
+def read_clip(sequence: Video) -> Clip:
     """A whole video."""
     return clip_of(*zip(*(sequence.load_pair(index) for index in range(len(sequence.frame_paths))), strict=True))
 
@@ -53,7 +53,7 @@ def write_video(clip: Clip, root: Path, name: str) -> None:
         write_mask(masks / f"{index:05d}.png", labels)
 
 
-def write_pairs(sequences: list[Sequence], distances: list[int], root: Path, split: str) -> list[str]:
+def write_pairs(sequences: list[Video], distances: list[int], root: Path, split: str) -> list[str]:
     """Pair each video with those so many places further down the list; the names of those that show two objects."""
     written = []
     pairs = [(at, (at + distance) % len(sequences)) for distance in distances for at in range(len(sequences))]
@@ -90,7 +90,7 @@ def main() -> None:
     try:
         if arguments.out.exists():
             raise ValueError(f"--out: {arguments.out} exists")
-        sequences = davis_sequences(arguments.data, arguments.split)
+        sequences = davis_videos(arguments.data, arguments.split)
         if any(distance % len(sequences) == 0 for distance in arguments.distances):
             raise ValueError(f"--distances: expected none that leads back, of {len(sequences)} videos")
         shutil.rmtree(partial, ignore_errors=True)

@@ -112,7 +112,7 @@ def _track_video(video: Video, tracker: Tracker, meter: _Meter, out: Path, progr
     out.mkdir(parents=True, exist_ok=True)
     asked = set(video.asked)
     # a submission looks like the annotations
-    white = np.uint8(VOID if video.is_black_and_white() else 1)
+    white = np.uint8(VOID if video.black_and_white else 1)
     progress.set_postfix_str(video.name)
     for index, labels in _results(tracker, video, meter):
         if index in asked:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -125,7 +124,7 @@ def find_results(dataset: Dataset, results: Path, video: Video) -> Path:
     return folder
 
 
-def read_result(path: Path, video: Video, size: tuple[int, int], binary: bool = False) -> np.ndarray:
+def read_result(path: Path, video: Video, size: tuple[int, ...], binary: bool = False) -> np.ndarray:
     """Labels of a result mask, uint8 `[H, W]`.
 
     Args:
@@ -146,7 +145,7 @@ def read_result(path: Path, video: Video, size: tuple[int, int], binary: bool = 
     if labels.shape != size:
         raise ResultError(f"{path}: {by(labels.shape)} pixels; expected {by(size)} like its ground truth")
     found = {int(label) for label in np.unique(labels)} - {0}
-    if found == {VOID} and video.is_black_and_white():
+    if found == {VOID} and video.black_and_white:
         return (labels > 0).astype(np.uint8)
     if found == {VOID}:
         hint = "; add --binary to take white for the object" if len(video.objects) == 1 else ""
@@ -194,26 +193,25 @@ def available_cores() -> int:
 def _score_frames(task: _Task) -> list[tuple[int, int, float, float]]:
     """(frame, label, J, F) of every object scored in some frames of a video."""
     video, rows = task.video, []
-    predictions = _repeated(task) if task.folder is None else repeat(None)
-    for frame, prediction in zip(task.frames, predictions):
+    repeated = _repeated(task)
+    for frame in task.frames:
         truth = video.read_annotation(frame)
-        if prediction is None:
-            path = task.folder / video.mask_name(frame)
-            prediction = read_result(path, video, truth.shape, task.binary)
-        void = truth == VOID
+        if task.folder is None:
+            prediction = next(repeated)
+        else:
+            prediction = read_result(task.folder / video.mask_name(frame), video, truth.shape, task.binary)
         for label in video.scored[frame]:
-            masks = (prediction == label, truth == label, void)
+            masks = (prediction == label, truth == label, truth == VOID)
             rows.append((frame, label, region_similarity(*masks), contour_accuracy(*masks)))
     return rows
 
 
-def _repeated(task: _Task) -> Iterable[np.ndarray]:
+def _repeated(task: _Task) -> Iterator[np.ndarray]:
     """For each frame of a task, the masks given until then, later ones on top."""
     given = task.video.given_masks()
     for frame in task.frames:
-        labels = None
+        labels = np.zeros_like(given[min(given)])
         for entry, mask in given.items():
             if entry <= frame:
-                shown = (mask > 0) & (mask < VOID)
-                labels = mask * shown if labels is None else np.where(shown, mask, labels)
+                labels = np.where((mask > 0) & (mask < VOID), mask, labels)
         yield labels

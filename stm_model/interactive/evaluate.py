@@ -112,12 +112,13 @@ def open_interactive(config: EvaluateInteractiveConfig) -> Dataset:
         FileNotFoundError, ValueError: as `open_dataset`, or a frame without ground truth.
     """
     split = config.split or "val"
-    years = [year for year in ("2017", "2016") if (config.data / "ImageSets" / year / f"{split}.txt").is_file()]
-    dataset = open_dataset(f"davis{(years or ['2017'])[0]}", config.data, split, config.resolution, config.videos)
+    # the lists of the package are of 2016
+    year = "2017" if (config.data / "ImageSets" / "2017" / f"{split}.txt").is_file() else "2016"
+    dataset = open_dataset(f"davis{year}", config.data, split, config.resolution, config.videos)
     for video in dataset.videos:
         if len(video.annotations) < len(video.frame_paths):
             raise ValueError(f"{video.name}: the robot needs the ground truth of every frame, and some is missing")
-    return dataclasses.replace(dataset, name=f"davis-interactive ({years[0]})")
+    return dataclasses.replace(dataset, name=f"davis-interactive ({year})")
 
 
 def _prepare(config: EvaluateInteractiveConfig) -> tuple[Dataset, list[_Start]]:
@@ -179,7 +180,7 @@ def _run_sample(config: EvaluateInteractiveConfig, model: STM, start: _Start, pr
         raise MediaError(f"{video.name}: {error}") from error
     folder = config.out / "masks" / start.name
     folder.mkdir(parents=True, exist_ok=True)
-    white = np.uint8(VOID if video.is_black_and_white() else 1)
+    white = np.uint8(VOID if video.black_and_white else 1)
     for index, labels in enumerate(masks):
         write_mask(folder / video.mask_name(index), labels * white)
     return Sample(start.name, len(video.objects), config.interactions, tuple(rounds))

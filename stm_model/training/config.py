@@ -24,9 +24,10 @@ class TrainConfig:
     on procedural clips alone."""
     weights: tuple[float, ...] = ()
     """How often each folder is drawn, relative to the others; none for all alike."""
-    split: str = "fit"
-    """List to train on, in the layouts that have lists."""
-    validation_split: str | None = "held"
+    split: str = "train"
+    """List to train on, in the layouts that have lists; `fit` and `held`, which divide DAVIS-2016's training sequences,
+    ship with the package."""
+    validation_split: str | None = "val"
     """List to score the weights on, of the first folder in DAVIS' layout; None never scores."""
     init: Path | None = None
     """Weights to start from, a released .pth or our .safetensors; None for random ones."""
@@ -216,6 +217,8 @@ class LiteConfig(TrainConfig):
     Source: Tan & Le, EfficientNet, ICML 2019; its lite variants are without squeeze and excitation.
     """
 
+    split: str = "fit"
+    validation_split: str | None = "held"
     network: Literal["shared", "lite", "small", "released"] = "lite"
     freeze_first_stage: bool = True
     trunk_rate: float = 0.5
@@ -234,6 +237,8 @@ class SharedConfig(TrainConfig):
     Sources: Cheng et al., STCN, NeurIPS 2021 (shared keys); Tan & Le, EfficientNet, ICML 2019.
     """
 
+    split: str = "fit"
+    validation_split: str | None = "held"
     network: Literal["shared", "lite", "small", "released"] = "shared"
     freeze_first_stage: bool = True
     trunk_rate: float = 0.5
@@ -261,8 +266,6 @@ class PaperConfig(TrainConfig):
     Source: Oh et al., ICCV 2019, section 3.4, and the author's answers about the released code.
     """
 
-    split: str = "train"
-    validation_split: str | None = "val"
     network: Literal["shared", "lite", "small", "released"] = "released"
     steps: int = 150000
     batch: int = 4
@@ -292,6 +295,8 @@ class InteractiveConfig(TrainConfig):
     Source: Oh et al., DAVIS Challenge 2019, sections 2.4 and 3.2.
     """
 
+    split: str = "fit"
+    validation_split: str | None = "held"
     init: Path | None = DEFAULT_WEIGHTS
     freeze_first_stage: bool = True
     trunk_rate: float = 0.5

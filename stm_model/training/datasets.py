@@ -9,11 +9,11 @@ from torch.utils.data import DataLoader, Dataset
 from stm_model.data.clips import Clip, FollowedClips, MixedClips
 from stm_model.data.collage import CollageClips
 from stm_model.data.crowd import CrowdClips
-from stm_model.data.davis import davis_sequences
-from stm_model.data.folders import TrainingData, open_folder
+from stm_model.data.davis import davis_videos
+from stm_model.data.folders import TrainingData, is_davis, open_folder
 from stm_model.data.images import ImageClips, LabelledImage
 from stm_model.data.synthetic import ProceduralClips
-from stm_model.data.video import Sequence, VideoClips
+from stm_model.data.video import Video, VideoClips
 from stm_model.training.config import TrainConfig
 
 
@@ -51,11 +51,11 @@ def _clips_of(data: TrainingData, config: TrainConfig) -> tuple[Dataset, Dataset
     most = {"most_objects": config.most_objects}
     stills = ImageClips(data.images, config.frames, size, color=config.color, follow=config.follow, **most)
     regions = ImageClips(data.images, config.frames, size, regions=True, color=config.color)
-    if not data.sequences:
+    if not data.videos:
         return stills, MixedClips([stills, regions], [1 - config.regions, config.regions])
     growth = round(config.skip_growth * config.steps * config.batch)
     looks = {"color": config.color, "motion": config.motion} | most
-    videos = VideoClips(data.sequences, config.frames, size, config.max_skip, growth, **looks)
+    videos = VideoClips(data.videos, config.frames, size, config.max_skip, growth, **looks)
     # a cut-out's own motion matters more than that of its video: most come from stills
     objects = MixedClips([videos, stills], [0.4, 0.6])
     return (
@@ -64,16 +64,16 @@ def _clips_of(data: TrainingData, config: TrainConfig) -> tuple[Dataset, Dataset
     )
 
 
-def validation_sequences(config: TrainConfig) -> list[Sequence]:
+def validation_sequences(config: TrainConfig) -> list[Video]:
     """The videos to score the weights on; none without data or a list.
 
     Raises:
         FileNotFoundError: no folder has the list, or a sequence of it is missing.
     """
-    folders = [path for path in config.data if (path / "ImageSets").is_dir() and (path / "Annotations").is_dir()]
+    folders = [path for path in config.data if is_davis(path)]
     if config.validation_split is None or not folders:
         return []
-    return davis_sequences(folders[0], config.validation_split)
+    return davis_videos(folders[0], config.validation_split)
 
 
 def batches(

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from stm_model.data.augment import visible_objects
 from stm_model.data.clips import Clip, clip_of
-from stm_model.data.video import Sequence
+from stm_model.data.video import Video
 from stm_model.evaluation.metrics import sequence_scores
 from stm_model.io.images import contact_sheet, overlay, write_image
 from stm_model.network import STM
@@ -91,7 +91,7 @@ def _tensorboard(folder: Path):
     return SummaryWriter(folder / "tensorboard")
 
 
-def validate(model: STM, sequences: list[Sequence], rank: int = 0, processes: int = 1) -> dict[str, float]:
+def validate(model: STM, sequences: list[Video], rank: int = 0, processes: int = 1) -> dict[str, float]:
     """Mean J and F over the objects of videos, first and last frame left out.
 
     A network guided by masks tracks them; one guided by scribbles gets a few rounds of them on a few frames. The
@@ -109,14 +109,14 @@ def validate(model: STM, sequences: list[Sequence], rank: int = 0, processes: in
     return {"J": region / count, "F": contour / count}
 
 
-def _tracked(model: STM, sequence: Sequence) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def _tracked(model: STM, sequence: Video) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Labels and truth of all frames, from the first one's mask."""
     frames, truths = sequence.load()
     return [result.labels for result in Tracker(model).track(frames, {0: truths[0]})], truths
 
 
 @torch.no_grad()
-def _corrected(model: STM, sequence: Sequence) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def _corrected(model: STM, sequence: Video) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Labels and truth of a few frames after a few rounds of scribbles on them."""
     indices = np.unique(np.linspace(0, len(sequence.frame_paths) - 1, CORRECTED_FRAMES).round().astype(int))
     clip = clip_of(*zip(*(sequence.load_pair(index) for index in indices)))

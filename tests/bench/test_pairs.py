@@ -10,7 +10,7 @@ from answers import gave_up
 
 from bench.pairs import main, pair
 from stm_model.data.clips import Clip
-from stm_model.data.davis import davis_sequences
+from stm_model.data.davis import davis_videos
 from stm_model.io import images
 
 SIZE = (40, 64)
@@ -53,7 +53,7 @@ def run(davis_2016, tmp_path, monkeypatch):
 
 def test_each_video_shows_its_own_object_and_the_next_ones(run, tmp_path):
     assert run("--distances", "1") is None
-    pairs = {sequence.name: sequence for sequence in davis_sequences(tmp_path / "pairs", "held")}
+    pairs = {sequence.name: sequence for sequence in davis_videos(tmp_path / "pairs", "held")}
     assert {name: len(sequence.frame_paths) for name, sequence in pairs.items()} == {
         "left_too": 4,
         "too_right": 3,

@@ -1,5 +1,7 @@
 """Clips: procedural ones, folders in the DAVIS layout, augmentation."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ from stm_model.data.augment import (
 from stm_model.data.clips import Clip, FollowedClips, MixedClips
 from stm_model.data.clips import generator as generator_of
 from stm_model.data.collage import CollageClips
-from stm_model.data.davis import davis_sequences
+from stm_model.data.davis import davis_videos, find_list
 from stm_model.data.images import ImageClips, frames_as_images
 from stm_model.data.synthetic import ProceduralClips, procedural_clip
 from stm_model.data.video import VideoClips, pick_frames
@@ -179,7 +181,7 @@ def davis_folder(tmp_path):
 
 
 def test_davis_layout(davis_folder):
-    boat, car = davis_sequences(davis_folder, "train")
+    boat, car = davis_videos(davis_folder, "train")
     assert (boat.name, car.name) == ("boat", "car")
     frames, masks = car.load()
     assert len(frames) == len(masks) == 4 and frames[0].shape == (48, 64, 3)
@@ -190,11 +192,11 @@ def test_davis_layout(davis_folder):
 def test_of_two_lists_of_a_name_the_larger_year_counts(davis_folder):
     (davis_folder / "ImageSets" / "2017").mkdir()
     (davis_folder / "ImageSets/2017/train.txt").write_text("car\n")
-    assert [sequence.name for sequence in davis_sequences(davis_folder, "train")] == ["car"]
+    assert [sequence.name for sequence in davis_videos(davis_folder, "train")] == ["car"]
 
 
 def test_davis_clips_are_functions_of_their_seed(davis_folder):
-    clips = VideoClips(davis_sequences(davis_folder, "train"), size=(32, 32))
+    clips = VideoClips(davis_videos(davis_folder, "train"), size=(32, 32))
     first = clips[7]
     assert first.frames.shape == (3, 3, 32, 32) and first.labels.shape == (3, 32, 32)
     assert torch.equal(first.frames, clips[7].frames) and not torch.equal(first.frames, clips[8].frames)
@@ -213,7 +215,7 @@ def test_color_and_motion_can_be_left_as_they_are(tmp_path, color, motion):
         )
         Image.fromarray(mask).save(tmp_path / "Annotations/480p/still" / f"{index:05d}.png")
     (tmp_path / "ImageSets" / "2016").mkdir(parents=True)
-    (tmp_path / "ImageSets/2016/fit.txt").write_text("still\n")
+    (tmp_path / "ImageSets/2016/train.txt").write_text("still\n")
     plain = {"stills": 0.0, "procedural": 0.0, "paste": 0.0, "distract": 0.0, "replace": 0.0, "validation_split": None}
     config = TrainConfig(tmp_path / "run", data=(tmp_path,), crop=32, color=color, motion=motion, **plain)
     dataset = training_clips(config)
@@ -244,7 +246,7 @@ def test_every_frame_can_be_picked():
 
 
 def test_the_skip_grows_with_the_number_of_clips(davis_folder):
-    clips = VideoClips(davis_sequences(davis_folder, "train"), max_skip=(5, 25), growth=100)
+    clips = VideoClips(davis_videos(davis_folder, "train"), max_skip=(5, 25), growth=100)
     run = 3 << 32
     assert [clips._max_skip(run + number) for number in (0, 50, 100, 10**6)] == [5, 15, 25, 25]
 
@@ -268,7 +270,7 @@ def test_mixed_clips_keep_the_weights():
 
 
 def test_images_become_clips_with_motion(davis_folder):
-    images = frames_as_images(davis_sequences(davis_folder, "train"))
+    images = frames_as_images(davis_videos(davis_folder, "train"))
     assert len(images) == 8
     clips, moved = ImageClips(images, size=(32, 32)), 0
     for seed in range(10):
@@ -279,7 +281,7 @@ def test_images_become_clips_with_motion(davis_folder):
 
 
 def test_collages_of_each_kind(davis_folder):
-    sequences = davis_sequences(davis_folder, "train")
+    sequences = davis_videos(davis_folder, "train")
     below, regions = (
         VideoClips(sequences, size=(32, 32)),
         ImageClips(frames_as_images(sequences), size=(32, 32), regions=True),
@@ -315,17 +317,20 @@ def test_clips_without_an_object_are_drawn_anew():
 
 
 def test_davis_errors_name_what_is_missing(davis_folder):
-    with pytest.raises(FileNotFoundError, match="no val.txt under"):
-        davis_sequences(davis_folder, "val")
+    with pytest.raises(
+        FileNotFoundError, match="DAVIS split val: no such file: .*2017/val.txt; the package has fit, held"
+    ):
+        davis_videos(davis_folder, "val")
     (davis_folder / "Annotations/480p/car/00002.png").unlink()
-    with pytest.raises(ValueError, match="DAVIS sequence car: 4 frames but 3 masks"):
-        davis_sequences(davis_folder, "train")
+    with pytest.raises(FileNotFoundError, match="DAVIS video car: frame 00002 has no annotation in"):
+        davis_videos(davis_folder, "train")
     (davis_folder / "ImageSets/2016/train.txt").write_text("train-ride\n")
-    with pytest.raises(FileNotFoundError, match="DAVIS sequence train-ride: no frames"):
-        davis_sequences(davis_folder, "train")
+    with pytest.raises(FileNotFoundError, match="DAVIS video train-ride: no pictures in"):
+        davis_videos(davis_folder, "train")
 
 
-def test_training_and_held_out_sequences_are_apart(shared_data):
-    root = shared_data / "davis2016-train"
-    fit, held = ({sequence.name for sequence in davis_sequences(root, split)} for split in ("fit", "held"))
+def test_the_shipped_lists_are_apart_and_make_up_the_training_split(shared_data):
+    fit, held = (set(find_list(Path("nowhere"), split).read_text().split()) for split in ("fit", "held"))
     assert len(fit) == 24 and len(held) == 6 and not fit & held
+    root = shared_data / "davis2016-train"
+    assert fit | held == {video.name for video in davis_videos(root, "train")}

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stm_model.data.coco import CocoImage, coco_images, decode_runs, decode_segmentation
+from stm_model.data.coco import CocoImage, coco_images, decode_segmentation
 from stm_model.data.folders import open_folder
 from stm_model.data.images import ImageClips, folder_images, voc_images
 from stm_model.data.synthetic import procedural_clip
 from stm_model.data.video import VideoClips
-from stm_model.data.youtube_vos import youtube_vos_sequences
+from stm_model.data.youtube_vos import youtube_vos_videos
 from stm_model.io.images import MediaError, write_mask
 
 FRAMES, LABELS = procedural_clip(frames=6, size=(48, 64), objects=2, seed=5)
@@ -41,16 +41,16 @@ def youtube_folder(tmp_path):
 
 
 def test_youtube_vos_layout(youtube_folder):
-    first, second = youtube_vos_sequences(youtube_folder)
+    first, second = youtube_vos_videos(youtube_folder)
     assert (first.name, second.name) == ("aaa", "bbb")
-    assert first.annotated == [0, 2, 4] and len(first.frame_paths) == 6 and first.mask_paths[1] is None
+    assert first.annotated == [0, 2, 4] and len(first.frame_paths) == 6 and 1 not in first.annotations
     frames, labels = second.load()
     assert frames[3].shape == (48, 64, 3) and labels[3] is None
     assert 2 not in labels[0] and 2 in labels[2]
 
 
 def test_clips_take_frames_with_a_mask_and_objects_of_the_first(youtube_folder):
-    clips = VideoClips(youtube_vos_sequences(youtube_folder), size=(48, 48), max_skip=(4, 4))
+    clips = VideoClips(youtube_vos_videos(youtube_folder), size=(48, 48), max_skip=(4, 4))
     objects = [clips[seed].objects for seed in range(30)]
     assert set(objects) >= {1, 2}
     for seed in range(30):
@@ -65,8 +65,13 @@ def test_clips_take_frames_with_a_mask_and_objects_of_the_first(youtube_folder):
     [
         ("meta.json", None, FileNotFoundError, "YouTube-VOS layout: no such file: .*meta.json"),
         ("meta.json", "[]", ValueError, r"meta.json: expected \{\"videos\""),
-        ("meta.json", '{"videos": {"ccc": {}}}', FileNotFoundError, "YouTube-VOS video ccc: no frames under"),
-        ("JPEGImages/aaa/00002.jpg", None, ValueError, "YouTube-VOS video aaa: masks 00002 have no frame"),
+        (
+            "meta.json",
+            '{"videos": {"ccc": {"objects": {}}}}',
+            FileNotFoundError,
+            "YouTube-VOS video ccc: no pictures in .*JPEGImages/ccc",
+        ),
+        ("JPEGImages/aaa/00002.jpg", None, ValueError, "aaa/00002.png: there is no frame of this name"),
     ],
 )
 def test_youtube_vos_errors_name_the_place(youtube_folder, path, content, error, message):
@@ -75,7 +80,7 @@ def test_youtube_vos_errors_name_the_place(youtube_folder, path, content, error,
     else:
         (youtube_folder / path).write_text(content)
     with pytest.raises(error, match=message):
-        youtube_vos_sequences(youtube_folder)
+        youtube_vos_videos(youtube_folder)
 
 
 def test_images_beside_their_masks(tmp_path):
@@ -155,16 +160,37 @@ def test_run_length_codes():
     runs = np.diff([0, *edges, flat.size]).tolist()
     runs = [0, *runs] if flat[0] else runs
     for counts in (runs, compressed(runs)):
-        np.testing.assert_array_equal(decode_runs(counts, mask.shape), mask)
-    with pytest.raises(ValueError, match=r"run lengths: expected a sum of 3·4 pixels, got 5"):
-        decode_runs([2, 3], (3, 4))
+        found = decode_segmentation({"size": list(mask.shape), "counts": counts}, mask.shape)
+        assert found.dtype == bool
+        np.testing.assert_array_equal(found, mask)
 
 
-def test_polygons_fill_their_inside():
-    mask = decode_segmentation([[2, 1, 6, 1, 6, 4, 2, 4]], (8, 10))
+def test_polygons_are_drawn_as_coco_draws_them():
+    """A pixel belongs to a polygon that covers its center."""
+    mask = decode_segmentation([[2, 1, 6, 1, 6, 4, 2, 4], [7.6, 0, 9, 0, 9, 2, 7.6, 2]], (8, 10))
     expected = np.zeros((8, 10), bool)
-    expected[1:5, 2:7] = True
+    expected[1:4, 2:6] = True
+    expected[0:2, 8] = True
     np.testing.assert_array_equal(mask, expected)
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        ({"size": [3, 4], "counts": [2, 3]}, r"run lengths: expected a sum of 3·4 pixels, got 5"),
+        ({"size": [3, 4], "counts": [-1, 13]}, r"run lengths: expected a sum of 3·4 pixels, got 12"),
+        ({"size": [3, 4], "counts": compressed([2, 3])}, r"run lengths: expected COCO's string for 3·4 pixels"),
+        ({"size": [3, 4], "counts": ""}, r"run lengths: expected COCO's string for 3·4 pixels"),
+        ({"size": [3, 4], "counts": compressed([2, 30])}, r"Invalid RLE"),
+        ({"size": [4, 3], "counts": [12]}, r"size: expected the image's \[3, 4\], got \[4, 3\]"),
+        ([[0, 0, 2, 2]], r"polygon: expected x and y of at least 3 corners"),
+        ([[0, 0, 2, 2, 1e9, 0]], r"polygon: expected corners in an image of 3·4 pixels"),
+        ([[0, 0, 2, 2, float("nan"), 0]], r"polygon: expected corners in an image"),
+    ],
+)
+def test_segmentations_that_are_none_are_refused(segmentation, message):
+    with pytest.raises(ValueError, match=message):
+        decode_segmentation(segmentation, (3, 4))
 
 
 @pytest.fixture
@@ -209,22 +235,27 @@ def test_coco_errors_name_the_place(coco_folder):
         coco_images(path)
 
 
-def test_the_layout_is_read_off_the_folder(youtube_folder, coco_folder, tmp_path):
-    # both fixtures fill the same folder: meta.json is looked for first
-    assert len(open_folder(tmp_path, "train").sequences) == 2
-    (tmp_path / "meta.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no train\.txt under"):
-        open_folder(tmp_path, "train")
-    for name in ("aaa", "bbb"):
-        for file in (tmp_path / "Annotations" / name).iterdir():
-            file.unlink()
-        (tmp_path / "Annotations" / name).rmdir()
-    (tmp_path / "Annotations").rmdir()
-    data = open_folder(tmp_path, "train")
-    assert not data.sequences and isinstance(data.images[0], CocoImage)
-    assert len(open_folder(tmp_path / "annotations/instances_train2017.json", "train").images) == 1
+def test_the_layout_is_read_off_the_folder(coco_folder, tmp_path):
+    """As released: YouTube-VOS' folder or that of its split, VOC with its Annotations of boxes."""
     with pytest.raises(FileNotFoundError, match="data: no such folder"):
         open_folder(tmp_path / "absent", "train")
+    for path in (coco_folder, coco_folder / "annotations/instances_train2017.json"):
+        data = open_folder(path, "train")
+        assert not data.videos and isinstance(data.images[0], CocoImage)
+    videos = tmp_path / "youtube" / "train"
+    save_image(videos / "JPEGImages/aaa/00000.jpg")
+    save_labels(videos / "Annotations/aaa/00000.png", LABELS[0])
+    with pytest.raises(FileNotFoundError, match=r"DAVIS split train: no such file: .*2017/train\.txt"):
+        open_folder(videos, "train")
+    (videos / "meta.json").write_text(json.dumps({"videos": {"aaa": {"objects": {}}}}))
+    for path, split in ((videos, "train"), (videos.parent, "train"), (videos.parent, "fit")):
+        assert [video.name for video in open_folder(path, split).videos] == ["aaa"]
+    voc = tmp_path / "voc"
+    save_image(voc / "JPEGImages/2007_1.jpg")
+    save_labels(voc / "SegmentationObject/2007_1.png", LABELS[0])
+    (voc / "Annotations").mkdir()
+    data = open_folder(voc, "train")
+    assert not data.videos and len(data.images) == 1
 
 
 def test_a_corrupt_file_is_passed_over_and_named(tmp_path):
@@ -244,7 +275,7 @@ def test_a_corrupt_file_is_passed_over_and_named(tmp_path):
 
 def test_a_mask_of_another_size_is_named(youtube_folder):
     save_labels(youtube_folder / "Annotations/aaa/00002.png", LABELS[2][:40])
-    (sequence, _) = youtube_vos_sequences(youtube_folder)
+    (sequence, _) = youtube_vos_videos(youtube_folder)
     with pytest.raises(MediaError, match=r"00002.png: the mask is 64x40 pixels, its frame 64x48"):
         sequence.load_pair(2)
     clips = VideoClips([sequence], frames=2, size=(48, 48))
@@ -253,11 +284,11 @@ def test_a_mask_of_another_size_is_named(youtube_folder):
 
 
 def test_frames_of_another_size_are_named(youtube_folder):
-    (sequence, _) = youtube_vos_sequences(youtube_folder)
+    (sequence, _) = youtube_vos_videos(youtube_folder)
     Image.fromarray(FRAMES[2][:40]).save(sequence.frame_paths[2])
-    save_labels(sequence.mask_paths[2], LABELS[2][:40])
+    save_labels(sequence.annotations[2], LABELS[2][:40])
     problems = {problem for seed in range(30) for problem in _problems(VideoClips([sequence], size=(48, 48)), seed)}
-    assert problems and all("sequence aaa: frames differ in size: 64x40 and 64x48 pixels" in one for one in problems)
+    assert problems and all("video aaa: frames differ in size: 64x40 and 64x48 pixels" in one for one in problems)
 
 
 def _problems(clips, seed) -> list[str]:

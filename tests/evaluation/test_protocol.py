@@ -101,7 +101,7 @@ def _remove(path):
         ("davis2017", lambda root: _remove(root / "ImageSets/2017/val.txt"), "2017/val.txt"),
         ("davis2017", lambda root: _remove(root / "JPEGImages/480p/bee"), "JPEGImages/480p/bee"),
         ("davis2017", lambda root: _remove(root / "Annotations/480p/bee"), "Annotations/480p/bee"),
-        ("davis2017", lambda root: _remove(root / "Annotations/480p/bee/00000.png"), "first frame"),
+        ("davis2017", lambda root: _remove(root / "Annotations/480p/bee/00000.png"), "frame 00000 has no annotation"),
         ("davis2017", lambda root: _remove(root / "Annotations/480p/bee/00003.png"), "frame 00003 has no annotation"),
         ("davis2017", lambda root: _remove(root / "JPEGImages/480p/bee/00003.jpg"), "bee/00003.png: there is no frame"),
         ("davis2017", lambda root: _remove(root / "JPEGImages"), "no resolution folder"),

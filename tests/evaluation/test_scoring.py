@@ -73,8 +73,8 @@ def test_the_floor_takes_a_later_mask_from_its_own_frame_on(tmp_path):
     for index, mask in enumerate((first, first, second, first)):
         images.write_mask(tmp_path / f"{index:05d}.png", mask)
     masks = {index: tmp_path / f"{index:05d}.png" for index in range(4)}
-    given, asked = {0: (1,), 2: (2,)}, {1: (1,), 2: (1,), 3: (1,)}
-    video = Video("late", tuple(frames), masks, given, tuple(range(4)), asked)
+    given, scored = {0: (1,), 2: (2,)}, {1: (1,), 2: (1,), 3: (1,)}
+    video = Video("late", tuple(frames), masks, entries=given, asked=tuple(range(4)), scored=scored)
     (row,) = score(Dataset("youtube_vos", "valid", (video,)), None, workers=1)
     assert row.region == pytest.approx([1.0, 1.0, 0.5])
 
@@ -147,9 +147,13 @@ def test_a_sequence_of_300_frames(tmp_path):
         kept[5:25, 5:20] = (np.arange(300) >= lost[index]).reshape(20, 15)
         images.write_mask(tmp_path / "results" / "long" / f"{path.stem}.png", kept)
     video = Video(
-        "long", tuple(frames), dict.fromkeys(range(302), tmp_path / "truth.png"), {0: (1,)}, tuple(range(302)),
-        dict.fromkeys(range(1, 301), (1,)),
-    )  # fmt: skip
+        "long",
+        tuple(frames),
+        dict.fromkeys(range(302), tmp_path / "truth.png"),
+        entries={0: (1,)},
+        asked=tuple(range(302)),
+        scored=dict.fromkeys(range(1, 301), (1,)),
+    )
     (row,) = score(Dataset("davis2017", "val", (video,)), tmp_path / "results", workers=1)
     assert row.frames == tuple(range(1, 301))
     assert row.region == pytest.approx([1 - lost[frame] / 300 for frame in range(1, 301)])

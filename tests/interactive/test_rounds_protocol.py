@@ -245,7 +245,8 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(evaluate, dav
     assert refused(evaluate(checkpoint=tmp_path / "none.safetensors"), "checkpoint: no such file")
     assert refused(evaluate("--size", "3"), "size: expected at least 16 pixels, got 3")
     root = shutil.copytree(davis, tmp_path / "davis")
-    (root / "Annotations/480p/bee/00005.png").unlink()
+    for path in (root / "Annotations/480p/bee").glob("0000[1-9].png"):
+        path.unlink()
     assert refused(evaluate("--videos", "bee", data=root), "bee: the robot needs the ground truth of every frame")
     assert not (tmp_path / "out").exists()
     # a network guided by masks reads no scribbles

@@ -221,7 +221,7 @@ def test_held_out_videos_are_scored_by_scribbles_on_them(config, tmp_path):
         for index, picture in enumerate(pictures):
             write(root / kind / "240p" / "boat" / f"{index:05d}.{suffix}", picture)
     (root / "ImageSets" / "2016").mkdir(parents=True)
-    for split in ("fit", "held"):
+    for split in ("train", "val"):
         (root / "ImageSets/2016" / f"{split}.txt").write_text("boat\n")
     train(dataclasses.replace(config, data=(root,)))
     lines = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]

@@ -245,7 +245,7 @@ def test_missing_data_leaves_nothing_behind(tmp_path):
     with pytest.raises(FileNotFoundError, match="data: no such folder: .*absent"):
         train(TrainConfig(out=tmp_path / "run", data=(tmp_path / "absent",)))
     (tmp_path / "ImageSets" / "2016").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match=r"no fit\.txt under"):
+    with pytest.raises(FileNotFoundError, match=r"DAVIS split train: no such file"):
         train(TrainConfig(out=tmp_path / "run", data=(tmp_path,)))
     assert not (tmp_path / "run").exists()
 
@@ -335,7 +335,7 @@ def davis_folder(tmp_path):
             write_mask(root / "Annotations/240p" / name / f"{index:05d}.png", labels[index])
     (root / "JPEGImages/240p/boat/00002.jpg").write_bytes(b"broken")
     (root / "ImageSets" / "2016").mkdir(parents=True)
-    for split, names in {"fit": "boat\ncar\n", "held": "car\n"}.items():
+    for split, names in {"train": "boat\ncar\n", "val": "car\n"}.items():
         (root / "ImageSets/2016" / f"{split}.txt").write_text(names)
     return root
 
