@@ -86,8 +86,8 @@ class CrowdClips(Dataset):
             return twin(clip, random), 1
         if not self.images:
             return None, 0
-        image = self.images[_whole(random, 0, len(self.images) - 1)]
-        return instance(image, tuple(clip.labels.shape[1:]), random, self.color), 1 + (_chance(random) < TWICE)
+        image, size = self.images[_whole(random, 0, len(self.images) - 1)], (clip.labels.shape[1], clip.labels.shape[2])
+        return instance(image, size, random, self.color), 1 + (_chance(random) < TWICE)
 
 
 def _least_pixels(clip: Clip) -> int:
@@ -111,8 +111,8 @@ def twin(clip: Clip, random: torch.Generator) -> CutOut | None:
 
 def instance(image: LabelledImage, size: tuple[int, int], random: torch.Generator, color: float) -> CutOut | None:
     """One of the instances of an image, to be seen at a tenth to half of a view's height; None without a large one."""
-    frame, labels = image.load()
-    labels = torch.from_numpy(labels)
+    frame, drawn = image.load()
+    labels = torch.from_numpy(drawn)
     counts = torch.bincount(labels.flatten().long(), minlength=256)[1:VOID]
     large = torch.nonzero(counts >= 0.002 * labels.numel())[:, 0] + 1
     if len(large) == 0:
@@ -147,7 +147,7 @@ def _paste_copies(clip: Clip, cut_out: CutOut, copies: int, random: torch.Genera
     paths = random_paths(clip, copies, random)
     mirrors = 1.0 if _chance(random) < 0.7 else -1.0
     for path in paths:
-        layers = move(cut_out, path, tuple(clip.labels.shape[1:]), mirrors, random)
+        layers = move(cut_out, path, (clip.labels.shape[1], clip.labels.shape[2]), mirrors, random)
         label = clip.objects + 1 if _chance(random) < FOLLOWED else 0
         alpha, cover = layers[:, 3:], layers[:, 3] > 0.5
         if _chance(random) >= IN_FRONT:

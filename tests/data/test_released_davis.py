@@ -1,5 +1,6 @@
 """Every documented command that reads DAVIS opens its data on a folder laid out as DAVIS is released."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -42,7 +43,7 @@ def _documented() -> list[str]:
         blocks = page.read_text().split("```")
         lines = [line.partition("#")[0] for block in blocks[1::2] for line in block.splitlines()]
         spans = [span for text in blocks[::2] for span in re.findall(r"`([^`]+)`", text)]
-        commands += [" ".join(command.split()) for command in (*lines, *spans)]
+        commands += [" ".join(command.split()).removeprefix(".venv/bin/") for command in (*lines, *spans)]
     read = re.compile(
         r"(\.venv/bin/)?(stm|torchrun .*-m stm_model|python -m stm_model\.[\w.]+) .*--data (\w+ )*DAVIS\b"
     )
@@ -103,15 +104,24 @@ def test_the_documents_have_commands_that_read_davis():
     assert any("pairs" in command for command in COMMANDS)
 
 
+def _write_others(root):
+    """The other datasets that stand beside DAVIS in a command, each with one frame."""
+    youtube, coco = root / "YOUTUBE" / "train", root / "COCO"
+    for folder in (youtube / "JPEGImages/aaa", youtube / "Annotations/aaa", coco / "train2017", coco / "annotations"):
+        folder.mkdir(parents=True)
+    for path in (youtube / "JPEGImages/aaa/00000.jpg", coco / "train2017/1.jpg"):
+        write_image(path, np.zeros((24, 32, 3), np.uint8))
+    write_mask(youtube / "Annotations/aaa/00000.png", np.ones((24, 32)))
+    (youtube / "meta.json").write_text('{"videos": {"aaa": {"objects": {}}}}')
+    square = {"id": 1, "image_id": 1, "segmentation": [[2, 2, 9, 2, 9, 9]], "iscrowd": 0, "area": 24}
+    content = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [square]}
+    (coco / "annotations/instances_train2017.json").write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_documented_commands_open_a_released_davis(command, released, stop, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    youtube = tmp_path / "YOUTUBE" / "train"
-    for kind in ("JPEGImages", "Annotations"):
-        (youtube / kind / "aaa").mkdir(parents=True)
-    write_image(youtube / "JPEGImages/aaa/00000.jpg", np.zeros((24, 32, 3), np.uint8))
-    write_mask(youtube / "Annotations/aaa/00000.png", np.ones((24, 32)))
-    (youtube / "meta.json").write_text('{"videos": {"aaa": {"objects": {}}}}')
+    _write_others(tmp_path)
     words = shlex.split(command.replace("…", ""))
     words = [str(released) if word == "DAVIS" else word for word in words]
     with pytest.raises(Opened):
