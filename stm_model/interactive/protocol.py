@@ -37,15 +37,10 @@ class Round:
     """One interaction: scribbles given, masks returned and scored."""
 
     frame: int
-    """Frame that was scribbled on."""
-    scribbles: int
-    """Number of scribbles on it."""
-    seconds: float
-    """From the scribbles to the masks."""
-    region: float
-    """Mean J over all frames and objects, the first and last frame included."""
-    contour: float
-    """Mean F."""
+    scribbles: int  # how many were drawn on it
+    seconds: float  # from the scribbles to the masks
+    region: float  # mean J over all frames and objects, the first and last frame included
+    contour: float  # mean F
 
     @property
     def both(self) -> float:
@@ -60,11 +55,8 @@ class Sample:
     name: str
     """VIDEO where the robot begins, VIDEO/NAME where the first scribbles come from the file NAME.json."""
     objects: int
-    """Number of objects."""
-    interactions: int
-    """Rounds allowed."""
-    rounds: tuple[Round, ...]
-    """Rounds done: fewer where nothing was left to correct or the time was up."""
+    interactions: int  # rounds allowed
+    rounds: tuple[Round, ...]  # rounds done: fewer if nothing was left to correct or the time was up
 
     @property
     def budget(self) -> float:

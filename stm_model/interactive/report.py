@@ -23,14 +23,7 @@ SHEET_FRAMES, SHEET_WIDTH = 4, 240
 
 
 def write_interactive_report(dataset: Dataset, samples: Sequence[Sample], summary: dict[str, Any], out: Path) -> None:
-    """Write curve.png, contact_sheet.png and report.html, which embeds both, into a folder that has masks/.
-
-    Args:
-        dataset: the split.
-        samples: what was measured.
-        summary: the content of evaluation.json.
-        out: the folder.
-    """
+    """Write curve.png, contact_sheet.png and report.html, which embeds both, into a folder that has masks/."""
     _draw_curves(samples, summary["scores"], out / "curve.png")
     _draw_sheet(dataset, samples, out)
     write_page(

@@ -95,20 +95,15 @@ def _decompress(packed: bytes, length: int) -> np.ndarray:
 class State:
     """A session at one step of its history."""
 
-    action: str = "opened"
-    """The step that led here."""
-    objects: tuple[int, ...] = ()
-    """Labels in the order they were first drawn."""
+    action: str = "opened"  # the step that led here
+    objects: tuple[int, ...] = ()  # labels in the order they were first drawn
+    # frame → all scribbles ever drawn on it
     scribbles: Mapping[int, tuple[Mapping[str, Any], ...]] = field(default_factory=dict)
-    """Frame → all scribbles ever drawn on it."""
+    # frame → object → its painted mask at the frame's size, by `pack_bits`
     painted: Mapping[int, Mapping[int, bytes]] = field(default_factory=dict)
-    """Frame → object → its painted mask at the frame's size, by `pack_bits`."""
     masks: Mapping[int, FrameMasks] = field(default_factory=dict)
-    """Frame → its present masks."""
-    fresh: frozenset[int] = frozenset()
-    """Frames annotated since the last round."""
-    rounds: int = 0
-    """Rounds run."""
+    fresh: frozenset[int] = frozenset()  # frames annotated since the last round
+    rounds: int = 0  # rounds run
 
     @property
     def annotated(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The page in the browser: what it asks for and gets, over a workbench. Alone knows the web framework."""
+"""The page's server, over a workbench; the only file that imports the web framework."""
 
 from __future__ import annotations
 
@@ -20,38 +20,42 @@ PAGE = Path(__file__).parent / "page"
 PAGE_TYPES = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
 """The page's files and their media types; no other file is served."""
 TAB = "x-stm-tab"
-"""The header by which a tab says which it is. Pages of other sites cannot send it, so they can do nothing here."""
-MOST_JSON = 2**20
-"""Bytes of the largest request that is no upload."""
+"""Header with the tab's name. Pages of other sites cannot send it, so they can change nothing here."""
+MAX_JSON = 2**20
+"""Bytes of the largest request other than an upload."""
+DRAWN = {"frame": int, "object": int, "path": list}
+ACTIONS: dict[str, dict[str, type]] = {
+    "enter": {"take": bool},
+    "leave": {},
+    "status": {},
+    "scribble": DRAWN,
+    "paint": {**DRAWN, "erase": bool},
+    "undo": {},
+    "redo": {},
+    "run": {},
+    "track": {"frame": int, "direction": str},
+    "export": {},
+    "stop": {},
+}
+"""Method of the workbench → fields of the request, its arguments after the tab; booleans may be left out."""
 
 
 def make_app(workbench: Workbench, hosts: list[str] | None = None) -> FastAPI:
-    """The page and what it asks for.
-
-    Args:
-        workbench: what it works on.
-        hosts: the names by which it may be asked for; None allows any.
-    """
+    """The page and its requests; `hosts` are the host names that requests may use, None allows any."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     if hosts is not None:
-        # a site elsewhere whose name is made to lead here is not let in
+        # against DNS rebinding: another site's name that resolves to this machine
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
     _add_errors(app)
     _add_page(app)
     _add_pictures(app, workbench)
-    _add_steps(app, workbench)
+    _add_actions(app, workbench)
     _add_files(app, workbench)
     return app
 
 
 def serve(workbench: Workbench, host: str, port: int, ready: Callable[[str], Any]) -> None:
-    """Serve the page until interrupted.
-
-    Args:
-        workbench: what it works on.
-        host: the address to listen on.
-        port: 0 takes a free one.
-        ready: called with the page's address once it can be opened.
+    """Serve the page until interrupted; port 0 takes a free one, and `ready` gets the URL once it can be opened.
 
     Raises:
         OSError: the address cannot be used.
@@ -82,7 +86,7 @@ def _add_page(app: FastAPI) -> None:
     def file(name: str) -> Response:
         if name not in PAGE_TYPES:
             return Response(status_code=404)
-        # a browser asks again after an upgrade instead of using what it remembers
+        # no-cache: browsers ask again, so an upgrade takes effect
         return FileResponse(PAGE / name, media_type=PAGE_TYPES[name], headers={"Cache-Control": "no-cache"})
 
 
@@ -99,33 +103,14 @@ def _add_pictures(app: FastAPI, workbench: Workbench) -> None:
         return Response(picture, media_type="image/jpeg")
 
 
-def _add_steps(app: FastAPI, workbench: Workbench) -> None:
-    def paint(tab: str, content: dict[str, Any]) -> None:
-        frame, label, path = _drawn(content)
-        workbench.paint(tab, frame, label, path, bool(content.get("erase")))
-
-    actions: dict[str, Callable[[str, dict[str, Any]], Any]] = {
-        "enter": lambda tab, content: workbench.enter(tab, bool(content.get("take"))),
-        "leave": lambda tab, content: workbench.leave(tab),
-        "status": lambda tab, content: None,
-        "scribble": lambda tab, content: workbench.scribble(tab, *_drawn(content)),
-        "paint": paint,
-        "undo": lambda tab, content: workbench.undo(tab),
-        "redo": lambda tab, content: workbench.redo(tab),
-        "run": lambda tab, content: workbench.run(tab),
-        "track": lambda tab, content: workbench.track(
-            tab, _field(content, "frame", int), _field(content, "direction", str)
-        ),
-        "export": lambda tab, content: workbench.export(tab),
-        "stop": lambda tab, content: workbench.stop(tab),
-    }
-
+def _add_actions(app: FastAPI, workbench: Workbench) -> None:
     @app.post("/stm/do/{action}")
     async def act(action: str, request: Request) -> JSONResponse:
         tab, content = await _asked(request)
-        if action not in actions:
-            raise Refused(f"unknown action {action!r}; expected one of {', '.join(actions)}")
-        await run_in_threadpool(actions[action], tab, content)
+        if action not in ACTIONS:
+            raise Refused(f"unknown action {action!r}; expected one of {', '.join(ACTIONS)}")
+        arguments = [_field(content, name, kind) for name, kind in ACTIONS[action].items()]
+        await run_in_threadpool(getattr(workbench, action), tab, *arguments)
         return JSONResponse(workbench.status(tab))
 
 
@@ -161,15 +146,14 @@ def _tab(request: Request) -> str:
 
 
 async def _asked(request: Request) -> tuple[str, dict[str, Any]]:
-    """Which tab asks, and the JSON it sends."""
+    """The request's tab and JSON."""
     body = b""
     async for chunk in request.stream():
         body += chunk
-        if len(body) > MOST_JSON:
-            raise Refused(f"request: expected at most {MOST_JSON} bytes")
+        if len(body) > MAX_JSON:
+            raise Refused(f"request: expected at most {MAX_JSON} bytes")
     try:
-        # NaN and infinity are no JSON, though Python reads them
-        content = await run_in_threadpool(_parse, body)
+        content = await run_in_threadpool(json.loads, body or b"{}", parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise Refused(f"broken JSON ({error})") from error
     if not isinstance(content, dict):
@@ -177,20 +161,14 @@ async def _asked(request: Request) -> tuple[str, dict[str, Any]]:
     return _tab(request), content
 
 
-def _parse(body: bytes) -> Any:
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name} is no number")
-
-    return json.loads(body or b"{}", parse_constant=refuse)
+def _refuse_constant(name: str) -> None:
+    # NaN and infinities are not JSON, though Python reads them
+    raise ValueError(f"{name} is not JSON")
 
 
 def _field(content: dict[str, Any], name: str, kind: type) -> Any:
-    value = content.get(name)
-    if not isinstance(value, kind) or isinstance(value, bool):
+    value = content.get(name, False if kind is bool else None)
+    # a bool is an int to Python
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
         raise Refused(f"{name}: expected {kind.__name__}, got {value!r}")
     return value
-
-
-def _drawn(content: dict[str, Any]) -> tuple[int, int, list]:
-    """Frame, label and points of a stroke or an outline."""
-    return _field(content, "frame", int), _field(content, "object", int), _field(content, "path", list)

@@ -1,4 +1,4 @@
-"""What stands behind the page: one session, who has it, the work in the background, and files to take away."""
+"""Behind the page: one session, the tab that owns it, work in the background, uploads and downloads."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from stm_model.network import STM
 
 
 class Refused(ValueError):
-    """Something that cannot be done now; the message says why and what can."""
+    """A request that cannot be done now; the message says why, and what can."""
 
 
 class TakenElsewhere(Refused):
-    """Another tab has the session."""
+    """Another tab owns the session."""
 
 
 class _Stopped(Exception):
@@ -41,35 +41,21 @@ class Job:
     """Work in the background."""
 
     name: str
-    """What it does."""
-    done: int = 0
-    """Frames done."""
-    total: int = 0
-    """Frames in all; 0 before that is known."""
-    error: str | None = None
-    """Why it failed."""
+    done: int = 0  # frames
+    total: int = 0  # frames; 0 until it is known
+    error: str | None = None  # why it failed
     running: bool = True
-    """Whether it still runs."""
-    stopping: bool = False
-    """Whether it was asked to stop."""
+    stopping: bool = False  # asked to stop
 
     def progress(self, done: int, total: int) -> None:
-        """Note how far it is; where it is asked to stop, it stops here."""
+        """Note the progress, and stop here if asked to."""
         self.done, self.total = done, total
         if self.stopping:
             raise _Stopped
 
 
 class Workbench:
-    """A session for one browser tab at a time.
-
-    Args:
-        footage: the video.
-        make_session: gives the session of a video.
-        load_tracking_model: gives the network that tracks, when it is first needed.
-        most_frames: longer videos are refused.
-        upload_bytes: larger uploads are refused.
-    """
+    """A session for one browser tab at a time; longer videos and larger uploads than the limits are refused."""
 
     def __init__(
         self,
@@ -87,13 +73,13 @@ class Workbench:
         self._owner: str | None = None
         self.job: Job | None = None
         self.files: dict[str, Path] = {}
-        """Name → file, of what was exported."""
+        """Exported files by name."""
         self._folder = tempfile.TemporaryDirectory(prefix="stm-interact-")
-        # unlike any of another run, whose pictures a browser may still hold
+        # differs from run to run: a browser may still cache pictures of another one
         self._nonce, self._version = uuid.uuid4().hex[:8], 0
 
     def warm_up(self) -> None:
-        """Compute a preview that nobody sees: a process's first takes longer than those after it."""
+        """Compute and drop a preview: the first one of a process takes longer than the others."""
         session = self._make_session(self._opened[0])
         session.add_scribbles(0, [{"path": [[0.5, 0.5]], "object_id": 1}])
         session.preview(0)
@@ -106,24 +92,23 @@ class Workbench:
 
     @property
     def session(self) -> ScribbleSession:
-        """The session; it changes when another video is opened."""
+        """The session of the present video."""
         return self._opened[1]
 
-    def enter(self, tab: str, take: bool = False) -> dict[str, Any]:
-        """A tab asks for the session: it gets it where no other has it, or takes it from the other."""
+    def enter(self, tab: str, take: bool = False) -> None:
+        """Make a tab the owner, if there is none or it takes over."""
         with self._lock:
             if self._owner is None or take:
                 self._owner = tab
-            return self.status(tab)
 
     def leave(self, tab: str) -> None:
-        """A tab closes."""
+        """A tab was closed."""
         with self._lock:
             if self._owner == tab:
                 self._owner = None
 
     def status(self, tab: str | None) -> dict[str, Any]:
-        """All that the page shows, but for pictures."""
+        """All that the page shows except pictures."""
         with self._lock:
             (footage, session), job = self._opened, self.job
             steps, position = session.steps
@@ -138,9 +123,8 @@ class Workbench:
                     "damage": footage.damage,
                 },
                 "objects": list(session.objects),
-                "colours": [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in OVERLAY_COLOURS],
+                "colors": [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in OVERLAY_COLOURS],
                 "annotated": list(session.annotated_frames),
-                "segmented": bool(session.state.masks),
                 "rounds": session.rounds,
                 "steps": list(steps),
                 "position": position,
@@ -151,14 +135,14 @@ class Workbench:
             }
 
     def picture(self, index: int, masks: bool) -> bytes:
-        """A frame as JPEG, with its masks or without."""
+        """A frame as JPEG, with or without its masks."""
         footage, session = self._opened
         labels = session.labels(index)
         frame = np.asarray(footage.frames[index])
         return encode_jpeg(overlay(frame, labels) if masks else frame)
 
     def preview(self, tab: str, index: int) -> bytes:
-        """A frame as JPEG, with the masks that a round would give it."""
+        """A frame as JPEG with the masks that a round would give it."""
         with self._editing(tab, changes=False) as session:
             return encode_jpeg(overlay(np.asarray(session.frames[index]), session.preview(index)))
 
@@ -169,7 +153,7 @@ class Workbench:
             session.add_scribbles(index, [{"path": path, "object_id": label}])
 
     def paint(self, tab: str, index: int, label: int, path: list[list[float]], erase: bool = False) -> None:
-        """Add what an outline encloses to an object's mask on a frame, or take it away."""
+        """Add the area inside an outline to an object's mask on a frame, or erase it."""
         with self._editing(tab) as session:
             self._check_label(session, label, background=False)
             corners = np.asarray(path, dtype=float)
@@ -183,12 +167,12 @@ class Workbench:
             session.paint(index, mask & ~area if erase else mask | area, label)
 
     def undo(self, tab: str) -> None:
-        """Go a step back."""
+        """Undo the last step."""
         with self._editing(tab) as session:
             session.undo()
 
     def redo(self, tab: str) -> None:
-        """Go a step forward again."""
+        """Redo the last step undone."""
         with self._editing(tab) as session:
             session.redo()
 
@@ -200,7 +184,7 @@ class Workbench:
             self._start(f"round {session.rounds + 1}", session.run)
 
     def track(self, tab: str, index: int, direction: Direction) -> None:
-        """Start to track the objects of a frame."""
+        """Start tracking from a frame."""
         with self._editing(tab, changes=False) as session:
             if not session.labels(index).any():
                 raise Refused(f"frame {index} has no mask to track from")
@@ -210,7 +194,7 @@ class Workbench:
             )
 
     def export(self, tab: str) -> None:
-        """Start to write masks and overlay."""
+        """Start writing masks and overlay."""
         footage = self._opened[0]
 
         def work(progress: Progress) -> None:
@@ -226,7 +210,7 @@ class Workbench:
             self._start("export", work)
 
     def stop(self, tab: str) -> None:
-        """Ask the work in the background to stop; the session stays as it was before."""
+        """Ask the work in the background to stop, which leaves the session unchanged."""
         with self._lock:
             self._check_owner(tab)
             if self.job is not None:
@@ -240,12 +224,12 @@ class Workbench:
         return path
 
     def download_name(self, name: str) -> str:
-        """What to call a file when it is taken away."""
+        """Name for a downloaded file."""
         return f"{safe_name(self._opened[0].name)}-{name}"
 
     @contextmanager
     def upload(self) -> Iterator[Path]:
-        """A name for a file that is being uploaded, which goes when the block ends."""
+        """Path for an uploaded file, removed when the block ends."""
         path = Path(self._folder.name) / f"upload-{uuid.uuid4().hex}"
         try:
             yield path
@@ -253,12 +237,12 @@ class Workbench:
             path.unlink(missing_ok=True)
 
     def restore(self, tab: str, path: Path, name: str) -> None:
-        """Go on from a saved session of this video."""
+        """Continue from a saved session of this video."""
         with self._editing(tab) as session, _named(path, name):
             session.restore(path)
 
     def open(self, tab: str, path: Path, name: str) -> None:
-        """Begin with another video."""
+        """Start over with another video."""
         with self._editing(tab), _named(path, name):
             footage = Footage(path, self.most_frames, Path(safe_name(name)).stem)
             self._opened = footage, self._make_session(footage)
@@ -298,7 +282,7 @@ class Workbench:
             work(job.progress)
         except _Stopped:
             job.error = f"{job.name} was stopped"
-        # whatever it was, the page must hear of it: nobody else sees what a thread raises
+        # the page must hear of any error: nobody else sees what a thread raises
         except Exception as error:
             job.error = f"{job.name} failed: {str(error).partition(chr(10))[0] or type(error).__name__}"
             if not isinstance(error, (ValueError, OSError, MemoryError)):
@@ -311,7 +295,7 @@ class Workbench:
 
 @contextmanager
 def _named(path: Path, name: str) -> Iterator[None]:
-    """Complaints about an uploaded file call it by the name it has for the user."""
+    """Errors about an uploaded file name it as the user does."""
     try:
         yield
     except ValueError as error:
@@ -319,6 +303,6 @@ def _named(path: Path, name: str) -> Iterator[None]:
 
 
 def safe_name(name: str | os.PathLike) -> str:
-    """A file's name with nothing in it but letters, digits, dots and dashes, and no folders."""
+    """A file's name without folders, of letters, digits, dots, dashes and underscores alone."""
     plain = re.sub(r"[^A-Za-z0-9._-]+", "_", re.split(r"[/\\]", str(name))[-1]).strip("._")
     return plain[:80] or "video"

@@ -101,7 +101,7 @@ def test_a_round_in_the_background(workbench):
     job = wait(workbench)
     status = workbench.status("one")
     assert (job.done, job.total, job.error) == (8, 8, None)
-    assert status["rounds"] == 1 and status["segmented"] and status["version"] != before
+    assert status["rounds"] == 1 and status["version"] != before
 
 
 def test_work_can_be_stopped_and_nothing_else_is_done_meanwhile(workbench, monkeypatch):
@@ -163,20 +163,26 @@ def test_tracking_and_painting(workbench, clip):
 
 
 def test_a_second_tab_is_told_and_may_take_over(workbench):
+    def enter(tab, take=False):
+        workbench.enter(tab, take)
+        return workbench.status(tab)["yours"]
+
     workbench.scribble("one", 1, 1, STROKE)
-    assert not workbench.enter("two")["yours"]
+    assert not enter("two")
     before = workbench.session.steps
     with pytest.raises(TakenElsewhere, match="open in another tab"):
         workbench.scribble("two", 1, 1, STROKE)
+    with pytest.raises(TakenElsewhere):
+        workbench.stop("two")
     assert workbench.session.steps == before
-    assert workbench.enter("two", take=True)["yours"] and not workbench.status("one")["yours"]
+    assert enter("two", take=True) and not workbench.status("one")["yours"]
     with pytest.raises(TakenElsewhere):
         workbench.undo("one")
     workbench.undo("two")
     workbench.leave("one")
-    assert not workbench.enter("three")["yours"]
+    assert not enter("three")
     workbench.leave("two")
-    assert workbench.enter("three")["yours"]
+    assert enter("three")
 
 
 def test_pictures_show_masks(client, workbench, tmp_path):
@@ -232,6 +238,8 @@ REFUSED = {
     "painted background": ("paint", STROKE_1 | {"object": 0}, "object 0 is unknown; expected 1 for a new one"),
     "no such frame": ("scribble", STROKE_1 | {"frame": 8}, "frame_index: expected 0 to 7, got 8"),
     "a frame by name": ("scribble", STROKE_1 | {"frame": "x"}, "frame: expected int, got 'x'"),
+    "a flag by name": ("paint", STROKE_1 | {"erase": "no"}, "erase: expected bool, got 'no'"),
+    "a flag for a frame": ("scribble", STROKE_1 | {"frame": True}, "frame: expected int, got True"),
     "no path": ("scribble", {"frame": 1, "object": 1}, "path: expected list, got None"),
     "words for points": ("scribble", STROKE_1 | {"path": ["ab"]}, "path: expected a list of at least one point"),
     "a list": ("scribble", [1], "expected a JSON object, got list"),

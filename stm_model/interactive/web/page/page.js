@@ -1,4 +1,4 @@
-// The page of `stm interact`: shows frames, collects strokes and sends them; all that is decided is decided by the server.
+// The page of `stm interact`: shows frames and sends strokes; the state is the server's.
 
 const KEPT_PICTURES = 60;
 
@@ -6,7 +6,7 @@ class Page {
   constructor(root) {
     this.root = root;
     this.get = (name) => root.querySelector(`#stm-${name}`);
-    // lives as long as the tab: after a reload it is the same tab
+    // kept in sessionStorage: after a reload it is the same tab
     this.tab = sessionStorage.getItem("stm-tab") ?? crypto.randomUUID?.() ?? String(Math.random());
     sessionStorage.setItem("stm-tab", this.tab);
     this.status = null;
@@ -34,7 +34,7 @@ class Page {
     throw new Error(answer.error);
   }
 
-  // one after the other, in the order of the user
+  // one request at a time, in the order of the user's actions
   act(action, content = {}) {
     this.queue = this.queue.then(async () => {
       try {
@@ -66,7 +66,7 @@ class Page {
     }
   }
 
-  // one at a time: what was drawn meanwhile is in the next one
+  // one at a time: the next one shows what was drawn meanwhile
   async preview() {
     if (this.previewing || !this.status.objects.length) return;
     const frame = this.frame, version = this.status.version;
@@ -135,7 +135,7 @@ class Page {
       const button = document.createElement("button");
       const swatch = document.createElement("span");
       swatch.className = "stm-swatch";
-      swatch.style.background = this.colour(label);
+      swatch.style.background = this.color(label);
       button.append(swatch, `object ${label}`);
       button.classList.toggle("stm-on", label === this.label);
       button.onclick = () => this.choose(label);
@@ -186,13 +186,13 @@ class Page {
     return image;
   }
 
-  colour(label) {
+  color(label) {
     if (!label) return "#ffffff";
-    const { colours } = this.status;
-    return colours[(label - 1) % colours.length];
+    const { colors } = this.status;
+    return colors[(label - 1) % colors.length];
   }
 
-  // where the picture lies in the stage, in pixels of the page
+  // the picture's box within the stage, in CSS pixels
   box() {
     const stage = this.get("stage").getBoundingClientRect();
     const { width, height } = this.status.video;
@@ -227,12 +227,12 @@ class Page {
     for (const [x, y] of path) context.lineTo(box.left + x * box.width, box.top + y * box.height);
     if (path.length === 1) context.lineTo(box.left + path[0][0] * box.width + 0.1, box.top + path[0][1] * box.height);
     if (closed) context.closePath();
-    // a dark edge keeps any colour apart from any picture
+    // a dark edge keeps every color visible on every picture
     context.lineWidth = 6;
     context.strokeStyle = "#000a";
     context.stroke();
     context.lineWidth = 3.5;
-    context.strokeStyle = this.colour(label);
+    context.strokeStyle = this.color(label);
     context.stroke();
   }
 
@@ -242,7 +242,7 @@ class Page {
     const context = canvas.getContext("2d");
     const last = Math.max(1, this.status.video.frames - 1);
     for (const frame of this.status.annotated) {
-      // a slider's thumb is half its width away from the sides
+      // the slider's thumb stops half its width from the ends
       const x = 8 + (frame / last) * (canvas.width - 16);
       context.fillStyle = "#005a9c";
       context.fillRect(x - 2, 1, 4, 9);
