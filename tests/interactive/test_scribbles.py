@@ -51,12 +51,30 @@ def test_drawings_equal_the_challenge(name, size, smooth):
     np.testing.assert_array_equal(drawn, expected)
 
 
-@with_vectors
 def test_curves_equal_the_challenge():
-    vectors = np.load(VECTORS / "vectors.npz")
-    np.testing.assert_allclose(bezier(vectors["bezier|in"], 50), vectors["bezier|out"], rtol=0, atol=1e-13)
-    line = polyline(vectors["bezier|in"].astype(np.int64))
-    assert {*map(tuple, line.tolist())} == {*map(tuple, vectors["bresenham|out"].tolist())}
+    vectors = np.load(Path(__file__).parents[1] / "data" / "scribble_curves.npz")
+    points = vectors["control_points"]
+    np.testing.assert_allclose(bezier(points, 50), vectors["curve"], rtol=0, atol=1e-13)
+    line = polyline(points.astype(np.int64))
+    assert {*map(tuple, line.tolist())} == {*map(tuple, vectors["line"].tolist())}
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), min_size=2, max_size=5))
+def test_lines_are_the_pixels_nearest_to_them(points):
+    line = polyline(np.array(points))
+    assert tuple(line[0]) == points[0] and tuple(line[-1]) == points[-1]
+    # one pixel after the other, as many as the longer side of each piece
+    steps = [max(abs(np.subtract(end, start))) for start, end in zip(points, points[1:])]
+    assert len(line) == 1 + sum(steps) and (abs(np.diff(line, axis=0)).max(1, initial=0) <= 1).all()
+    place = 0
+    for (start, end), count in zip(zip(points, points[1:]), steps):
+        for step in range(count + 1):
+            exact = np.add(start, np.subtract(end, start) * (step / max(count, 1)))
+            # halves are rounded away from the start
+            assert abs(line[place + step] - exact).max() <= 0.5
+            away = np.sign(np.subtract(end, start)) * (line[place + step] - exact)
+            assert (away > -0.5).all()
+        place += count
 
 
 @with_vectors
@@ -64,6 +82,33 @@ def test_thinning_equals_the_published_one():
     vectors = np.load(VECTORS / "thinning.npz")
     skeleton = thin(vectors["davis_camel_00045_mask"] > 0)
     np.testing.assert_array_equal(skeleton, vectors["davis_camel_00045_cv2_guohall"] > 0)
+
+
+def _thinned(mask):
+    """Guo and Hall's algorithm pixel by pixel, from the paper's definition."""
+    mask, first, unchanged = np.pad(mask, 1), True, 0
+    clockwise = [(-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1)]
+    while unchanged < 2:
+        removed = []
+        for row, column in np.argwhere(mask):
+            p2, p3, p4, p5, p6, p7, p8, p9 = (bool(mask[row + y, column + x]) for y, x in clockwise)
+            c = (not p2 and (p3 or p4)) + (not p4 and (p5 or p6)) + (not p6 and (p7 or p8)) + (not p8 and (p9 or p2))
+            n1 = (p9 or p2) + (p3 or p4) + (p5 or p6) + (p7 or p8)
+            n2 = (p2 or p3) + (p4 or p5) + (p6 or p7) + (p8 or p9)
+            third = ((p6 or p7 or not p9) and p8) if first else ((p2 or p3 or not p5) and p4)
+            if c == 1 and 2 <= min(n1, n2) <= 3 and not third:
+                removed.append((row, column))
+        for place in removed:
+            mask[place] = False
+        unchanged = 0 if removed else unchanged + 1
+        first = not first
+    return mask[1:-1, 1:-1]
+
+
+@given(masks)
+def test_thinning_equals_the_paper(shape):
+    mask = _blobs(shape)
+    np.testing.assert_array_equal(thin(mask), _thinned(mask))
 
 
 @given(masks)
@@ -104,6 +149,19 @@ def test_later_scribbles_are_on_top_and_corners_are_in_the_picture():
     np.testing.assert_array_equal(np.diag(drawn), [1, 1, 1, 1, 0])
     assert (drawn >= 0).sum() == 5
     assert (rasterize([], (3, 4)) == -1).all()
+
+
+def test_points_are_rounded_down_to_pixels():
+    assert np.argwhere(rasterize([{"path": [[0.99, 0.6]], "object_id": 1}], (4, 3)) == 1).tolist() == [[1, 1]]
+
+
+def test_smooth_scribbles_are_bezier_curves():
+    path = [[0.05, 0.9], [0.2, 0.1], [0.9, 0.3], [0.6, 0.95]]
+    drawn = rasterize([{"path": path, "object_id": 1}], (96, 160), smooth=True)
+    columns, rows = polyline(np.floor(bezier(np.array(path), 1000) * (159, 95)).astype(int)).T
+    expected = np.full((96, 160), -1)
+    expected[rows, columns] = 1
+    np.testing.assert_array_equal(drawn, expected)
 
 
 def test_a_long_path_makes_a_curve():
@@ -186,7 +244,8 @@ def test_corrections_lie_where_the_prediction_is_wrong():
     truth[10:50, 50:70] = 2
     prediction = np.zeros_like(truth)
     prediction[10:50, 20:60] = 1
-    truth[:, 45:48] = 255
+    # the middle of what is too much is void
+    truth[:, 44:56] = 255
     positive, negative = corrective(prediction, truth, 1, torch.Generator().manual_seed(0))
     assert positive.any() and (truth[positive] == 1).all() and (prediction[positive] != 1).all()
     assert negative.any() and np.isin(truth[negative], (0, 2)).all() and (prediction[negative] == 1).all()
