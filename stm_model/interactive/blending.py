@@ -67,17 +67,11 @@ def blend_weights(frame_count: int, fresh: frozenset[int], settled: frozenset[in
 
 
 def overwrite(probabilities: Tensor, channels: Sequence[int], given: Tensor) -> Tensor:
-    """Replace the masks of some objects; the others keep what the new masks leave of the pixel.
+    """Set the masks of m objects to `given`, `[m, h, w]`; the others keep what these leave of each pixel.
 
-    Args:
-        probabilities: `[n + 1, h, w]`, background first.
-        channels: of the m objects.
-        given: their new probabilities `[m, h, w]`, in sum at most one.
+    Where a replaced object was before, the result sums to less than one: the rest is background, see `FrameMasks.pack`.
     """
-    result = probabilities.clone()
-    # background where an object was that is replaced
-    result[0] += result[channels].sum(0)
-    result *= 1 - given.sum(0)
+    result = probabilities * (1 - given.sum(0))
     result[channels] = given
     return result
 

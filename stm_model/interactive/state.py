@@ -28,7 +28,7 @@ class FrameMasks:
 
     @classmethod
     def pack(cls, objects: tuple[int, ...], probabilities: Tensor) -> FrameMasks:
-        """Store probabilities of objects, float `[n, h, w]`."""
+        """Store probabilities of objects, float `[n, h, w]`; what they leave is background."""
         levels = (probabilities * LEVELS).round().to(torch.uint8).cpu().numpy()
         return cls(objects, zlib.compress(levels.tobytes(), 1))
 

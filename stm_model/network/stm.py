@@ -177,21 +177,6 @@ class STM(nn.Module):
         model.requires_grad_(False)
         return _channels_last(model.eval().to(device, dtype or default_dtype(device)))
 
-    @classmethod
-    def from_tracking(cls, model: STM) -> STM:
-        """A network guided by scribbles with the weights, mode, device and dtype of one guided by masks.
-
-        Until it is trained further it takes a positive scribble for a piece of the object's mask, and a negative one
-        for a piece of another object.
-        """
-        model.expect_guidance("masks")
-        parameter = next(model.parameters())
-        with torch.device("meta"):
-            guided = cls(replace(model.config, guidance="scribbles", prior=False))
-        guided.load_state_dict(scribble_tensors(model.state_dict()), assign=True)
-        guided.requires_grad_(parameter.requires_grad).train(model.training)
-        return _channels_last(guided)
-
     def expect_guidance(self, guidance: Literal["masks", "scribbles"]) -> None:
         """Raise a ValueError if the network is guided by something else."""
         if self.config.guidance != guidance:

@@ -85,6 +85,13 @@ def test_the_medial_axis_of_a_rectangle_reaches_its_corners():
     assert axis.sum() <= 21 + 4 * 11
 
 
+def test_the_longest_path_of_a_skeleton_leaves_its_short_arm_out():
+    # the first pixel in reading order is the end of the short arm
+    arm, line = [(row, 12) for row in range(3)], [(3, column) for column in range(30)]
+    path = robot._longest_path(np.array([*arm, *line]))
+    assert len(path) == 30 and {tuple(path[0]), tuple(path[-1])} == {line[0], line[-1]}
+
+
 def test_a_stroke_runs_through_the_middle_of_what_is_missing():
     truth = np.zeros((60, 100), np.uint8)
     truth[20:41, 10:90] = 1

@@ -88,8 +88,10 @@ def test_the_worst_frame_comes_first_and_those_used_before_last(truths):
         assert next_scribbles(masks, truths, [1, 2], scores, used)[0] == expected
 
 
-def test_frames_are_scored_as_everywhere_and_the_ends_count(truths):
+def test_frames_are_scored_as_everywhere_without_void_and_with_both_ends(truths):
     masks = np.roll(truths, 5, axis=2)
+    truths = truths.copy()
+    truths[2:, 5:30, 30:70] = 255
     region, contour = score_frames(masks, truths, [1, 2])
     assert region.shape == contour.shape == (6, 2)
     expected = sequence_scores(masks, truths, [1, 2], skip_ends=False)

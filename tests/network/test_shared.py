@@ -9,7 +9,7 @@ import torch
 from stm_kernels import memory_read
 from stm_model import STM, STMConfig
 from stm_model.data.synthetic import procedural_clip
-from stm_model.network import as_positions, fold_batch_norm, other_object_masks, soft_aggregate
+from stm_model.network import as_positions, fold_batch_norm, other_object_masks, scribble_tensors, soft_aggregate
 from stm_model.network.weights import write_tensors
 from stm_model.tracking.tracker import Tracker
 from stm_model.training.loss import clip_loss
@@ -202,7 +202,9 @@ def test_objects_that_enter_later_and_resumed_videos(model, given):
 
 def test_one_guided_by_scribbles_starts_from_one_guided_by_masks(model, scene):
     frames, masks = scene
-    guided = STM.from_tracking(model)
+    tensors = scribble_tensors(model.state_dict())
+    guided = STM(STMConfig.of_tensors(tensors)).double().eval().requires_grad_(False)
+    guided.load_state_dict(tensors)
     assert guided.config == replace(CONFIG, guidance="scribbles", prior=False)
     nothing = torch.zeros_like(masks)
     key, value = guided.memorize_scribbles(frames[:1], masks, nothing, 1 - masks, [3])

@@ -7,7 +7,7 @@ from einops import rearrange
 from stm_model import STM, STMConfig, Tracker
 from stm_model.data.clips import Clip
 from stm_model.interactive.segmenter import Annotation, Segmenter
-from stm_model.network import as_positions, other_object_masks, soft_aggregate
+from stm_model.network import as_positions, other_object_masks, scribble_tensors, soft_aggregate
 from stm_model.network.weights import CheckpointError, read_tensors, write_tensors
 from stm_model.tracking.memory import MemoryRule, SpaceTimeMemory
 from stm_model.training.config import SmokeConfig
@@ -112,7 +112,7 @@ def test_the_weights_say_how_keys_are_compared(tmp_path):
     torch.save(model.state_dict(), tmp_path / "l2.pth")
     assert STM.load(tmp_path / "l2.pth", device="cpu").config.similarity == "l2"
     assert network("dot").state_dict().keys() == model.state_dict().keys() - {"l2_similarity"}
-    assert STM.from_tracking(model).config.similarity == "l2"
+    assert STMConfig.of_tensors(scribble_tensors(model.state_dict())).similarity == "l2"
 
 
 def test_a_run_makes_the_network_that_it_was_asked_for(tmp_path):
