@@ -1,7 +1,7 @@
 """Shared by all rooms: without a GPU the Triton kernels run in Triton's interpreter; a tiny network."""
 
 import os
-import sys
+import runpy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from stm_model import STM
 
+VECTORS = Path(__file__).parent / "data"
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 if not torch.cuda.is_available():
@@ -50,19 +51,25 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real frames and reference numbers, which lie beside the project where there are any."""
+    """Real frames and larger reference numbers, which lie beside the project where there are any."""
     if not SHARED.is_dir():
         pytest.skip("the shared data is not here")
     return SHARED
 
 
-@pytest.fixture(scope="session")
-def parity_tensors(shared_data):
-    """The generated weights with which the released model computed its reference numbers."""
-    sys.path.insert(0, str(shared_data / "stm_parity"))
-    import weights
+@pytest.fixture(scope="session", params=["cut", "whole"])
+def parity_folder(request: pytest.FixtureRequest) -> Path:
+    """What the released model computes: cut to a few channels and pixels, and whole where that is here."""
+    if request.param == "cut":
+        return VECTORS / "stm_parity"
+    return request.getfixturevalue("shared_data") / "stm_parity"
 
-    return weights.torch_state_dict()
+
+@pytest.fixture(scope="session")
+def parity_tensors():
+    """The generated weights with which the released model computed its reference numbers."""
+    made = runpy.run_path(str(VECTORS / "stm_parity" / "weights.py"))["make"]()
+    return {name: torch.from_numpy(array) for name, array in made.items()}
 
 
 @pytest.fixture(scope="session")

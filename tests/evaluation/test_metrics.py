@@ -12,10 +12,9 @@ from scipy.ndimage import distance_transform_edt
 
 from stm_model.evaluation.metrics import contour_accuracy, region_similarity, sequence_scores, statistics
 
-VECTORS = Path(__file__).parents[3] / "shared" / "data" / "evaluation_vectors"
+VECTORS = Path(__file__).parents[1] / "data" / "evaluation_vectors"
 
 
-@pytest.mark.skipif(not VECTORS.is_dir(), reason="evaluation_vectors are not here")
 def test_both_measures_equal_the_official_evaluation():
     pairs = json.loads((VECTORS / "vectors.json").read_text())["pairs"]
     packed = np.load(VECTORS / "vectors.npz")
@@ -30,7 +29,6 @@ def test_both_measures_equal_the_official_evaluation():
         assert contour_accuracy(*masks) == pytest.approx(pair["F"], abs=1e-9, rel=0), pair["name"]
 
 
-@pytest.mark.skipif(not VECTORS.is_dir(), reason="evaluation_vectors are not here")
 def test_mean_recall_and_decay_equal_the_official_evaluation():
     rows = json.loads((VECTORS / "vectors.json").read_text())["stats"]
     assert rows

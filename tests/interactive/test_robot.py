@@ -13,8 +13,7 @@ from stm_model.interactive import robot
 from stm_model.interactive.robot import first_frame, medial_axis, robot_scribbles
 from stm_model.interactive.scribbles import bezier, check_scribbles, rasterize
 
-VECTORS = Path(__file__).parents[3] / "shared" / "data" / "scribble_vectors"
-with_vectors = pytest.mark.skipif(not VECTORS.is_dir(), reason="the reference scribbles are not here")
+VECTORS = Path(__file__).parents[1] / "data" / "scribble_vectors"
 SIZE = np.array([854, 480])
 CORNERS = np.ones((3, 3))
 
@@ -29,7 +28,6 @@ def dog():
     return named, strokes
 
 
-@with_vectors
 def test_a_skeleton_is_drawn_as_the_challenge_draws_it(dog):
     arrays, strokes = dog
     drawn = []
@@ -44,7 +42,6 @@ def test_a_skeleton_is_drawn_as_the_challenge_draws_it(dog):
         assert min(np.abs(way - theirs).max() for way in ways) <= 1 + 1e-3
 
 
-@with_vectors
 def test_errors_are_scribbled_where_the_challenge_scribbles(dog):
     arrays, strokes = dog
     scribbles = robot_scribbles(arrays["pred"], arrays["gt"], [1])

@@ -21,9 +21,7 @@ from stm_model.interactive.scribbles import (
 )
 from stm_model.interactive.synthesis import corrective, synthesize, synthesize_background
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
-VECTORS = DATA / "scribble_vectors"
-with_vectors = pytest.mark.skipif(not VECTORS.is_dir(), reason="the reference drawings are not here")
+VECTORS = Path(__file__).parents[1] / "data" / "scribble_vectors"
 
 masks = st.tuples(st.integers(1, 24), st.integers(1, 24), st.integers(0, 2**31), st.floats(0.2, 0.95))
 
@@ -39,12 +37,11 @@ def _pieces(mask):
     return ndimage.label(mask, np.ones((3, 3)))[1]
 
 
-@with_vectors
 @pytest.mark.parametrize("name", ["bear/001", "bear/002", "tennis/001"])
 @pytest.mark.parametrize("size", [(480, 854), (96, 160)])
 @pytest.mark.parametrize("smooth", [False, True])
 def test_drawings_equal_the_challenge(name, size, smooth):
-    (scribbles,) = read_scribbles(DATA / "clips" / "human_scribbles" / f"{name}.json").values()
+    (scribbles,) = read_scribbles(VECTORS / "human" / f"{name}.json").values()
     expected = np.load(VECTORS / "vectors.npz")[f"{name}|{size[0]}x{size[1]}|bezier{int(smooth)}"]
     drawn = rasterize(scribbles, size, smooth)
     assert drawn.dtype == np.int8
@@ -77,7 +74,6 @@ def test_lines_are_the_pixels_nearest_to_them(points):
         place += count
 
 
-@with_vectors
 def test_thinning_equals_the_published_one():
     vectors = np.load(VECTORS / "thinning.npz")
     skeleton = thin(vectors["davis_camel_00045_mask"] > 0)

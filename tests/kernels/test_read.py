@@ -11,7 +11,8 @@ import stm_kernels
 from stm_kernels import SpaceTimeMemoryRead, default_implementation, memory_read, space_time_memory_read
 from stm_kernels.testing import extra_memory
 
-PARITY = Path(__file__).parents[3] / "shared/data/stm_parity/memory_read.npz"
+PARITY = Path(__file__).parents[1] / "data/stm_parity/memory_read.npz"
+WHOLE_PARITY = Path(__file__).parents[3] / "shared/data/stm_parity/memory_read.npz"
 
 
 def frames(B=2, C=8, V=12, T=3, H=4, W=5):
@@ -69,12 +70,14 @@ def test_module_is_the_released_one():
     torch.testing.assert_close(joined[:, :12], read_by_the_paper(query_key, memory_key, memory_value, 1.0))
 
 
-@pytest.mark.skipif(not PARITY.exists(), reason=f"{PARITY} is absent")
+@pytest.mark.parametrize("path", [PARITY, WHOLE_PARITY], ids=["cut", "whole"])
 @pytest.mark.parametrize("implementation", ["reference", "chunked", "triton"])
-def test_equals_the_released_module(implementation, device):
+def test_equals_the_released_module(implementation, path, device):
+    if not path.is_file():
+        pytest.skip(f"{path} is absent")
     numpy = pytest.importorskip("numpy")
     device = device if implementation == "triton" else "cpu"
-    case = {name: torch.from_numpy(array).to(device) for name, array in numpy.load(PARITY).items()}
+    case = {name: torch.from_numpy(array).to(device) for name, array in numpy.load(path).items()}
     names = ("small_m_key", "small_m_val", "small_q_key", "small_q_val")
     joined, _ = SpaceTimeMemoryRead(implementation=implementation)(*(case[name] for name in names))
     assert (joined - case["small_out"]).abs().max() <= 1e-4
