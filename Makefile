@@ -1,5 +1,5 @@
-# demo · test · lint · docs · bench · bench-quick · package: each makes .venv first if it is missing. A first run downloads PyTorch; later
-# ones start at once.
+# demo · test · lint · docs · bench · bench-quick · mutants · package: each makes .venv first if it is missing. A first run downloads
+# PyTorch; later ones start at once.
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,7 +11,7 @@ READY := .venv/.ready-$(KIND)
 # tests run side by side, each on one core
 WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$(( cores < 8 ? cores : 8 )))
 
-.PHONY: demo test lint docs bench bench-quick package test-newest-triton venv
+.PHONY: demo test lint docs bench bench-quick mutants package test-newest-triton venv
 .NOTPARALLEL:
 
 demo: $(READY)
@@ -32,6 +32,10 @@ docs: $(READY)
 
 bench: $(READY)
 	@$(BIN)/python -m pytest -q --benchmark-quiet --benchmark-json=bench/results/suite.json bench/suite $(ARGS)
+
+# breaks the code in one place after the other; fails where no test notices
+mutants: $(READY)
+	@$(BIN)/python tests/mutants.py $(ARGS)
 
 bench-quick: $(READY)
 	@$(BIN)/python -m pytest -q --benchmark-quiet --quick bench/suite $(ARGS)

@@ -1,15 +1,15 @@
-"""What a long video costs: python bench/long_video.py [--data DAVIS] [--out bench/results/<device>/long_video.json]
+"""What a long video costs: python bench/long_video.py [--only frames exact run] [--out FILE]
 
-What a frame takes, in time and memory, over the number T of remembered frames: naively, with everything kept, within a
-budget, and on host pages (on a CPU the host's memory is the device's: there they only show that nothing is lost). What
-appending a frame takes beside torch.cat. Whether a read of 1000 frames is exact. What forgetting costs in J. Whether
-10 000 frames under a budget of 256 MiB take as much memory and time at their end as at their beginning. On a GPU also
-what pages on the host cost over the copy and the computation that they cannot do without.
+frames  what a frame takes, in time and peak memory, over the number T of remembered frames: naively, with everything
+        kept, within a budget, and on host pages (on a CPU they only show that nothing is lost); and what appending it
+        takes beside torch.cat. Each in a process of its own.
+exact   a read of 1000 frames against float64, by the yardstick of the tests.
+run     `stm track` over 10 000 frames under a budget of 256 MiB, watched from outside: what its process holds, what a
+        frame takes, early and late.
 
-    python bench/long_video.py --quick --workers 0            # proves the program: tiny sizes, a minute
-    python bench/long_video.py --only run --out FILE          # does this section anew, keeps the others of the file
+    python bench/long_video.py --quick --workers 0      # proves the program: tiny sizes, a minute
 
-Every figure of `frames` comes from a process of its own. On a CPU seconds are of processor time, of one thread.
+On a CPU seconds are of processor time, of one thread. What is in FILE already stays, but for the sections done anew.
 """
 
 from __future__ import annotations
@@ -17,139 +17,379 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
-from datetime import date
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from einops import rearrange
+from torch import Tensor
+from tqdm import tqdm
 
 # a checkout that nobody installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.workers import Result, Task, run_apart, run_here, serve, write_json
+from bench import harness
+from bench.harness import MIB, Peak, Result, Task, clock, run_tasks, table, write_json
+from bench.read import naive_read
+from bench.tracker import steady_memory
+from stm_kernels import PagedMemory
+from stm_kernels.testing import make_problem, sample_of
+from stm_model import STM, STMConfig
+from stm_model.data.synthetic import procedural_clip
+from stm_model.io.images import write_mask
+from stm_model.io.video import VideoWriter
+from stm_model.network.weights import write_tensors
+from stm_model.tracking.budget import EVICTIONS, MemoryBudget, budget_page
+from stm_model.tracking.memory import MemoryBank, MemoryRule
+from stm_model.training.state import initialize
 
-SECTIONS = ("frames", "append", "exact", "host pages", "J", "run")
+SECTIONS = ("frames", "exact", "run")
+READERS = ("naive", "everything kept", *EVICTIONS, "host pages")
 LIMIT_SECONDS = 3600.0
+SAMPLE_SECONDS = 0.2
+
+Step = Callable[[Tensor, Tensor, Tensor], Any]
 
 
-def build_tasks(arguments: argparse.Namespace) -> dict[str, dict[str, Task]]:
-    """All that is to be done, by section and name; the same in every process."""
-    from bench.long_evict import eviction_tasks
-    from bench.long_memory import memory_tasks
-    from bench.long_run import LongVideo, track_long_video
+@dataclass(frozen=True)
+class Sizes:
+    """What is remembered."""
 
+    grid: tuple[int, int] = (15, 27)
+    """Positions of a frame: height and width. By default those of 432×240 pixels."""
+    counts: tuple[int, ...] = (1, 4, 16, 64, 256, 1000)
+    """T, numbers of remembered frames."""
+    budget: int = 64
+    """Frames whose bytes are the budget of the device."""
+    exact: tuple[int, int] = (1000, 48)
+    """T and the positions of a frame, where reads are compared with float64."""
+    C: int = 128
+    """Key channels, as in the released network."""
+    V: int = 512
+    """Value channels, likewise."""
+    repeats: int = 3
+    """Frames timed at each T."""
+
+    def budget_bytes(self, dtype: torch.dtype) -> int:
+        """The budget, of whole pages of one frame each."""
+        positions = self.grid[0] * self.grid[1]
+        page = budget_page(0, positions, 1)
+        return -(-self.budget * positions // page) * page * (self.C + self.V) * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class LongVideo:
+    """A clip that is played forwards and backwards in turn, as one continuous video, and how it is tracked."""
+
+    frames: int = 10_000
+    """Length of the video."""
+    early: int = 500
+    """The frame from which on early ones are compared with the last ones; the budget should be full by then."""
+    window: int = 100
+    """Frames compared, early and late."""
+    clip: int = 48
+    """Length of the clip."""
+    size: tuple[int, int] = (96, 96)
+    """Height and width in pixels."""
+    objects: int = 6
+    """With these, keys and values of a frame are so large that the budget is full before the early frames."""
+    seed: int = 7
+    """Of the clip; in this one all objects are seen from the first frame on."""
+    budget: str = "256MiB"
+    """For what is remembered."""
+    channels: tuple[int, int] = (128, 512)
+    """Of keys and values, as in the released network."""
+
+    @property
+    def windows(self) -> dict[str, range]:
+        """The frames compared."""
+        late = range(self.frames - self.window, self.frames)
+        return {"early": range(self.early, self.early + self.window), "late": late}
+
+    def clip_index(self, frame: int) -> int:
+        """The clip's frame that a frame of the video shows: the first and the last not twice in a row."""
+        place = frame % (2 * self.clip - 2)
+        return min(place, 2 * self.clip - 2 - place)
+
+
+def build_tasks(arguments: argparse.Namespace) -> dict[str, Task]:
+    """All that was asked for, by section and name; the same in every process."""
     device, quick = torch.device(arguments.device), arguments.quick
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    tasks = memory_tasks(device, dtype, quick)
-    tasks["J"] = eviction_tasks(arguments.data, arguments.split, device, quick)
-    tiny = {"early": 30, "window": 10, "clip": 8, "size": (32, 48), "objects": 2, "budget": "200KiB"}
-    video = LongVideo(120, **tiny, value_channels=64) if quick else LongVideo(arguments.frames)
-    tasks["run"] = {f"{video.frames} frames": partial(track_long_video, video, device, arguments.threads)}
-    return {section: tasks[section] for section in arguments.only}
+    size = Sizes((30, 54)) if device.type == "cuda" else Sizes()
+    video = LongVideo(arguments.frames)
+    if quick:
+        size = Sizes((4, 6), (1, 8, 32), 8, (40, 12), 16, 24, repeats=2)
+        video = LongVideo(120, 30, 10, 8, (32, 48), objects=2, budget="200KiB", channels=(128, 64))
+    tasks: dict[str, Task] = {
+        f"frames, T={count}, {reader}": partial(frame_cost, size, count, reader, device, dtype)
+        for count in size.counts
+        for reader in READERS
+    }
+    for kind in (torch.float32, torch.bfloat16):
+        for share in (None, 0.5, 0.0):
+            where = {None: "device", 0.5: "half of it on the host", 0.0: "host"}[share]
+            tasks[f"exact, {str(kind).removeprefix('torch.')}, {where}"] = partial(exactness, size, share, device, kind)
+    tasks[f"run, {video.frames} frames"] = partial(track_long_video, video, device, arguments.threads)
+    return {name: task for name, task in tasks.items() if name.split(",")[0] in arguments.only}
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Every section that was asked for; what is known is written as it comes."""
-    from bench.machine import describe
-    from bench.track import device_name
-
-    device = torch.device(arguments.device)
-    report: dict[str, Any] = {}
-    if arguments.out and arguments.out.exists():
-        report = json.loads(arguments.out.read_text())
-    report["machine"] = describe(device) | {"device": device_name(arguments.device)}
-    for section, tasks in build_tasks(arguments).items():
-        noted = {"command": " ".join(["python", *sys.argv]), "date": date.today().isoformat(), "results": {}}
-        report[section] = noted | {"load": [os.getloadavg()[0]], "threads": arguments.threads}
-
-        def tell(name: str, result: Result, section: str = section) -> None:
-            report[section]["results"][name] = result
-            print(f"{section}, {name}: {in_words(result)}", flush=True)
-            keep(report, arguments.out)
-
-        deadline = time.time() + 24 * LIMIT_SECONDS
-        # the long run starts a process itself
-        if arguments.workers == 0 or section == "run":
-            run_here(tasks, list(tasks), deadline, tell)
-        else:
-            command = [sys.executable, str(Path(__file__).resolve()), *passed_on(arguments), "--serve"]
-            for name in tasks:
-                # a process for each: a peak is of all that a process ever did
-                run_apart(command, [name], deadline, tell, limit=LIMIT_SECONDS)
-        report[section]["load"].append(os.getloadavg()[0])
-        keep(report, arguments.out)
-    return report
+def frame_cost(size: Sizes, count: int, reader: str, device: torch.device, dtype: torch.dtype) -> Result:
+    """Seconds of a frame that is appended and read with T frames in memory, and the peak of the process beyond what it
+    held before the first one.
+    """
+    # libraries load their code at the first call
+    small = Sizes((2, 2), (), 1, C=16, V=16)
+    for make in (naive_memory, our_memory):
+        make(small, 2, EVICTIONS[0], device, dtype)[0](*frame(small, 0, device, dtype))
+    peak = Peak(device)
+    before = peak.reset()
+    step, frames, append = (naive_memory if reader == "naive" else our_memory)(size, count, reader, device, dtype)
+    seconds: dict[str, list[float]] = {"seconds": [], "append_seconds": []}
+    for index in range(size.repeats + 1):
+        inputs = frame(size, index, device, dtype)
+        for name, work in (("seconds", step), ("append_seconds", append)):
+            start = clock(device)
+            work(*inputs)
+            # the first frame finds caches and pages cold
+            seconds[name] += [clock(device) - start] * bool(index)
+    found = {"T": count, "reader": reader} | {name: statistics.median(times) for name, times in seconds.items()}
+    return found | {"peak_bytes": peak.read() - before, "frames_in_memory": frames()}
 
 
-def keep(report: dict[str, Any], path: Path | None) -> None:
-    if path is not None:
-        write_json(report, path)
+def frame(size: Sizes, index: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Key `[1, C, h, w]`, value `[1, V, h, w]` and query key `[1, C, h, w]` of a frame, normally distributed."""
+    generator = torch.Generator(device).manual_seed(index)
+    return tuple(
+        torch.randn(1, channels, *size.grid, generator=generator, device=device).to(dtype)
+        for channels in (size.C, size.V, size.C)
+    )
 
 
-def in_words(result: Result) -> str:
-    for word in ("failed", "skipped"):
-        if word in result:
-            return f"{word}: {result[word]}"
-    words = [f"{result['seconds']:.4f} s"] if isinstance(result.get("seconds"), float) else []
-    for name, text in (
-        ("peak_bytes", "{:.0f} bytes at most"),
-        ("error_over_allowed", "error over allowed {}"),
-        ("J", "J {:.4f}"),
-        ("held_growth", "memory grows by {:.4f}"),
-        ("time_ratio", "time by a factor of {:.3f}"),
-        ("processor_ratio", "processor time by {:.3f}"),
-        ("over_floor", "{:.3f} over its floor"),
-    ):
-        if name in result:
-            words.append(text.format(result[name]))
-    return ", ".join(words)
+def naive_memory(
+    size: Sizes, count: int, _: str, device: torch.device, dtype: torch.dtype
+) -> tuple[Step, Callable[[], int], Step]:
+    """What public code does: concatenate the memory for every frame, hold the affinity whole."""
+    key, value, _query = frame(size, 0, device, dtype)
+    held = [tensor[:, :, None].repeat(1, 1, count - 1, 1, 1) for tensor in (key, value)]
+
+    def append(key: Tensor, value: Tensor, query: Tensor) -> list[Tensor]:
+        return [torch.cat([old, new[:, :, None]], 2) for old, new in zip(held, (key, value))]
+
+    def step(key: Tensor, value: Tensor, query: Tensor) -> None:
+        keys, values = (rearrange(tensor, "b c t h w -> b (t h w) c") for tensor in append(key, value, query))
+        naive_read(rearrange(query, "b c h w -> b (h w) c"), keys, values, size.C**-0.5)
+
+    return step, lambda: count, append
 
 
-def passed_on(arguments: argparse.Namespace) -> list[str]:
-    """The options that say what the tasks are."""
-    words = ["--device", arguments.device, "--threads", str(arguments.threads), "--split", arguments.split]
-    words += ["--only", *arguments.only]
-    return words + ["--quick"] * arguments.quick + (["--data", str(arguments.data)] if arguments.data else [])
+def our_memory(
+    size: Sizes, count: int, reader: str, device: torch.device, dtype: torch.dtype
+) -> tuple[Step, Callable[[], int], Step]:
+    """A tracker's memory: all kept on the device, within a budget, or beyond it on the host."""
+    limit = size.budget_bytes(dtype)
+    budget = {
+        "everything kept": MemoryBudget(),
+        "host pages": MemoryBudget(device=limit, host=2**50),
+    }.get(reader) or MemoryBudget(device=limit, eviction=reader)
+    # where nothing is evicted a new frame takes the place of the newest, so that T stays
+    evicts = reader in EVICTIONS and count > size.budget
+    bank = MemoryBank(MemoryRule.parse("every:1") if evicts else steady_memory(count), budget)
+    bank.add_objects(1)
+    indices = iter(range(10**9))
+
+    @torch.inference_mode()
+    def append(key: Tensor, value: Tensor, query: Tensor) -> None:
+        index = next(indices)
+        bank.remember(index, [index == 0], [True], bank.wanted(index, [index == 0], [True]), key, value)
+
+    @torch.inference_mode()
+    def step(key: Tensor, value: Tensor, query: Tensor) -> None:
+        append(key, value, query)
+        bank.read(query)
+
+    for _ in range(count - 1):
+        append(*frame(size, 0, device, dtype))
+    return step, lambda: len(bank.memories[0].frames), append
 
 
-def parse(words: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
-    parser.add_argument("--data", type=Path, help="folder in the DAVIS layout, for J by eviction rule")
-    parser.add_argument("--frames", type=int, default=10_000, help="length of the long run, at least 700")
-    parser.add_argument("--split", default="held", help="list under its ImageSets")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION", help="%(choices)s")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to prove the program")
-    parser.add_argument("--workers", type=int, default=1, choices=(0, 1), help="0 does everything in this process")
-    parser.add_argument("--out", type=Path, help="JSON file to write; plots go beside it")
-    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args(words)
-    if arguments.threads < 1:
-        parser.error(f"--threads: expected at least 1, got {arguments.threads}")
-    if arguments.frames < 700:
-        parser.error(f"--frames: expected at least 700, got {arguments.frames}")
-    return arguments
+def exactness(size: Sizes, share: float | None, device: torch.device, dtype: torch.dtype) -> Result:
+    """A read of a memory that was appended frame by frame, over the error it is allowed: the yardstick of the tests,
+    against float64 and beside plain PyTorch in the same dtype. `share` of its pages lie on the device, None is all.
+    """
+    count, M = size.exact
+    problem = make_problem(1, M, count * M, size.C, size.V, dtype=dtype, device=device, peak=3.0)
+    on_device = None if share is None else round(share * count / 10)
+    memory = PagedMemory(1, size.C, size.V, page_size=10 * M, device_pages=on_device, dtype=dtype, device=device)
+    for key, value in zip(problem.memory_key.split(M, 1), problem.memory_value.split(M, 1)):
+        memory.append(key, value)
+    found = dict(zip(("out", "lse"), memory.read(problem.query_key, scale=problem.scale, return_lse=True)))
+    ratios = sample_of(problem, M).ratios(found)
+    pages = {"device": memory.device_nbytes // memory.page_nbytes, "host": memory.host_nbytes // memory.page_nbytes}
+    result = {"T": count, "M": M, "C": size.C, "V": size.V, "pages": pages, "error_over_allowed": max(ratios.values())}
+    return result if max(ratios.values()) <= 1 else {"failed": f"error over allowed error: {ratios}"} | result
+
+
+def track_long_video(video: LongVideo, device: torch.device, threads: int) -> Result:
+    """Track a long video by the command line, and what its process held and took over time."""
+    with tempfile.TemporaryDirectory() as folder:
+        command, masks = prepare(video, Path(folder), device), Path(folder) / "out" / "masks"
+        samples, failure = watch(command, masks, video.frames, threads)
+        if failure:
+            return {"failed": failure}
+        written = [mask.stat().st_mtime for mask in sorted(masks.glob("*.png"))]
+        memory = json.loads((Path(folder) / "out" / "summary.json").read_text())["memory"]
+    windows = {name: [window.start, window.stop] for name, window in video.windows.items()}
+    # with one frame remembered at every step, those that were not evicted are those that the budget holds
+    full = video.frames - 1 - memory["evicted"]
+    found = {"video": asdict(video), "windows": windows, "memory": memory, "full_after_frames": full}
+    return found | figures(video, samples, written)
+
+
+def prepare(video: LongVideo, folder: Path, device: torch.device) -> list[str]:
+    """Write the video, its mask and a network; the command that tracks it."""
+    frames, labels = procedural_clip(video.clip, video.size, video.objects, video.seed)
+    with VideoWriter(folder / "video.mp4") as writer:
+        for index in tqdm(range(video.frames), desc="write the video", unit="frame", delay=1):
+            writer.write(frames[video.clip_index(index)])
+    write_mask(folder / "mask.png", labels[0])
+    torch.manual_seed(0)
+    # time and memory do not depend on the weights
+    network = STM(STMConfig("resnet18", *video.channels, decoder_channels=64))
+    initialize(network)
+    write_tensors(network.state_dict(), folder / "network.safetensors")
+    command = [sys.executable, "-m", "stm_model", "track", str(folder / "video.mp4")]
+    for option, name in {"--mask": "mask.png", "--out": "out", "--checkpoint": "network.safetensors"}.items():
+        command += [option, str(folder / name)]
+    command += ["--memory", "every:1", "--memory-budget", video.budget, "--dtype", "float32"]
+    return [*command, "--device", str(device)]
+
+
+class Sample(NamedTuple):
+    """A look at a process from outside: masks written so far, bytes held, seconds its threads had on the processor."""
+
+    frames: int
+    held: int
+    processor: float
+
+
+def watch(command: list[str], masks: Path, frames: int, threads: int) -> tuple[list[Sample], str]:
+    """Run a command and look at it again and again; if it failed, with what code and last line."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(harness.ROOT)}
+    samples: list[Sample] = []
+    with tempfile.TemporaryFile("w+") as said, tqdm(total=frames, desc="track", unit="frame") as bar:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=said)
+        try:
+            while process.poll() is None:
+                count = samples[-1].frames if samples else 0
+                while (masks / f"{count:05d}.png").exists():
+                    count += 1
+                if (sample := look(process.pid, count)) is not None:
+                    samples.append(sample)
+                bar.update(count - bar.n)
+                time.sleep(SAMPLE_SECONDS)
+        finally:
+            process.kill()
+            process.wait()
+        said.seek(0)
+        words = (said.read().strip().splitlines() or [""])[-1]
+    return samples, f"stm track ended with code {process.returncode}: {words}" if process.returncode else ""
+
+
+def look(process: int, frames: int) -> Sample | None:
+    """What a process holds and took so far; None when it has ended."""
+    try:
+        pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+        # behind the name in brackets, which may hold spaces
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, IndexError):
+        return None
+    seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return Sample(frames, pages * os.sysconf("SC_PAGE_SIZE"), seconds) if pages else None
+
+
+def figures(video: LongVideo, samples: list[Sample], written: list[float]) -> dict[str, Any]:
+    """Bytes held and seconds a frame, early and late."""
+    # the first look after each frame: before the first one the command starts, behind the last one it ends
+    first = {sample.frames: sample for sample in reversed(samples) if sample.frames}
+    counts = sorted(first)
+    held, spent = (
+        np.interp(np.arange(video.frames + 1), counts, [getattr(first[count], name) for count in counts])
+        for name in ("held", "processor")
+    )
+    seconds = np.diff(written)
+
+    def over(window: range) -> dict[str, float]:
+        return {
+            "held_bytes": float(np.median(held[window.start + 1 : window.stop + 1])),
+            # from the mask of the frame before to that of the frame
+            "seconds": float(np.median(seconds[window.start - 1 : window.stop - 1])),
+            "processor_seconds": float(spent[window.stop] - spent[window.start]) / len(window),
+        }
+
+    early, late = map(over, video.windows.values())
+    ratios = {name: late[name] / early[name] for name in late}
+    most = max(sample.held for sample in samples if sample.frames >= video.early)
+    return {"early": early, "late": late, "late_over_early": ratios, "most_held_bytes": most}
+
+
+def show(results: dict[str, Result]) -> None:
+    """Tables of what is known."""
+    known = {name: cell for name, cell in results.items() if not {"failed", "skipped"} & set(cell)}
+    frames = [cell for cell in known.values() if "reader" in cell]
+    columns = {"seconds": 1, "append_seconds": 1, "peak_bytes": MIB, "frames_in_memory": 1}
+    rows = [(cell["reader"], cell["T"], *(cell[name] / unit for name, unit in columns.items())) for cell in frames]
+    if rows:
+        print(table(("", "T", "seconds a frame", "to append it", "peak MiB", "frames in memory"), rows))
+    for name, cell in results.items():
+        if name not in known:
+            print(f"{name}: {cell.get('failed') or cell.get('skipped')}")
+        if "error_over_allowed" in cell:
+            print(f"{name}: error over allowed {cell['error_over_allowed']:.2f}")
+        if "late_over_early" in cell:
+            print(f"{name}, budget {cell['video']['budget']}, full after {cell['full_after_frames']} frames")
+            rows = [(key, cell["early"][key], cell["late"][key], over) for key, over in cell["late_over_early"].items()]
+            print(table(("", "early", "late", "late over early"), rows))
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    arguments = parse(words)
+    parser = harness.options(__doc__, threads=1)
+    parser.add_argument(
+        "--frames", type=harness.at_least(700), default=10_000, help="length of the long run, at least 700"
+    )
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION", help="%(choices)s")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to prove the program")
+    parser.add_argument("--workers", type=int, default=1, choices=(0, 1), help="0 does everything in this process")
+    arguments = parser.parse_args(words)
     torch.set_num_threads(arguments.threads)
-    if arguments.serve:
-        sections = build_tasks(arguments)
-        serve({name: task for tasks in sections.values() for name, task in tasks.items()}, arguments.serve)
-        return 0
-    from bench.long_tables import draw, lines
+    report: dict[str, Any] = {"results": {}}
+    if arguments.out and arguments.out.exists():
+        report = json.loads(arguments.out.read_text())
+    results = report["results"]
+    for name in [name for name in results if name.split(",")[0] in arguments.only]:
+        del results[name]
+    report |= {section: harness.describe(arguments.device) for section in arguments.only}
 
-    report = run(arguments)
-    print("\n".join(lines(report)))
-    if arguments.out:
-        draw(report, arguments.out)
-    return int(any("failed" in cell for section in arguments.only for cell in report[section]["results"].values()))
+    def tell(name: str, result: Result) -> None:
+        results[name] = result
+        write_json(report, arguments.out)
+        print(f"{name}: {'done' if not {'failed', 'skipped'} & set(result) else result}", file=sys.stderr, flush=True)
+
+    build = partial(build_tasks, arguments)
+    for name in build():
+        # a process for each: a peak is of all that a process ever did
+        run_tasks(build, [name], tell, processes=arguments.workers, limit=LIMIT_SECONDS)
+    show(results)
+    return int(any("failed" in results[name] for name in build()))
 
 
 if __name__ == "__main__":

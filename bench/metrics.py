@@ -1,4 +1,4 @@
-"""Time of F and J beside the official algorithm: python bench/metrics.py [--vectors FOLDER] [--out FILE]
+"""Time of F beside the official algorithm: python bench/metrics.py [--vectors FOLDER] [--out FILE]
 
 Both sides score the same pairs of masks on one core, and each F is checked to agree to 1e-9 before its time counts. The
 peer grows whole contours by a disk and counts what they cover, as published, with SciPy's binary dilation (what
@@ -7,20 +7,21 @@ scikit-image calls) and, where it is installed, with OpenCV's. Without --vectors
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable
-from datetime import date
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from scipy.ndimage import binary_dilation
 
+# a checkout that nobody installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.harness import alternate, describe, options, table, write_json
+from stm_model.data.synthetic import procedural_clip
 from stm_model.evaluation.metrics import contour_accuracy, region_similarity
 
 SIZE = (480, 854)
@@ -29,12 +30,8 @@ Pair = tuple[np.ndarray, np.ndarray]
 
 def contour(mask: np.ndarray) -> np.ndarray:
     """Pixels that differ from the next one to the right, below, or both; the mask goes on past its edge."""
-    right, below = np.empty_like(mask), np.empty_like(mask)
-    right[:, :-1], right[:, -1] = mask[:, 1:], mask[:, -1]
-    below[:-1], below[-1] = mask[1:], mask[-1]
-    diagonal = np.empty_like(mask)
-    diagonal[:-1], diagonal[-1] = right[1:], right[-1]
-    return (mask ^ right) | (mask ^ below) | (mask ^ diagonal)
+    wide = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
+    return (mask ^ wide[:-1, 1:]) | (mask ^ wide[1:, :-1]) | (mask ^ wide[1:, 1:])
 
 
 def published_contour_accuracy(prediction: np.ndarray, truth: np.ndarray, dilate: Callable) -> float:
@@ -63,11 +60,9 @@ def dilations() -> dict[str, Callable]:
     return found
 
 
-def procedural_pairs(count: int = 12) -> list[Pair]:
+def procedural_pairs(count: int = 12, size: tuple[int, int] = SIZE) -> list[Pair]:
     """Masks of a clip, each against the one two frames later."""
-    from stm_model.data.synthetic import procedural_clip
-
-    _, labels = procedural_clip(count + 2, SIZE, 2, seed=0)
+    _, labels = procedural_clip(count + 2, size, 2, seed=0)
     return [(labels[index + 2] == 1, labels[index] == 1) for index in range(count)]
 
 
@@ -82,48 +77,30 @@ def vector_pairs(folder: Path) -> list[Pair]:
     return pairs
 
 
-def milliseconds(measure: Callable, pairs: list[Pair], repeats: int) -> list[float]:
-    """The quickest of the repeats for each pair: what else the machine does only adds."""
-    times = []
-    for pair in pairs:
-        runs = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            measure(*pair)
-            runs.append(1e3 * (time.perf_counter() - start))
-        times.append(min(runs))
-    return times
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(words: Sequence[str] | None = None, pairs: list[Pair] | None = None) -> int:
+    parser = options(__doc__, repeats=15, threads=1)
     parser.add_argument("--vectors", type=Path, help="folder with vectors.json and vectors.npz")
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    arguments = parser.parse_args()
-    pairs = vector_pairs(arguments.vectors) if arguments.vectors else procedural_pairs()
-    rows = {
-        "F, ours": milliseconds(contour_accuracy, pairs, arguments.repeats),
-        "J, ours": milliseconds(region_similarity, pairs, arguments.repeats),
-    }
+    arguments = parser.parse_args(words)
+    if arguments.vectors and not (arguments.vectors / "vectors.json").is_file():
+        parser.error(f"--vectors: no vectors.json in {arguments.vectors}")
+    pairs = pairs or (vector_pairs(arguments.vectors) if arguments.vectors else procedural_pairs())
+    measures: dict[str, Callable] = {"F, ours": contour_accuracy, "J, ours": region_similarity}
     for name, dilate in dilations().items():
+        measures[f"F, published algorithm with {name}"] = measure = partial(published_contour_accuracy, dilate=dilate)
         for pair in pairs:
-            ours, theirs = contour_accuracy(*pair), published_contour_accuracy(*pair, dilate)
-            assert abs(ours - theirs) <= 1e-9, f"{name}: F {theirs} instead of {ours}"
-        measure = lambda *pair, dilate=dilate: published_contour_accuracy(*pair, dilate)  # noqa: E731
-        rows[f"F, published algorithm with {name}"] = milliseconds(measure, pairs, arguments.repeats)
-    ours = rows["F, ours"]
-    print(f"{len(pairs)} pairs of masks, {SIZE[0]} rows, one core; every F agrees to 1e-9")
-    for name, times in rows.items():
-        ratio = [peer / own for peer, own in zip(times, ours, strict=True)]
-        print(f"{name:38} {statistics.median(times):8.3f} ms a pair, {statistics.median(ratio):7.1f}× ours")
-    if arguments.out:
-        command = " ".join(["python", *sys.argv])
-        versions = {"python": platform.python_version(), "numpy": np.__version__}
-        report = {"command": command, "date": date.today().isoformat(), "versions": versions, "milliseconds": rows}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+            ours, theirs = contour_accuracy(*pair), measure(*pair)
+            if abs(ours - theirs) > 1e-9:
+                print(f"metrics: F {ours}, but {theirs} by the published algorithm with {name}", file=sys.stderr)
+                return 1
+    calls = {name: lambda measure=measure: [measure(*pair) for pair in pairs] for name, measure in measures.items()}
+    seconds = alternate(calls, arguments.repeats)
+    # the least: what else the machine does only adds
+    each = {name: 1e3 * times["least"] / len(pairs) for name, times in seconds.items()}
+    print(f"{len(pairs)} pairs of masks, {pairs[0][0].shape[0]} rows, one core; every F agrees to 1e-9")
+    print(table(("", "ms a pair", "times ours"), [(name, one, one / each["F, ours"]) for name, one in each.items()]))
+    write_json(describe("cpu") | {"pairs": len(pairs), "milliseconds": each}, arguments.out)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

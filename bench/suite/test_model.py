@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.track import build_tracker, random_network, steady_memory, track_until
+from bench.tracker import build_tracker, network_of, steady_memory
 from stm_model import STM
 from stm_model.data.synthetic import procedural_clip
 from stm_model.evaluation.metrics import region_similarity
@@ -41,10 +41,10 @@ def segment(model: STM, frame: Tensor, masks: Tensor) -> Tensor:
 @pytest.fixture(scope="module")
 def networks() -> dict[str, STM]:
     """The released shape: naive, the default, and float64, which is the truth."""
-    naive = random_network().requires_grad_(False)
+    naive = network_of("released").requires_grad_(False)
     default = fold_batch_norm(naive).to(dtype=default_dtype("cpu"), memory_format=torch.channels_last)
-    plain = random_network().requires_grad_(False).to(default_dtype("cpu"))
-    return {"naive": naive, "default": default, "plain": plain, "truth": random_network().double()}
+    plain = network_of("released").requires_grad_(False).to(default_dtype("cpu"))
+    return {"naive": naive, "default": default, "plain": plain, "truth": network_of("released").double()}
 
 
 def error(networks: dict[str, STM], name: str, part: Part) -> float:
@@ -77,15 +77,17 @@ def test_tracked_frame(race: Callable, quick: bool) -> None:
     frames, labels = procedural_clip(12, (240, 432) if quick else (480, 854), OBJECTS, seed=0)
     masks, tracks = {}, {}
     for version in ("naive", "default"):
-        weights = STM.load(device="cpu", dtype=torch.float32)
         # at the size that these weights were trained on, as `stm track` runs them
         size = network_size(None, None, frames.shape[1:3])
-        tracker = build_tracker(version, "cpu", "every:5", weights, size=size)
+        tracker = build_tracker(version, network_of("default"), "cpu", "every:5", size=size)
         masks[version] = [result.labels for result in tracker.track(frames[:4], {0: labels[0]})]
-        tracks[version] = track_until(build_tracker(version, "cpu", steady_memory(5), weights), frames, labels[0], 5)
+        steady = build_tracker(version, network_of("default"), "cpu", steady_memory(5))
+        tracks[version] = steady.track((frames[index % len(frames)] for index in itertools.count()), {0: labels[0]})
+        for _ in range(5):
+            next(tracks[version])
     for ours, theirs in zip(*masks.values(), strict=True):
         for label in range(1, OBJECTS + 1):
             assert region_similarity(ours == label, theirs == label) >= 0.98
     race(lambda: next(tracks["default"]), lambda: next(tracks["naive"]), 9, 1.0)
-    for track in itertools.chain(tracks.values()):
+    for track in tracks.values():
         track.close()

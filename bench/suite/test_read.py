@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from bench.read import both_ways, forward, naive_read, some_queries
 from stm_kernels import PagedMemory, memory_read
 from stm_kernels.testing import Problem, error_ratios, make_problem, read_by
 from stm_model.runtime import default_dtype
@@ -21,12 +21,6 @@ DTYPES = [
     pytest.param(torch.bfloat16, id="bfloat16", marks=native_bfloat16),
 ]
 C, V = 128, 512
-CHECKED_QUERIES = 32
-
-
-def naive_read(query_key: Tensor, memory_key: Tensor, memory_value: Tensor, scale: float) -> Tensor:
-    """What users of STM run: the whole affinity."""
-    return torch.softmax(query_key @ memory_key.mT * scale, -1) @ memory_value
 
 
 def problem_of(quick: bool, dtype: torch.dtype) -> Problem:
@@ -35,34 +29,20 @@ def problem_of(quick: bool, dtype: torch.dtype) -> Problem:
     return make_problem(1, positions, frames * positions, C, V, dtype=dtype)
 
 
-def some_queries(problem: Problem) -> Problem:
-    rows = {name: getattr(problem, name)[:, :CHECKED_QUERIES] for name in ("query_key", "grad_out", "grad_lse")}
-    return replace(problem, **{name: tensor.contiguous() for name, tensor in rows.items()})
-
-
-def inputs_of(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    return problem.query_key, problem.memory_key, problem.memory_value
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_read_forward(race: Callable, quick: bool, dtype: torch.dtype) -> None:
     problem = problem_of(quick, dtype)
     assert max(error_ratios(some_queries(problem), read_by("auto")).values()) <= 1
-    inputs, scale = inputs_of(problem), problem.scale
     least = 0.8 if dtype == torch.float32 else 0.4
-    race(lambda: memory_read(*inputs, scale=scale), lambda: naive_read(*inputs, scale=scale), 15, least)
+    race(forward(problem, memory_read), forward(problem, naive_read), 15, least)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_read_forward_and_backward(race: Callable, quick: bool, dtype: torch.dtype) -> None:
     problem = problem_of(quick, dtype)
     assert max(error_ratios(some_queries(problem), read_by("auto")).values()) <= 1
-    inputs = [tensor.detach().requires_grad_() for tensor in inputs_of(problem)]
-
-    def gradients(read: Callable) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(read(*inputs, scale=problem.scale), inputs, problem.grad_out)
-
-    race(gradients(memory_read), gradients(naive_read), 9, 0.7 if dtype == torch.float32 else 0.4)
+    least = 0.7 if dtype == torch.float32 else 0.4
+    race(both_ways(problem, memory_read), both_ways(problem, naive_read), 9, least)
 
 
 def test_paged_read(race: Callable, quick: bool) -> None:

@@ -1,6 +1,8 @@
 """The bench for a GPU, run dry: what it writes, what it does not report, and what survives a process that dies."""
 
+import functools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,13 +15,12 @@ import torch
 
 pytest.importorskip("triton")
 
-import bench.checks as checks
 import bench.gpu as gpu
-import bench.tables as tables
-from bench.peers import PEERS, naive
-from bench.plot import draw
-from bench.shapes import FRAMES, MEMORIES, MOST_IMPORTANT, Size, sizes
-from bench.workers import attempt, run_apart, run_here, write_json
+import bench.gpu_checks as checks
+import bench.gpu_reads as reads
+from bench.gpu_peers import PEERS, naive
+from bench.gpu_reads import FRAMES, MEMORIES, MOST_IMPORTANT, Size, sizes
+from bench.harness import attempt, run_tasks, write_json
 
 ROOT = Path(__file__).parents[2]
 SIZE = Size(33, 2, 1, 16, 32)
@@ -47,16 +48,16 @@ def raising(*inputs, scale):
 @pytest.fixture
 def small(monkeypatch):
     """Few tasks, with readers among them that are wrong, absent and broken."""
-    every_check, every_choice = checks.check_tasks, tables.choice_tasks
+    every_check, every_choice = checks.check_tasks, reads.Reads.choices
     readers = {"ours": PEERS["ours"], "naive": naive, "doubled": doubled, "half right": right_only_forward}
-    monkeypatch.setattr(tables, "PEERS", readers | {"missing": missing, "raising": raising})
-    monkeypatch.setattr(tables, "SLOW_TO_COMPILE", ("raising",))
-    monkeypatch.setattr(tables, "sizes", lambda tiny, quick: [SIZE])
-    monkeypatch.setattr(tables, "_tile_tasks", lambda *_: {})
+    monkeypatch.setattr(reads, "PEERS", readers | {"missing": missing, "raising": raising})
+    monkeypatch.setattr(reads, "SLOW_TO_COMPILE", ("raising",))
+    monkeypatch.setattr(reads, "sizes", lambda tiny, quick: [SIZE])
+    monkeypatch.setattr(reads.Reads, "_tile_tasks", lambda *_: {})
     monkeypatch.setattr(checks, "check_tasks", lambda *options: dict(list(every_check(*options).items())[:2]))
     monkeypatch.setattr(checks, "random_tasks", lambda *_: {"broken": raising})
     kept = (f"forward, {SIZE}, peaked, exact", f"usage, {SIZE}")
-    monkeypatch.setattr(tables, "choice_tasks", lambda *options: {name: every_choice(*options)[name] for name in kept})
+    monkeypatch.setattr(reads.Reads, "choices", lambda *options: {name: every_choice(*options)[name] for name in kept})
 
 
 @without_gpu
@@ -99,7 +100,6 @@ def test_every_check_and_every_measurement_has_its_place():
 
 
 @without_gpu
-@without_gpu
 def test_only_what_was_asked_for_is_done(capsys):
     sections = gpu.build_tasks(gpu.parse(["--device", "cpu", "--out", "x", "--only", "M=33 T=3 B=2, naive"]))
     assert {section: len(tasks) for section, tasks in sections.items() if tasks} == {"ceilings": 3, "reads": 2}
@@ -117,61 +117,66 @@ def test_sanitizing_ends_with_an_error_where_a_kernel_is_wrong(monkeypatch):
 def test_a_wrong_kernel_is_seen_by_its_check(monkeypatch):
     import stm_kernels.gpu.forward as forward
 
-    tasks = checks.check_tasks(torch.device("cpu"), True, 0)
+    tasks = checks.check_tasks(torch.device("cpu"), True)
     assert "error_over_allowed" in attempt(tasks["float32: odd sizes"])
     merge = forward.triton_merge
     monkeypatch.setattr(forward, "triton_merge", lambda outs, lses, dtype: merge(outs, lses + 1e-3, dtype))
     assert "error over allowed" in attempt(tasks["float32: 3 splits"])["failed"]
 
 
-def test_out_of_time_and_out_of_memory_are_said():
-    told = {}
-
-    def starved():
-        raise torch.OutOfMemoryError("tried to allocate\nmuch")
-
-    run_here({"a": starved}, ["a"], time.time() + 60, told.__setitem__)
-    run_here({"b": starved}, ["b"], time.time() - 1, told.__setitem__)
-    assert told == {"a": {"skipped": "out of memory: tried to allocate"}, "b": {"skipped": "out of time"}}
+def starved():
+    raise torch.OutOfMemoryError("tried to allocate\nmuch")
 
 
-CHILD = f"""
-import os, sys, time
-sys.path.insert(0, {str(ROOT)!r})
-from pathlib import Path
-from bench.workers import serve
-import torch
-broken = []
+def die():
+    print("illegal access", flush=True)
+    os._exit(7)
+
+
+broken: list[int] = []
+
+
 def synchronize():
     if broken:
         raise RuntimeError("an illegal access long ago")
-torch.cuda.is_available, torch.cuda.synchronize = lambda: True, synchronize
-def die():
-    print("illegal access")
-    sys.stdout.flush()
-    os._exit(7)
-names = ["first", "dies", "breaks", "hangs", "last"]
-tasks = {{name: lambda name=name: {{"value": name}} for name in names}}
-breaks = lambda: broken.append(1) or {{"value": "breaks"}}
-serve(tasks | {{"dies": die, "breaks": breaks, "hangs": lambda: time.sleep(600)}}, Path(sys.argv[1]))
-"""
 
 
-def test_a_process_that_dies_or_hangs_takes_only_its_task_along(tmp_path):
-    script, told = tmp_path / "child.py", {}
-    script.write_text(CHILD)
+def build_tasks() -> dict:
+    """Made in a process of its own, on a device that some tasks break."""
+    if multiprocessing.parent_process() is not None:
+        torch.cuda.is_available, torch.cuda.synchronize = lambda: True, synchronize
+    tasks = {name: functools.partial(dict, value=name) for name in ("first", "last")}
+    breaks = {"breaks": lambda: broken.append(1) or {"value": "breaks"}}
+    return tasks | breaks | {"starved": starved, "dies": die, "hangs": lambda: time.sleep(600)}
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_out_of_time_and_out_of_memory_are_said(processes):
+    told = {}
+    run_tasks(build_tasks, ["starved"], told.__setitem__, processes=processes)
+    run_tasks(build_tasks, ["first"], told.__setitem__, processes=processes, deadline=time.time() - 1)
+    assert told == {"starved": {"skipped": "out of memory: tried to allocate"}, "first": {"skipped": "out of time"}}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_process_that_dies_or_hangs_takes_only_its_task_along(processes):
+    told = {}
     names = ["first", "dies", "breaks", "hangs", "last"]
-    run_apart([sys.executable, str(script)], names, time.time() + 300, told.__setitem__, limit=2.0)
+    run_tasks(build_tasks, names, told.__setitem__, processes=processes, limit=2.0)
     assert all(told[name] == {"value": name} for name in ("first", "last"))
     # nothing works in its process any more; the tasks behind it are none the worse
-    assert told["breaks"] == {"failed": "left a broken device behind: an illegal access long ago"}
+    assert told["breaks"]["failed"] == "left a broken device behind: an illegal access long ago"
     assert told["dies"] == {"failed": "its process ended with code 7: illegal access"}
-    assert told["hangs"]["failed"].startswith("stopped after ")
+    assert told["hangs"] == {"failed": "stopped after 2 s"}
+
+
+def cannot_start():
+    raise SystemExit(3)
 
 
 def test_a_program_that_cannot_start_is_no_endless_loop():
     told = {}
-    run_apart([sys.executable, "-c", "raise SystemExit(3)"], ["a", "b"], time.time() + 60, told.__setitem__)
+    run_tasks(cannot_start, ["a", "b"], told.__setitem__)
     assert told == {name: {"failed": "its process ended with code 3"} for name in ("a", "b")}
 
 
@@ -211,17 +216,17 @@ def test_sizes_are_those_of_real_frames_and_the_important_ones_come_first():
 
 
 def test_a_plot_of_many_sizes(tmp_path):
-    reads = {
+    cells = {
         f"{direction} {M} {T} {reader}": {
             "direction": direction, "M": M, "T": T, "B": 1, "reader": reader, "dtype": "bfloat16",
             "seconds": 1.0, "tflops": float(T),
         }
         for direction in ("forward", "forward+backward") for M in FRAMES for T in MEMORIES for reader in PEERS
     }  # fmt: skip
-    reads["failed"] = {"direction": "forward", "M": 5, "T": 1, "B": 1, "reader": "ours", "failed": "wrong"}
-    report = {"reads": reads, "ceilings": {}, "machine": {"device": "none"}, "dtype": "bfloat16"}
-    draw(report, tmp_path / "many.png")
-    draw(report | {"reads": {}}, tmp_path / "none.png")
+    cells["failed"] = {"direction": "forward", "M": 5, "T": 1, "B": 1, "reader": "ours", "failed": "wrong"}
+    report = {"reads": cells, "ceilings": {}, "machine": {"device": "none"}, "dtype": "bfloat16"}
+    gpu.draw(report, tmp_path / "many.png")
+    gpu.draw(report | {"reads": {}}, tmp_path / "none.png")
     assert (tmp_path / "many.png").stat().st_size > (tmp_path / "none.png").stat().st_size > 0
 
 

@@ -1,4 +1,4 @@
-"""Average the weights of runs that went on from one another: python bench/average_weights.py A=1 B=2 --out FILE
+"""Average the weights of runs that went on from one another: `python -m stm_model.training.average A=1 B=2 --out FILE`.
 
 FILE gets the mean of our .safetensors files A, B, …, each taken as often as the number behind it says, in float16 as
 training writes it. Source: Wortsman et al., Model soups, ICML 2022.
@@ -7,20 +7,17 @@ training writes it. Source: Wortsman et al., Model soups, ICML 2022.
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-# a checkout that nobody installed
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from stm_model.network.weights import read_tensors, write_tensors
 
 
 def average(parts: list[tuple[dict[str, Tensor], float]]) -> dict[str, Tensor]:
-    """The mean, by their weights, of tensors of the same names and shapes; of numbers that are whole, the first's.
+    """The mean, by their weights, of tensors of the same names and shapes; integer tensors are the first's.
 
     Raises:
         ValueError: names or shapes differ; the first that does is named.
@@ -39,27 +36,31 @@ def average(parts: list[tuple[dict[str, Tensor], float]]) -> dict[str, Tensor]:
     }
 
 
-def main() -> None:
+def _part(word: str) -> tuple[Path, float]:
+    """FILE=NUMBER as an argument."""
+    path, _, number = word.rpartition("=")
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = 0.0
+    if not path or not 0 < weight < float("inf"):
+        raise ValueError(f"{word}: expected FILE=NUMBER with a number above 0")
+    return Path(path), weight
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Average the files that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="FILE=NUMBER")
     parser.add_argument("--out", type=Path, required=True, help="must not exist")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     try:
         if arguments.out.exists():
             raise ValueError(f"--out: {arguments.out} exists")
-        parts = []
-        for part in arguments.files:
-            path, _, number = part.rpartition("=")
-            try:
-                weight = float(number)
-            except ValueError:
-                weight = 0.0
-            if not path or not 0 < weight < float("inf"):
-                raise ValueError(f"{part}: expected FILE=NUMBER with a number above 0")
-            parts.append((read_tensors(Path(path)), weight))
+        parts = [(read_tensors(path), weight) for path, weight in map(_part, arguments.files)]
         write_tensors(average(parts), arguments.out, torch.float16)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"average_weights: {error}") from None
+        raise SystemExit(f"average: {error}") from None
 
 
 if __name__ == "__main__":

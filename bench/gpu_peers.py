@@ -1,9 +1,11 @@
-"""Who reads: ours, with the tiles it chooses and with others, and what else computes the same in one call."""
+"""Who reads in bench/gpu.py: ours, and what else computes the same in one call; and how a call is timed there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -23,9 +25,7 @@ SLOW_TO_COMPILE = (FLEX,)
 
 def ours(query_key: Tensor, memory_key: Tensor, memory_value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The read of this package."""
-    return memory_read(
-        query_key, memory_key, memory_value, scale=scale, return_lse=True, implementation="triton"
-    )  # fmt: skip
+    return memory_read(query_key, memory_key, memory_value, scale=scale, return_lse=True, implementation="triton")
 
 
 def naive(query_key: Tensor, memory_key: Tensor, memory_value: Tensor, scale: float) -> tuple[Tensor]:
@@ -127,3 +127,59 @@ PEERS: dict[str, Read] = {
     "xFormers": xformers,
 }
 """Readers by the name they have in tables; each is checked before its time counts."""
+
+
+def call_seconds(
+    calls: Sequence[Callable[[], Any]], device: torch.device, seconds: float = 0.2, least: int = 5, most: int = 200
+) -> list[float]:
+    """Seconds of one call by the device's own clock, without the gaps between launches, a number for each repeat.
+
+    Args:
+        calls: the same call, on inputs of its own each; they take turns, so that no cache holds what they read.
+        device: what to wait for.
+        seconds: for all repeats together; at least `least` are made, and at most `most`.
+    """
+    if device.type != "cuda":
+        calls[0]()
+        found: list[float] = []
+        while len(found) < least or (sum(found) < seconds and len(found) < most):
+            start = time.perf_counter()
+            calls[len(found) % len(calls)]()
+            found.append(time.perf_counter() - start)
+        return found
+    for call in calls:
+        call()
+    estimate = _by_events(lambda: [call() for call in calls], 2)[-1] / len(calls)
+    # a short call is replayed from a graph, which lasts a millisecond: launching it would take longer than running it
+    rounds = max(1, round(1e-3 / (estimate * len(calls))))
+    turn = _graph(list(calls) * rounds) if estimate < 2e-3 else None
+    if turn is None:
+        rounds, turn = 1, lambda: [call() for call in calls]
+    count = len(calls) * rounds
+    repeats = min(most, max(least, round(seconds / (estimate * count))))
+    return [one / count for one in _by_events(turn, repeats)]
+
+
+def _by_events(turn: Callable[[], Any], repeats: int) -> list[float]:
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in events:
+        start.record()
+        turn()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+
+def _graph(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any] | None:
+    """All calls as one graph to replay; None where one of them cannot be recorded."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+        graph.replay()
+        torch.cuda.synchronize()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return graph.replay

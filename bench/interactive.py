@@ -1,4 +1,4 @@
-"""What a user of the page waits for: python bench/interact.py --video VIDEO [--out FILE]
+"""What a user of the page waits for: python bench/interactive.py --video VIDEO [--out FILE]
 
 The video at 480p, up to 300 frames, and one object, scribbled on where --at says. Seconds are from a request to its
 whole answer, over HTTP to a server in this process: a frame with its masks while nothing else is done and while a round
@@ -8,24 +8,26 @@ from the key to the frame on the screen.
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import json
-import platform
 import shutil
 import statistics
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from datetime import date
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import revision
 
+# a checkout that nobody installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.harness import Peak, describe, options, write_json
 from stm_model.interactive.footage import Footage
 from stm_model.interactive.session import ScribbleSession
 from stm_model.interactive.web.app import serve
@@ -34,11 +36,25 @@ from stm_model.io.images import resize_frame
 from stm_model.io.video import VideoWriter, open_video
 from stm_model.network import STM
 from stm_model.network.weights import DEFAULT_INTERACTIVE_WEIGHTS, network_size
-from stm_model.runtime import peak_process_memory
 
-HEIGHT, MOST_FRAMES = 480, 300
+MAX_FRAMES = 300
 SCRUBBED = 60
 CHROMIUM_OPTIONS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking")
+# seconds from a key to the next frame, decoded and painted
+BROWSE = """async ([times]) => {
+    const picture = document.querySelector("#stm-picture"), found = [];
+    for (let time = 0; time < times; time += 1) {
+        const started = performance.now();
+        document.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", shiftKey: true }));
+        const wanted = String(window.stmPage.frame);
+        while (picture.dataset.frame !== wanted) await new Promise((next) => setTimeout(next, 1));
+        await picture.decode();
+        await new Promise(requestAnimationFrame);
+        found.push((performance.now() - started) / 1000);
+        await new Promise((next) => setTimeout(next, 300));
+    }
+    return found;
+}"""
 
 
 class Client:
@@ -59,14 +75,12 @@ class Client:
     def do(self, action: str, **content: Any) -> dict[str, Any]:
         return json.loads(self.ask("POST", f"/stm/do/{action}", content))
 
-    def wait(self) -> float:
-        """Seconds until the work in the background is done."""
-        started = time.perf_counter()
+    def wait(self) -> None:
+        """Until the work in the background is done."""
         while (status := self.do("status"))["job"]["running"]:
             time.sleep(0.05)
         if status["job"]["error"]:
             raise RuntimeError(status["job"]["error"])
-        return time.perf_counter() - started
 
 
 def timed(work: Callable[[], Any]) -> float:
@@ -79,19 +93,17 @@ def summary(seconds: Sequence[float]) -> dict[str, float]:
     return {"median_s": statistics.median(seconds), "worst_s": max(seconds), "measured": len(seconds)}
 
 
-def at_480p(path: Path, folder: Path) -> Path:
+def resized(path: Path, folder: Path, height: int) -> Path:
     """The first frames of a video, resized, as a video."""
     source = open_video(path)
-    size = (HEIGHT, round(source.size[1] * HEIGHT / source.size[0]))
+    size = (height, round(source.size[1] * height / source.size[0]))
     with VideoWriter(folder / "video.mp4", source.fps) as writer:
-        for index, frame in enumerate(source):
-            if index == MOST_FRAMES:
-                break
+        for frame in islice(source, MAX_FRAMES):
             writer.write(resize_frame(frame, size))
     return folder / "video.mp4"
 
 
-def measure(client: Client, frames: int, at: tuple[float, float]) -> dict[str, Any]:
+def measure(client: Client, frames: int, at: Sequence[float]) -> dict[str, Any]:
     """Everything but the browser."""
     spread = [round(place * (frames - 1) / (SCRUBBED - 1)) for place in range(SCRUBBED)]
 
@@ -109,14 +121,13 @@ def measure(client: Client, frames: int, at: tuple[float, float]) -> dict[str, A
     for _ in range(3):
         client.do("undo")
     client.do("run")
-    found["round_1_s"] = client.wait()
+    found["round_1_s"] = timed(client.wait)
     found["scrub"] = summary(scrub(True))
     client.do("scribble", frame=frames // 2, object=0, path=[[0.05, 0.05], [0.3, 0.05]])
     client.do("run")
     during = scrub(True, spread[::6])
-    found["scrub_during_a_round"] = summary(during)
-    # the requests above are part of the round's time
-    found["round_2_s"] = client.wait() + sum(during)
+    # the requests are part of the round's time
+    found |= {"scrub_during_a_round": summary(during), "round_2_s": timed(client.wait) + sum(during)}
     return found
 
 
@@ -134,86 +145,58 @@ def in_browser(address: str, frames: int) -> dict[str, float] | None:
         page = browser.new_page(viewport={"width": 1280, "height": 860})
         page.goto(address)
         page.wait_for_selector("#stm-picture[data-frame]", timeout=120_000)
-        seconds = page.evaluate(
-            """async ([times, step]) => {
-                const picture = document.querySelector("#stm-picture"), found = [];
-                for (let time = 0; time < times; time += 1) {
-                    const started = performance.now();
-                    document.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", shiftKey: true }));
-                    const wanted = String(window.stmPage.frame);
-                    while (picture.dataset.frame !== wanted) await new Promise((next) => setTimeout(next, 1));
-                    await picture.decode();
-                    await new Promise(requestAnimationFrame);
-                    found.push((performance.now() - started) / 1000);
-                    await new Promise((next) => setTimeout(next, 300));
-                }
-                return found;
-            }""",
-            [min(25, (frames - 1) // 10), 10],
-        )
+        seconds = page.evaluate(BROWSE, [min(25, (frames - 1) // 10)])
         browser.close()
     return summary(seconds)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(words: Sequence[str] | None = None) -> int:
+    parser = options(__doc__)
     parser.add_argument("--video", type=Path, required=True)
+    parser.add_argument("--height", type=int, default=480, help="shorter side of the video, in pixels")
     parser.add_argument("--at", type=float, nargs=2, default=(0.5, 0.5), help="a point of the object, from 0 to 1")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     torch.set_num_threads(arguments.threads)
-    model = STM.load(DEFAULT_INTERACTIVE_WEIGHTS, device="cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        video = at_480p(arguments.video, Path(folder))
-        opening = time.perf_counter()
-        footage = Footage(video, MOST_FRAMES)
-        opening = time.perf_counter() - opening
+    model = STM.load(DEFAULT_INTERACTIVE_WEIGHTS, device=arguments.device)
+    found: dict[str, Any] = {}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            video = resized(arguments.video, Path(folder), arguments.height)
+            begun = time.perf_counter()
+            footage = Footage(video, MAX_FRAMES)
+            found["open_s"] = time.perf_counter() - begun
+    except (OSError, ValueError) as error:
+        print(f"interactive: {error}", file=sys.stderr)
+        return 2
     size = network_size(None, None, footage.size)
     workbench = Workbench(
         footage,
         lambda footage: ScribbleSession(model, footage.frames, size=size),
         STM.load,
-        most_frames=MOST_FRAMES,
+        most_frames=MAX_FRAMES,
         upload_bytes=2**30,
     )
-    ready: dict[str, str] = {}
+    addresses: list[str] = []
     up = threading.Event()
 
     def tell(address: str) -> None:
-        ready["address"] = address
+        addresses.append(address)
         up.set()
 
     # as the command does it: while the user looks at the video
     threading.Thread(target=workbench.warm_up, daemon=True).start()
     threading.Thread(target=serve, args=(workbench, "127.0.0.1", 0, tell), daemon=True).start()
     up.wait()
-    client = Client(ready["address"])
+    client, frames = Client(addresses[0]), len(footage.frames)
     client.do("enter")
-    frames = len(footage.frames)
-    found = {
-        "video": {"name": arguments.video.name, "frames": frames, "size": list(footage.size), "network_size": size},
-        "open_s": opening,
-        **measure(client, frames, tuple(arguments.at)),
-        "encoded_frames": workbench.session.encoded_frames,
-    }
+    found |= {"frames": frames, "size": list(footage.size), "network_size": size}
+    found |= measure(client, frames, arguments.at) | {"encoded_frames": workbench.session.encoded_frames}
     client.do("leave")
-    found["key_to_screen"] = in_browser(ready["address"], frames)
-    found["peak_memory_bytes"] = peak_process_memory()
-    result = {
-        "date": str(date.today()),
-        "cpu": platform.processor() or platform.machine(),
-        "threads": arguments.threads,
-        "load_average": Path("/proc/loadavg").read_text().split()[:3],
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "revision": revision(),
-        **found,
-    }
-    print(json.dumps(result, indent=1))
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    found |= {"key_to_screen": in_browser(addresses[0], frames), "peak_memory_bytes": Peak("cpu").read()}
+    print(json.dumps(found, indent=1))
+    write_json(describe(arguments.device) | found, arguments.out)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

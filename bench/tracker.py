@@ -1,0 +1,355 @@
+"""Where a tracked frame's time goes, and what the processor could do: python bench/tracker.py [--out FILE]
+
+A video file in, masks and an overlay out: 480×854, the default weights, 1, 2 and 5 objects, 5 remembered frames. The
+seconds of each stage of the tracker as it runs by default, their share of the frame, the arithmetic, and the share of
+the processor's ceiling: the speed of a large matrix product in the same number format. Beside it, in alternation in the
+same process, the same network as plain PyTorch and public code run it: float32, eager, NCHW, batch norm as a layer of
+its own, the memory concatenated for every frame, the whole affinity, the frame's maps expanded to every object. Then
+frames a second of whole pipelines: naive in turn, by default with decoding and writing beside, as `stm track` does.
+
+    python bench/tracker.py --network released --objects 2 --frames 20 --peak     # ResNet-50, with the peak memory
+    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python bench/tracker.py      # as on a processor with AVX2 alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+# a checkout that nobody installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import stm_model.tracking.memory
+import stm_model.tracking.tracker
+from bench.harness import MIB, Peak, alternate, apart, at_least, describe, options, synchronize, table, write_json
+from stm_kernels import PagedMemory
+from stm_model import STM, Tracker
+from stm_model.data.synthetic import procedural_clip
+from stm_model.evaluation.metrics import region_similarity
+from stm_model.io.images import overlay, write_mask
+from stm_model.io.threads import Ahead, Behind
+from stm_model.io.video import VideoWriter, open_video
+from stm_model.network import Query
+from stm_model.network.weights import network_size
+from stm_model.runtime import default_dtype
+from stm_model.tracking.memory import MemoryRule
+from stm_model.tracking.tracker import FrameResult
+from stm_model.training.state import initialize
+
+VERSIONS = ("naive", "default")
+PARTS = {"query encoder": "encode_query", "memory encoder": "memorize", "decoder": "segment"}
+"""Stages that are methods of the network."""
+STAGES = ("decode", "query encoder", "memory encoder", "read", "decoder", "aggregation", "resize, labels", "write")
+NETWORK_STAGES = STAGES[1:5]
+FILE_FRAMES = 24
+PRODUCT = 2048
+
+
+class PublicNetwork(STM):
+    """A network that decodes as public code does."""
+
+    def segment(self, memory_readout: Tensor, query: Query, objects_per_clip: list[int], *more: Any) -> Tensor:
+        """As `STM.segment`, with the maps of the one frame expanded to all objects before the decoder."""
+        objects = len(memory_readout)
+        value, *maps = (each.expand(objects, -1, -1, -1) for each in (query.value, *query.features))
+        expanded = query._replace(value=value, features=type(query.features)(*maps))
+        return super().segment(memory_readout, expanded, [1] * objects, *more)
+
+
+class PublicMemory(PagedMemory):
+    """A memory that is read as public code does: joined for every frame, the whole affinity at once."""
+
+    def read(self, query_key: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+        """What is read, and zeros for the log-sum-exp, for which public code does not ask."""
+        key, value = (torch.cat(parts, 1) for parts in zip(*self._pages.held()))
+        affinity = torch.softmax(query_key @ key.mT * query_key.shape[2] ** -0.5, -1)
+        return affinity @ value, query_key.new_zeros(query_key.shape[:2])
+
+
+class PublicTracker(Tracker):
+    """A tracker whose memory is a `PublicMemory`."""
+
+    def track(self, *inputs: Any, **settings: Any) -> Iterator[FrameResult]:
+        """As `Tracker.track`."""
+        results = super().track(*inputs, **settings)
+        while True:
+            # only while this tracker works: others run in between
+            with mock.patch.object(stm_model.tracking.memory, "PagedMemory", PublicMemory):
+                result = next(results, None)
+            if result is None:
+                return
+            yield result
+
+
+def network_of(name: str) -> STM:
+    """`default`: the weights in the package, `released`: the released shape; time does not depend on its weights."""
+    if name == "default":
+        return STM.load(device="cpu", dtype=torch.float32)
+    torch.manual_seed(0)
+    model = STM()
+    initialize(model)
+    return model.eval()
+
+
+def build_tracker(version: str, model: STM, device: str, memory: MemoryRule | str, **settings: Any) -> Tracker:
+    """The default tracker, or the naive one, which takes no setting but the size."""
+    if version == "naive":
+        public = PublicNetwork(model.config)
+        public.load_state_dict(model.state_dict())
+        public = public.requires_grad_(False).eval().float().to(device, memory_format=torch.contiguous_format)
+        tracker = PublicTracker(public, memory=memory, size=settings.get("size"))
+        tracker.model = public
+        return tracker
+    model = model.to(device, default_dtype(device), memory_format=torch.channels_last)
+    return Tracker(model, memory=memory, **settings)
+
+
+def steady_memory(size: int) -> MemoryRule:
+    """A rule with which frame `size` and every later one is segmented from `size` remembered frames."""
+    return MemoryRule(kept=frozenset(range(size - 1)), first=False, previous=True)
+
+
+def agreement(device: str, objects: int, size: tuple[int, int]) -> float:
+    """Least J over objects and frames between the masks of both versions, by the default weights at their own size."""
+    frames, labels = procedural_clip(12, size, objects, seed=0)
+    masks = {}
+    for version in VERSIONS:
+        tracker = build_tracker(
+            version, network_of("default"), device, "every:5", size=network_size(None, None, frames.shape[1:3])
+        )
+        masks[version] = [result.labels for result in tracker.track(frames, {0: labels[0]})]
+    return min(
+        region_similarity(ours == label, naive == label)
+        for ours, naive in zip(*masks.values(), strict=True)
+        for label in range(1, objects + 1)
+    )
+
+
+def read_flops(query_key: Sequence[int], memory_key: Sequence[int], memory_value: Sequence[int], *_: Any, **__: Any):
+    """Operations of a read, from the shapes of its tensors."""
+    return 2 * query_key[0] * query_key[1] * memory_key[1] * (memory_key[2] + memory_value[2])
+
+
+class Clock:
+    """Seconds of the stages of one frame, on the wall and on the processor; and operations, where they are counted."""
+
+    def __init__(self, device: str):
+        self.device, self.counts = device, False
+        self.spent: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count what the block takes."""
+        mapping = {torch.ops.stm_kernels.memory_read: read_flops}
+        counter = FlopCounterMode(display=False, custom_mapping=mapping) if self.counts else nullcontext()
+        synchronize(self.device)
+        wall, processor = time.perf_counter(), time.process_time()
+        with counter:
+            yield
+        synchronize(self.device)
+        found = (time.perf_counter() - wall, time.process_time() - processor)
+        operations = counter.get_total_flops() if isinstance(counter, FlopCounterMode) else 0
+        self.spent[name] = [sum(pair) for pair in zip(self.spent[name], (*found, operations))]
+
+    def timed(self, name: str, function: Callable) -> Callable:
+        """The function, what it takes counted."""
+
+        @wraps(function)
+        def call(*arguments: Any, **settings: Any) -> Any:
+            with self.stage(name):
+                return function(*arguments, **settings)
+
+        return call
+
+    def take(self) -> dict[str, list[float]]:
+        """What was counted since the last call."""
+        spent = {name: self.spent[name] for name in (*STAGES, "track")}
+        self.spent.clear()
+        # of tracking, what no named stage took
+        inside = zip(*(spent[name] for name in STAGES[1:6]))
+        spent["resize, labels"] = [max(0.0, whole - sum(parts)) for whole, parts in zip(spent.pop("track"), inside)]
+        return spent
+
+
+class Pipeline:
+    """A tracker between a video file and its output; its memory already holds the frames it is to be timed with."""
+
+    def __init__(self, tracker: Tracker, device: str, remembered: int, video: Path, mask: np.ndarray, out: Path):
+        self.clock, self.tracker, self.out = Clock(device), tracker, out
+        self.source = itertools.chain.from_iterable(open_video(video) for _ in itertools.count())
+        self.waiting: list[np.ndarray] = []
+        self.track = tracker.track((self.waiting.pop() for _ in itertools.count()), {0: mask})
+        out.mkdir()
+        self.written = VideoWriter(out / "overlay.mp4")
+        for _ in range(remembered):
+            self.step()
+        for stage, name in PARTS.items():
+            setattr(tracker.model, name, self.clock.timed(stage, getattr(tracker.model, name)))
+        tracker.bank.read = self.clock.timed("read", tracker.bank.read)
+        self.clock.take()
+
+    def step(self) -> dict[str, list[float]]:
+        """Decode, track and write a frame; what its stages took."""
+        aggregate = self.clock.timed("aggregation", stm_model.tracking.tracker.soft_aggregate)
+        with self.clock.stage("decode"):
+            frame = next(self.source)
+        self.waiting.append(frame)
+        with self.clock.stage("track"), mock.patch.object(stm_model.tracking.tracker, "soft_aggregate", aggregate):
+            result = next(self.track)
+        with self.clock.stage("write"):
+            self.write(iter([(result.index, result.labels, frame)]))
+        return self.clock.take()
+
+    def operations(self) -> dict[str, float]:
+        """Of the stages of a frame, which are not timed meanwhile."""
+        self.clock.counts = True
+        found = {stage: spent[2] for stage, spent in self.step().items()}
+        self.clock.counts = False
+        return found
+
+    def write(self, items: Iterator[tuple[int, np.ndarray, np.ndarray]]) -> None:
+        """Write masks and overlays."""
+        for index, labels, frame in items:
+            write_mask(self.out / f"{index:05d}.png", labels)
+            self.written.write(overlay(frame, labels))
+
+    def side_by_side(self) -> Iterator[None]:
+        """Track with decoding and writing in threads of their own; every step is one frame."""
+        with Ahead(self.source) as ahead, Behind(self.write) as behind:
+            for frame in ahead:
+                self.waiting.append(frame)
+                result = next(self.track)
+                behind.put((result.index, result.labels, frame))
+                yield
+
+
+def stage_seconds(pipelines: dict[str, Pipeline], repeats: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Median seconds of each stage, by version, frames in alternation."""
+    found: dict[str, list] = {version: [] for version in pipelines}
+    for repeat in range(repeats + 1):
+        for version, pipeline in pipelines.items():
+            spent = pipeline.step()
+            found[version] += [spent] if repeat else []
+    return {
+        version: {
+            stage: dict(zip(("wall", "processor"), map(statistics.median, zip(*(frame[stage] for frame in frames)))))
+            for stage in STAGES
+        }
+        for version, frames in found.items()
+    }
+
+
+def ceiling(device: str) -> float:
+    """Operations a second of a large matrix product, in the number format of the default tracker."""
+    left, right = torch.randn(2, PRODUCT, PRODUCT, device=device).to(default_dtype(device))
+    out = torch.empty_like(left)
+    return 2 * PRODUCT**3 / alternate({"": lambda: torch.mm(left, right, out=out)}, 5, device)[""]["least"]
+
+
+def measure(arguments: argparse.Namespace, objects: int, remembered: int, folder: Path) -> dict[str, Any]:
+    """Stages and pipelines of both versions, with so many objects and remembered frames."""
+    device, size = arguments.device, (arguments.height, arguments.width)
+    frames, labels = procedural_clip(FILE_FRAMES, size, objects, seed=0)
+    video = folder / "clip.mp4"
+    with VideoWriter(video) as writer:
+        for frame in frames:
+            writer.write(frame)
+
+    def pipeline(version: str, name: str, **settings: Any) -> Pipeline:
+        tracker = build_tracker(version, network_of(arguments.network), device, steady_memory(remembered), **settings)
+        return Pipeline(tracker, device, remembered, video, labels[0], folder / name)
+
+    operations = pipeline("default", "counted").operations()
+    pipelines = {version: pipeline(version, version, compiled=arguments.compile) for version in VERSIONS}
+    stages = stage_seconds(pipelines, arguments.repeats)
+    beside = pipelines["default"].side_by_side()
+    whole = alternate({"naive": pipelines["naive"].step, "default": lambda: next(beside)}, arguments.repeats, device)
+    beside.close()
+    for each in pipelines.values():
+        each.written.close()
+    found = {"objects": objects, "memory_frames": remembered, "stages": stages, "operations": operations}
+    found["pipeline_seconds"] = {version: times["median"] for version, times in whole.items()}
+    found["ratio"] = found["pipeline_seconds"]["naive"] / found["pipeline_seconds"]["default"]
+    if arguments.peak:
+        case = (device, size, objects, remembered, arguments.network)
+        found["peak"] = {version: apart(partial(peak_bytes, version, *case)) for version in VERSIONS}
+    return found
+
+
+def peak_bytes(version: str, device: str, size: tuple[int, int], objects: int, remembered: int, network: str) -> dict:
+    """Most bytes that this process, or its tensors on a GPU, ever held while a memory filled and was read."""
+    frames, labels = procedural_clip(8, size, objects, seed=0)
+    tracker = build_tracker(version, network_of(network), device, steady_memory(remembered))
+    for _ in tracker.track((frames[index % 8] for index in range(remembered + 2)), {0: labels[0]}):
+        pass
+    return {"bytes": Peak(device).read()}
+
+
+def show(found: dict[str, Any], most: float) -> None:
+    """A table of the stages and a line for the whole."""
+    naive, default = (found["stages"][version] for version in VERSIONS)
+    operations, frame = found["operations"], sum(stage["wall"] for stage in default.values())
+    rows = []
+    for stage in STAGES:
+        row = [stage, naive[stage]["wall"], default[stage]["wall"], naive[stage]["wall"] / default[stage]["wall"]]
+        rows.append([*row, default[stage]["wall"] / frame, "", ""])
+        if stage in NETWORK_STAGES:
+            rows[-1][5:] = operations[stage] / 1e9, operations[stage] / max(default[stage]["wall"], 1e-9) / most
+    total = sum(operations.values())
+    naive_frame = sum(stage["wall"] for stage in naive.values())
+    rows.append(["whole", naive_frame, frame, naive_frame / frame, "", total / 1e9, total / frame / most])
+    header = ("naive s", "default s", "faster", "share", "GFLOP", "of ceiling")
+    print(table((f"{found['objects']} objects, {found['memory_frames']} remembered", *header), rows))
+    speeds = ", ".join(f"{version} {1 / seconds:.2f}" for version, seconds in found["pipeline_seconds"].items())
+    print(f"frames a second from file to files: {speeds}; {found['ratio']:.2f} times", flush=True)
+    for version, peak in found.get("peak", {}).items():
+        print(f"peak, {version}: {peak['bytes'] / MIB:.0f} MiB" if "bytes" in peak else f"{version}: {peak}")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = options(__doc__, repeats=5)
+    parser.add_argument("--network", choices=("default", "released"), default="default")
+    parser.add_argument("--height", type=at_least(16), default=480)
+    parser.add_argument("--width", type=at_least(16), default=854)
+    parser.add_argument("--objects", type=at_least(1), nargs="+", default=[1, 2, 5])
+    parser.add_argument("--frames", type=at_least(1), nargs="+", default=[5], help="remembered ones")
+    parser.add_argument("--compile", action="store_true", help="compile the default tracker's network first")
+    parser.add_argument("--peak", action="store_true", help="measure the peak memory too, in processes of their own")
+    arguments = parser.parse_args(words)
+    torch.set_num_threads(arguments.threads)
+    device, size = arguments.device, (arguments.height, arguments.width)
+    most = ceiling(device)
+    report = describe(device) | {"network": arguments.network, "frame": size, "dtype": str(default_dtype(device))}
+    report |= {"compiled": arguments.compile, "ceiling": most, "instructions": torch.backends.cpu.get_cpu_capability()}
+    report |= {name: os.environ.get(name) for name in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")}
+    report |= {"agreement_J": agreement(device, 2, size), "rows": []}
+    print(f"{report['device']}, {report['threads']} threads, load {report['load']:.1f}, {size[0]}×{size[1]}")
+    print(f"{arguments.network} network, a large product in {report['dtype']}: {most / 1e9:.0f} GFLOP/s")
+    print(f"default weights: masks of both versions agree to J ≥ {report['agreement_J']:.4f}", flush=True)
+    for objects, remembered in itertools.product(arguments.objects, arguments.frames):
+        with tempfile.TemporaryDirectory() as folder:
+            report["rows"].append(measure(arguments, objects, remembered, Path(folder)))
+        show(report["rows"][-1], most)
+        write_json(report, arguments.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

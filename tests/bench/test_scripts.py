@@ -1,0 +1,139 @@
+"""The benchmarks of the read, training, metrics and the page, run dry: what they write, and what they refuse."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import bench.interactive as interactive
+import bench.metrics as metrics
+import bench.read as read
+import bench.training as training
+from stm_model.data.synthetic import procedural_clip
+from stm_model.io.video import VideoWriter
+
+linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of a process are read from Linux")
+TINY = read.Sizes((4, 6), frames=3, C=16, V=24, product=64)
+
+
+def test_the_read_is_checked_timed_and_written(tmp_path, capsys):
+    out = tmp_path / "deep" / "read.json"
+    assert read.main(["--repeats", "2", "--threads", "1", "--out", str(out)], TINY) == 0
+    report = json.loads(out.read_text())
+    for dtype in read.DTYPES:
+        found = report["reads"][dtype]
+        assert found["error_over_allowed"] <= 1 and found["extra_bytes"]["naive"] > 24 * 72 * 4
+        seconds = found["seconds"]
+        for way, ratio in found["times_faster"].items():
+            assert ratio == pytest.approx(seconds[f"naive, {way}"]["median"] / seconds[f"ours, {way}"]["median"])
+        assert all(report["choices"][dtype][choice]["error_over_allowed"] <= 1 for choice in read.CHOICES)
+        assert len(report["choices"][dtype]["seconds"]) == 2 * len(read.CHOICES)
+    assert "times faster: forward" in capsys.readouterr().out
+
+
+def test_a_read_that_is_wrong_has_no_time(tmp_path, monkeypatch, capsys):
+    exact = read.read_by("reference")
+
+    def doubled(*inputs, **options):
+        out, lse = exact(*inputs, **options)
+        return 2 * out, lse
+
+    monkeypatch.setattr(read, "read_by", lambda _: doubled)
+    out = tmp_path / "read.json"
+    assert read.main(["--repeats", "1", "--threads", "1", "--out", str(out)], TINY) == 1
+    assert "error over allowed error" in json.loads(out.read_text())["reads"]["float32"]["failed"]
+
+
+@linux
+def test_the_read_of_a_long_memory_adds_a_twentieth_of_the_naive_one():
+    found = {name: training.measured(training.Case("read", name, frames=32), "cpu") for name in training.VERSIONS}
+    # the affinity alone, once in float32
+    assert found["naive"]["mib"] > 30 * 54 * 32 * 30 * 54 * 4 / 2**20
+    assert found["fused"]["mib"] <= found["naive"]["mib"] / 20
+
+
+@linux
+def test_training_is_measured_and_its_limits_found(tmp_path, monkeypatch, capsys):
+    # as if a frame of the clip, and a row of its pixels, took a MiB
+    def measured(case, device):
+        size = case.frames if case.crop == 32 else case.crop / 64
+        return training.asdict(case) | {"mib": size, "seconds": 1.0}
+
+    out = tmp_path / "training.json"
+    monkeypatch.setattr(training, "measured", measured)
+    words = [
+        "--device",
+        "cpu",
+        "--lengths",
+        "2",
+        "--crop",
+        "32",
+        "--budget",
+        "10",
+        "--longest",
+        "100",
+        "--out",
+        str(out),
+    ]
+    assert training.main(words) == 0
+    report = json.loads(out.read_text())
+    assert len(report["rows"]) == 6 and report["limits"]["fused"] == {"budget_mib": 10.0, "frames": 10, "crop": 640}
+    assert "fused, in 10 MiB: 10 frames, or crops of 640 pixels" in capsys.readouterr().out
+
+
+@linux
+def test_a_step_is_measured_in_a_process_of_its_own():
+    for version in training.VERSIONS:
+        found = training.measured(training.Case("step", version, frames=2, crop=32, recompute=True), "cpu")
+        assert found["seconds"] > 0 and found["version"] == version
+    with pytest.raises(SystemExit, match="training: .* failed|training: .*KeyError"):
+        training.measured(training.Case("step", "other", frames=2, crop=32), "cpu")
+
+
+def test_the_measures_agree_and_are_timed(tmp_path, capsys):
+    out = tmp_path / "metrics.json"
+    assert metrics.main(["--repeats", "1", "--out", str(out)], metrics.procedural_pairs(2, (48, 64))) == 0
+    found = json.loads(out.read_text())["milliseconds"]
+    assert {"F, ours", "J, ours", "F, published algorithm with SciPy"} <= found.keys()
+    assert "every F agrees to 1e-9" in capsys.readouterr().out
+
+
+def test_a_measure_that_is_off_has_no_time(monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "contour_accuracy", lambda *_: 0.123)
+    assert metrics.main(["--repeats", "1"], metrics.procedural_pairs(1, (48, 64))) == 1
+    assert "F 0.123, but " in capsys.readouterr().err
+
+
+def test_the_page_is_timed(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("fastapi")
+    monkeypatch.setattr(interactive, "in_browser", lambda *_: None)
+    with VideoWriter(tmp_path / "clip.mp4") as writer:
+        for frame in procedural_clip(12, (32, 48), 1, seed=0)[0]:
+            writer.write(frame)
+    out = tmp_path / "page.json"
+    words = ["--device", "cpu", "--height", "32", "--threads", "1", "--out", str(out)]
+    assert interactive.main(["--video", str(tmp_path / "clip.mp4"), *words]) == 0
+    report = json.loads(out.read_text())
+    assert report["frames"] == 12 and report["round_1_s"] > 0 and report["scrub"]["measured"] == interactive.SCRUBBED
+
+
+def test_a_video_that_is_not_there_is_named(tmp_path, capsys):
+    pytest.importorskip("fastapi")
+    assert interactive.main(["--video", str(tmp_path / "none.mp4")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("interactive: ") and "none.mp4" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "main, words, message",
+    [
+        (read.main, ["--repeats", "0"], "--repeats: expected at least 1, got 0"),
+        (training.main, ["--lengths", "1"], "--lengths: expected at least 2, got 1"),
+        (metrics.main, ["--vectors", "none"], "--vectors: no vectors.json in none"),
+        (interactive.main, [], "required: --video"),
+    ],
+)
+def test_wrong_options_are_one_line(main, words, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2 and message in capsys.readouterr().err
