@@ -1,9 +1,9 @@
 """Break the code in one place at a time and see a test go red: python tests/mutants.py [--only WORD …]
 
-mutants.jsonl beside this file has a line for each: `file`; `old`, a text that occurs in it exactly once; `new`, what takes
-its place; and `tests`, those that must fail, as pytest's arguments. The tree is copied, so nothing here changes; the
-tests that are named must pass in the copy before it is broken. The exit code is 1 where a mutant survives, does not apply
-any more, or its tests fail without it.
+mutants.jsonl beside this file has a line for each: `file`; `old`, a text that occurs in it exactly once; `new`, what
+takes its place; and `tests`, those that must fail, as pytest's arguments. The tree is copied, so nothing here changes;
+the tests that are named must pass in the copy before it is broken. The exit code is 1 where a mutant survives, does not
+apply any more, or its tests fail without it.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ class Tree:
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="mutants whose line has one of these words")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="WORD", help="mutants whose line has one of these words"
+    )
     parser.add_argument("--together", type=int, default=2, help="how many at once; default: %(default)s")
     parser.add_argument("--list", type=Path, default=LIST, help="the mutants; default: mutants.jsonl beside this file")
     arguments = parser.parse_args(words)
@@ -98,7 +100,9 @@ def main(words: Sequence[str] | None = None) -> int:
                 with lock:
                     if found != "killed":
                         alive.append(mutant)
-                    print(f"{time.time() - begun:5.0f} s  {found}: {mutant['file']}: {mutant['new'].strip()}", flush=True)
+                    print(
+                        f"{time.time() - begun:5.0f} s  {found}: {mutant['file']}: {mutant['new'].strip()}", flush=True
+                    )
 
         with ThreadPoolExecutor(arguments.together) as pool:
             list(pool.map(run, groups.values()))
