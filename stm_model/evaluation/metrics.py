@@ -15,7 +15,7 @@ DECAY_PARTS = 4
 
 
 class Statistics(NamedTuple):
-    """A measure over the frames of a sequence, summed up."""
+    """Statistics of a measure over the frames of a sequence."""
 
     mean: float
     """Mean over the frames."""

@@ -1,4 +1,4 @@
-"""Folders of masks scored against a benchmark's ground truth, frame by frame and on several processes."""
+"""Score folders of masks against a benchmark's ground truth, frame by frame, in several processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,7 +19,7 @@ from stm_model.evaluation.protocol import Dataset, Video
 from stm_model.io.images import VOID, MediaError, by, read_mask
 
 CHUNK = 32
-"""Frames that a process scores at a time."""
+"""Frames of a task."""
 
 
 class ResultError(MediaError):
@@ -29,7 +28,7 @@ class ResultError(MediaError):
 
 @dataclass(frozen=True)
 class ObjectScore:
-    """How one object of a video was followed."""
+    """J and F of one object of a video."""
 
     video: str
     """Name of the video."""
@@ -71,12 +70,12 @@ def score(
 
     Args:
         dataset: the split.
-        results: a submission: a folder of masks a video. None scores the floor: every given mask repeated.
-        binary: the masks are black and white: what is bright is the one object of a video.
+        results: a submission, with a folder of masks for each video. None scores the floor: every given mask repeated.
+        binary: the masks are black and white: bright pixels are the one object of a video.
         workers: processes; None takes one a core.
 
     Returns:
-        A score per object, in order of video and label; none for videos without public ground truth.
+        A score for each object, by video and label; none for videos without public ground truth.
 
     Raises:
         FileNotFoundError: the folder, a video's or a mask is missing.
@@ -104,10 +103,10 @@ def score(
 
 
 def find_results(dataset: Dataset, results: Path, video: Video) -> Path:
-    """The folder with the masks of a video, in which every frame that is scored has one.
+    """The folder with the masks of a video.
 
     Raises:
-        FileNotFoundError: there is no such folder, it is empty or a frame is missing.
+        FileNotFoundError: there is no such folder, it is empty, or the mask of a scored frame is missing.
     """
     if not results.is_dir():
         raise FileNotFoundError(f"results: no folder {results}")
@@ -131,11 +130,11 @@ def read_result(path: Path, video: Video, size: tuple[int, ...], binary: bool = 
         path: the mask.
         video: whose objects it may hold.
         size: height and width that it must have, in pixels.
-        binary: the mask is black and white: what is bright is the one object.
+        binary: the mask is black and white: bright pixels are the one object.
 
     Raises:
-        ResultError: it has another size, labels of no object, or is black and white and `binary` was not said.
-        MediaError: it is no mask.
+        ResultError: it has another size, a label of no object, or is black and white without `binary`.
+        MediaError: it cannot be read as a mask.
     """
     if binary and len(video.objects) > 1:
         raise ResultError(f"{path}: a black-and-white mask can't tell the {len(video.objects)} objects of {video.name}")
@@ -170,18 +169,12 @@ def _each(tasks: list[_Task], workers: int | None) -> Iterator[tuple[_Task, list
     if count <= 1:
         yield from zip(tasks, map(_score_frames, tasks))
         return
-    # a fresh interpreter each: a process that has started threads must not be copied
+    # spawned, as a process that has threads must not be forked
     pool = ProcessPoolExecutor(count, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
-    with pool, _cancelled(pool):
-        yield from zip(tasks, pool.map(_score_frames, tasks))
-
-
-@contextmanager
-def _cancelled(pool: ProcessPoolExecutor) -> Iterator[None]:
-    """What is still waiting when one task fails is not begun."""
     try:
-        yield
+        yield from zip(tasks, pool.map(_score_frames, tasks))
     finally:
+        # where one task fails, those that wait are not started
         pool.shutdown(cancel_futures=True)
 
 
@@ -207,7 +200,7 @@ def _score_frames(task: _Task) -> list[tuple[int, int, float, float]]:
 
 
 def _repeated(task: _Task) -> Iterator[np.ndarray]:
-    """For each frame of a task, the masks given until then, later ones on top."""
+    """For each frame of a task, the masks given so far, later ones on top."""
     given = task.video.given_masks()
     for frame in task.frames:
         labels = np.zeros_like(given[min(given)])

@@ -1,4 +1,4 @@
-"""The paper's comparisons: one split tracked with several settings."""
+"""Studies: one split tracked with several settings."""
 
 from __future__ import annotations
 
@@ -25,14 +25,13 @@ class Study:
     """Settings to compare."""
 
     name: str
-    """Its name on the command line."""
+    """Name on the command line."""
     title: str
-    """What is compared."""
+    """Title of the figure."""
     variants: Mapping[str, Mapping[str, Any]]
     """Name → arguments of the `Tracker` that differ."""
     figure: str
-    """`percentiles`: how J is distributed over frames; `curves`: J, speed and memory over the variants; `bars`: these
-    as bars."""
+    """`percentiles`: the distribution of J over frames; `curves` or `bars`: J, speed and memory of each variant."""
 
 
 STUDIES = {
@@ -74,12 +73,12 @@ STUDIES = {
 def run_study(
     study: Study, dataset: Dataset, settings: TrackingSettings, out: Path, ranks: Ranks, workers: int | None
 ) -> dict[str, dict[str, Any]]:
-    """Track a split with each variant of a study, every one in fresh processes, and write its tables.
+    """Track a split with each variant of a study, each in a process of its own, and write its tables.
 
     Args:
         study: what to compare.
         dataset: the split, with public ground truth.
-        settings: what the variants share.
+        settings: settings that the variants share.
         out: folder that gets masks/VARIANT/, study_NAME.csv and study_NAME_percentiles.csv.
         ranks: the processes that share the work.
         workers: processes that score.

@@ -1,4 +1,4 @@
-"""Scores summed up in the benchmarks' columns: CSV, JSON and what stands beside them, quoted from papers."""
+"""Scores in the benchmarks' columns, as CSV, JSON and text, and published results to compare with."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Evaluation:
     """A finished evaluation."""
 
     dataset: Dataset
-    """What was scored."""
+    """The split."""
     masks: Path
     """Folder of the masks, laid out as a submission."""
     scores: list[ObjectScore]
@@ -49,7 +49,7 @@ class Evaluation:
     floor: list[ObjectScore]
     """The scores of the given masks repeated."""
     speed: Speed | None
-    """How fast it was tracked; None if it was not."""
+    """Tracking speed; None for masks of others."""
     summary: dict[str, Any]
     """What evaluation.json holds."""
 
@@ -57,9 +57,8 @@ class Evaluation:
 def summarize(dataset: str, scores: Sequence[ObjectScore]) -> dict[str, float]:
     """A split's scores in its benchmark's columns; empty without scores.
 
-    DAVIS and LVOS: means over objects of mean, recall and decay. YouTube-VOS: means over the objects of seen and of
-    unseen categories, and the mean of these four (of two if one group is missing); where the categories are not known,
-    as DAVIS.
+    DAVIS and LVOS: mean, recall and decay, averaged over objects. YouTube-VOS: J and F averaged over objects of seen
+    and of unseen categories, and the mean of these four (two if a group is missing); as DAVIS if no category is known.
     """
     if not scores:
         return {}
@@ -91,7 +90,7 @@ def mean_contour(scores: Iterable[ObjectScore]) -> float:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a table; numbers get six digits. The file is there whole or not at all."""
+    """Write a table with six digits a number, whole or not at all."""
     with whole(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
@@ -99,7 +98,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
 
 
 def write_score_tables(out: Path, dataset: Dataset, scores: Sequence[ObjectScore]) -> None:
-    """The official evaluation's two files: all objects together, and object by object."""
+    """Write the official evaluation's two files: means over objects, and object by object."""
     row = summarize(dataset.name, scores)
     write_csv(out / f"global_results-{dataset.split}.csv", list(row), [list(row.values())])
     grouped = any(score.group for score in scores)
@@ -113,7 +112,7 @@ def write_score_tables(out: Path, dataset: Dataset, scores: Sequence[ObjectScore
 
 
 def score_records(scores: Sequence[ObjectScore]) -> list[dict[str, Any]]:
-    """Every score for JSON, frame by frame."""
+    """Scores as JSON, frame by frame."""
     return [
         {
             "video": score.video,

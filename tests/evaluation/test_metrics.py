@@ -52,6 +52,10 @@ def test_statistics_of_a_falling_score_of_any_length(count):
         assert decay == pytest.approx(0.75, abs=0.01)
 
 
+def test_a_frame_of_exactly_one_half_is_not_recalled():
+    assert statistics([0.5, 0.5, 1.0]).recall == pytest.approx(1 / 3)
+
+
 def test_statistics_need_a_frame():
     with pytest.raises(ValueError, match="at least one value a frame"):
         statistics([])
