@@ -64,12 +64,12 @@ def test_the_floor_takes_in_objects_that_enter_late(youtube_vos, clips):
 
 
 def test_the_floor_takes_a_later_mask_from_its_own_frame_on(tmp_path):
-    """The second object enters in frame 2, on half of the first one's mask."""
+    """The second object enters in frame 2, on half of the first one's mask; what is void there stays as it was."""
     frames = [tmp_path / f"{index:05d}.jpg" for index in range(4)]
     first = np.zeros((30, 40), dtype=np.uint8)
     first[5:25, 10:30] = 1
     second = first.copy()
-    second[5:25, 20:30] = 2
+    second[5:25, 20:30], second[5:25, 10:12] = 2, 255
     for index, mask in enumerate((first, first, second, first)):
         images.write_mask(tmp_path / f"{index:05d}.png", mask)
     masks = {index: tmp_path / f"{index:05d}.png" for index in range(4)}
