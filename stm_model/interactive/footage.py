@@ -1,4 +1,4 @@
-"""A whole video with its frames in any order, as scrubbing through it needs them."""
+"""Random access to the frames of a video, for scrubbing."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from stm_model.io.video import BrokenVideo, open_video
 
 
 class Footage:
-    """The frames of a video, decoded once into a temporary file that goes when they are let go of.
+    """The frames of a video, decoded once into a temporary file that lives as long as they do.
 
     Args:
         path: a video file, or a folder of frames.
-        most_frames: a longer video is refused.
-        name: what to call it; None is the file's own name.
+        most_frames: longer videos are refused.
+        name: name of the video; None takes the file's.
 
     Raises:
-        MediaError: not a video, a longer one, or more than the disk holds.
+        MediaError: not a video, or too long for the limit or the disk.
     """
 
     def __init__(self, path: str | os.PathLike, most_frames: int, name: str | None = None):
@@ -34,7 +34,7 @@ class Footage:
             raise MediaError(too_long.format(source.frame_count))
         frame_bytes = self.size[0] * self.size[1] * 3
         self.damage: str | None = None
-        """Why the video ends early, where it does."""
+        """Why the video ends early, if it does."""
         with tempfile.TemporaryFile() as file:
             free = shutil.disk_usage(Path(tempfile.gettempdir())).free
             if (source.frame_count or 1) * frame_bytes > free:
@@ -52,5 +52,5 @@ class Footage:
             if not count:
                 raise MediaError(f"{self.name}: no frames")
             file.flush()
-            # mapped, the file stays until the array goes
+            # the mapping keeps the file alive
             self.frames = np.memmap(file, np.uint8, "r", shape=(count, *self.size, 3))

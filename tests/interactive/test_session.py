@@ -215,6 +215,27 @@ def test_a_mixture_is_a_distribution_and_lets_new_objects_in():
     torch.testing.assert_close(mix(new, before, [1], 1.0), new)
 
 
+def test_rounds_are_mixed_between_annotated_frames_and_new_objects_enter_everywhere(session, monkeypatch):
+    shares = {1: [0.2], 2: [0.6, 0.3]}
+
+    def segment(memory, asked):
+        for index in asked:
+            objects = torch.tensor(shares[len(memory.key)])[:, None, None].expand(-1, 70, 90)
+            yield index, torch.cat([1 - objects.sum(0, keepdim=True), objects])
+
+    monkeypatch.setattr(session._segmenter, "segment", segment)
+    session.add_scribbles(0, [stroke(1, (0.5, 0.5))])
+    session.add_scribbles(2, [stroke(1, (0.5, 0.5))])
+    session.run()
+    session.add_scribbles(6, [stroke(2, (0.5, 0.5))])
+    session.run()
+    for index, weight in enumerate([0, 0, 0, 0.25, 0.5, 0.75, 1, 1]):
+        # the first object had 0.2, and keeps what the second one leaves of it
+        expected = [weight * 0.6 + (1 - weight) * 0.2 * 0.7, 0.3]
+        for found, value in zip(session.probabilities(index)[1:], expected, strict=True):
+            torch.testing.assert_close(found, torch.full((70, 90), value), rtol=0, atol=0.5 / LEVELS + 1e-2 / LEVELS)
+
+
 def test_a_frame_annotated_before_keeps_its_masks(session, clip):
     truths = clip[1]
     session.add_scribbles(0, [middle(truths[0], 1)])
@@ -248,6 +269,10 @@ def test_painting_over_an_object_takes_it_away(session):
     session.paint(0, left, 2)
     labels = session.labels(0)
     assert (labels[:, :40] == 2).all() and (labels[:, 40:] == 1).all()
+    # and it does not come back where the second one is erased
+    session.paint(0, np.zeros((70, 90), bool), 2)
+    labels = session.labels(0)
+    assert not labels[:, :40].any() and (labels[:, 40:] == 1).all()
 
 
 @pytest.mark.parametrize("direction, changed", [("both", range(8)), ("forward", range(3, 8)), ("backward", range(4))])

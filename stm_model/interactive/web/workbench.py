@@ -264,9 +264,7 @@ class Workbench:
             raise TakenElsewhere("this session is open in another tab; take it over to go on here")
 
     @staticmethod
-    def _check_label(session: ScribbleSession, label: Any, background: bool) -> None:
-        if isinstance(label, bool) or not isinstance(label, int):
-            raise Refused(f"object: expected a whole number, got {label!r}")
+    def _check_label(session: ScribbleSession, label: int, background: bool) -> None:
         new = max(session.objects, default=0) + 1
         known = ([0] if background else []) + sorted(session.objects)
         if label not in (*known, new):
