@@ -62,7 +62,8 @@ BROKEN = {
     "no zip": lambda path: path.write_bytes(b"no zip"),
     "cut off": lambda path: path.write_bytes(path.read_bytes()[:-200]),
     "another version": lambda path: rewrite(path, lambda content, _: content.update(version=9)),
-    "no such step": lambda path: rewrite(path, lambda content, _: content.update(position=99)),
+    "one step too many": lambda path: rewrite(path, lambda content, _: content.update(position=len(content["states"]))),
+    "a step before the first": lambda path: rewrite(path, lambda content, _: content.update(position=-1)),
     "no states": lambda path: rewrite(path, lambda content, _: content.pop("states")),
     "a list": lambda path: rewrite(path, lambda content, _: content.update(states=[[]])),
     "a scribble outside": lambda path: rewrite(
