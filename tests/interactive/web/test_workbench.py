@@ -104,6 +104,20 @@ def test_a_round_in_the_background(workbench):
     assert status["rounds"] == 1 and status["version"] != before
 
 
+def test_pictures_have_a_new_version_after_a_change_alone(workbench):
+    versions = [workbench.status("one")["version"]]
+    for change in (lambda: workbench.scribble("one", 1, 1, STROKE), lambda: workbench.undo("one")):
+        change()
+        versions.append(workbench.status("one")["version"])
+    workbench.redo("one")
+    assert len({*versions, workbench.status("one")["version"]}) == 4
+    before = workbench.status("one")["version"]
+    workbench.preview("one", 1)
+    with pytest.raises(Refused):
+        workbench.scribble("one", 1, 9, STROKE)
+    assert workbench.status("one")["version"] == before
+
+
 def test_work_can_be_stopped_and_nothing_else_is_done_meanwhile(workbench, monkeypatch):
     workbench.scribble("one", 1, 1, STROKE)
     started, go_on = threading.Event(), threading.Event()
@@ -307,8 +321,11 @@ def test_no_other_file_is_read(client, address):
 
 
 def test_other_sites_are_kept_out(client, workbench):
+    client.post("/stm/do/scribble", json=STROKE_1)
     # a page elsewhere can send a form, not a header of its own, and cannot ask under this host's name
-    assert client.post("/stm/do/undo", headers={"x-stm-tab": ""}).status_code == 400
+    answer = client.post("/stm/do/undo", headers={"x-stm-tab": ""})
+    assert answer.status_code == 400 and answer.json()["error"] == "expected the header x-stm-tab"
+    assert workbench.session.steps[1] == 1
     assert client.get("/stm/frame/0", headers={"host": "evil.example"}).status_code == 400
     assert (
         "access-control-allow-origin" not in client.get("/stm/frame/0", headers={"origin": "http://e.example"}).headers
