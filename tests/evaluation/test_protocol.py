@@ -35,6 +35,18 @@ def test_davis_2016_has_one_object(davis, clips, tmp_path):
     np.testing.assert_array_equal(white.read_annotation(2), video.read_annotation(2))
 
 
+@pytest.mark.parametrize(("name", "objects"), [("davis2016", {0, 1}), ("davis2017", {0, 1, 2})])
+def test_void_pixels_stay_void(davis, tmp_path, name, objects):
+    root = shutil.copytree(davis, tmp_path / "davis")
+    path = root / "Annotations/480p/bee/00000.png"
+    labels = images.read_mask(path)
+    labels[:4] = 255
+    images.write_mask(path, labels)
+    (video,) = open_dataset(name, root, videos=["bee"]).videos
+    for mask in (video.read_annotation(0), video.given_masks()[0]):
+        assert (mask[:4] == 255).all() and set(np.unique(mask[4:])) == objects
+
+
 def test_davis_without_public_ground_truth_is_not_scored(davis, tmp_path):
     root = shutil.copytree(davis, tmp_path / "davis")
     for path in (root / "Annotations/480p/ant").iterdir():
