@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bench.harness import Result, Task
+from bench.problems import draw_problem, sample_of
 from stm_kernels import PagedMemory, memory_usage, merge_reads
 from stm_kernels.affinity import SKIP_POSITIONS, SKIP_QUERIES
 from stm_kernels.operator import read_operator
@@ -26,13 +27,11 @@ from stm_kernels.testing import (
     Problem,
     allowed_error_shares,
     assert_bounded,
-    draw_problem,
     error_ratios,
     make_problem,
     make_tie_problem,
     read_by,
     results,
-    sample_of,
 )
 
 Ratios = dict[str, float]

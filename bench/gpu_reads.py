@@ -14,17 +14,16 @@ from torch import Tensor
 from bench.gpu_checks import backward_tiles_of, chosen, dtypes_of, name_of, skip_ratios, tiles_of, wrong
 from bench.gpu_peers import OURS, PEERS, SLOW_TO_COMPILE, call_seconds, naive
 from bench.harness import Result, Task
+from bench.problems import draw_problem, sample_of
 from stm_kernels import PagedMemory, memory_read, memory_usage
 from stm_kernels.operator import read_operator
 from stm_kernels.testing import (
     Problem,
     allowed_error_shares,
-    draw_problem,
     error_ratios,
     extra_memory,
     read_by,
     results,
-    sample_of,
 )
 
 # logits that float64 and six copies of them fit beside everything else

@@ -39,10 +39,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import harness
 from bench.harness import MIB, Peak, Result, Task, clock, run_tasks, table, write_json
+from bench.problems import sample_of
 from bench.read import naive_read
 from bench.tracker import steady_memory
 from stm_kernels import PagedMemory
-from stm_kernels.testing import make_problem, sample_of
+from stm_kernels.testing import make_problem
 from stm_model import STM, STMConfig
 from stm_model.data.synthetic import procedural_clip
 from stm_model.io.images import write_mask

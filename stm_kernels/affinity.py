@@ -1,15 +1,15 @@
-"""What defines the affinity of a read, whatever computes it."""
+"""The definition of an affinity, shared by all implementations."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# a read that may leave values out notes what it read by blocks of this many queries and memory positions
+# with `skip`, the blocks that were read are recorded at this granularity: queries × memory positions
 SKIP_QUERIES = 32
 SKIP_POSITIONS = 32
 
-# pages of so many positions, or a multiple, hold whole tiles only
+# a page size that is a multiple of this holds whole tiles only
 PAGE_MULTIPLE = 128
 
 
@@ -26,7 +26,7 @@ class Affinity:
     key_bias: Tensor | None = None
     """`[B, N]`, contiguous, in `wide_dtype`; added to a position's logits. -inf hides the position."""
     lengths: Tensor | None = None
-    """`[B]`, int32: how many positions each memory has; those behind are as if they were not there."""
+    """`[B]`, int32: how many positions each memory has; the rest is padding."""
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -37,6 +37,11 @@ class Affinity:
         """How many positions the memory of one batch item has."""
         N = self.memory_key.shape[1]
         return N if self.lengths is None else min(max(int(self.lengths[item]), 0), N)
+
+
+def block_map_shape(B: int, M: int, N: int, skip: float) -> tuple[int, ...]:
+    """The shape of the map of blocks that a read with `skip` has read; of an exact read it is empty."""
+    return (B, (M + SKIP_QUERIES - 1) // SKIP_QUERIES, (N + SKIP_POSITIONS - 1) // SKIP_POSITIONS) if skip else (B, 0)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,17 +1,17 @@
 """The read, its backward and the usage as PyTorch operators: what compile, autograd, autocast and vmap see of them.
 
 An operator of torch.library takes tensors and numbers, no dataclass: `read`, `select` and `usage` flatten the options,
-`_affinity_of` restores what weighs the positions.
+`_affinity_of` restores the affinity.
 """
 
 import os
 from importlib.util import find_spec
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-from stm_kernels.affinity import SKIP_POSITIONS, SKIP_QUERIES, Affinity, wide_dtype
+from stm_kernels.affinity import Affinity, block_map_shape, wide_dtype
 from stm_kernels.cpu.chunked import chunked_read, chunked_read_backward, chunked_usage
 from stm_kernels.cpu.top_k import Select, chunked_select, top_k_read, top_k_read_backward, top_k_usage
 from stm_kernels.merge import ReadResult
@@ -76,7 +76,7 @@ def _flat(
 def _affinity_of(
     query_key: Tensor, memory_key: Tensor, key_bias: Tensor | None, lengths: Tensor | None, scale: float
 ) -> Affinity:
-    """What weighs the positions, from the arguments of an operator.
+    """The affinity, from the arguments of an operator.
 
     Raises:
         ValueError: a length is out of range, where looking at it costs no wait for a GPU; a kernel clamps it.
@@ -112,8 +112,8 @@ def read_operator(
 
     Returns:
         The read `[B, M, V]` in the dtype of the inputs; its log-sum-exp `[B, M]`, always in float64: the backward pass
-        subtracts it from every logit; the weight left out `[B, M]`, float32; and what the backward pass needs to know
-        of the choice made: `[B, M, min(k, N)]` int32, the chosen positions, for a top-k read; for one that skips
+        subtracts it from every logit; the dropped mass `[B, M]`, float32; and the choice that was made, for the
+        backward pass: `[B, M, min(k, N)]` int32, the chosen positions, for a top-k read; for one that skips
         `[B, ⌈M / SKIP_QUERIES⌉, ⌈N / SKIP_POSITIONS⌉]` uint8, 1 where a block's values were read; else `[B, 0]`.
     """
     affinity = _affinity_of(query_key, memory_key, key_bias, lengths, scale)
@@ -140,13 +140,9 @@ def _outputs(affinity: Affinity, memory_value: Tensor, top_k: int, skip: float) 
     """Empty tensors in the form of what `read_operator` returns."""
     B, M, N = affinity.sizes
     if top_k:
-        count = torch.sym_min(top_k, N) if isinstance(N, torch.SymInt) else min(top_k, N)
-        choice = memory_value.new_empty(B, M, count, dtype=torch.int32)
-    elif skip:
-        blocks = (M + SKIP_QUERIES - 1) // SKIP_QUERIES, (N + SKIP_POSITIONS - 1) // SKIP_POSITIONS
-        choice = memory_value.new_empty(B, *blocks, dtype=torch.uint8)
+        choice = memory_value.new_empty(B, M, torch.sym_min(top_k, N), dtype=torch.int32)
     else:
-        choice = memory_value.new_empty(B, 0, dtype=torch.uint8)
+        choice = memory_value.new_empty(block_map_shape(B, M, N, skip), dtype=torch.uint8)
     out = memory_value.new_empty(B, M, memory_value.shape[2])
     return out, out.new_empty(B, M, dtype=torch.float64), out.new_empty(B, M, dtype=torch.float32), choice
 
@@ -171,7 +167,7 @@ def backward_operator(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `read_operator` by its tensors, laid out as `torch.empty_like` of each; `[B, 0]` without a bias.
 
-    Of a read that skips, positions whose values were not read have no gradient.
+    With `skip`, positions whose values were not read have no gradient.
     """
     affinity = Affinity(query_key, memory_key, scale, key_bias, lengths)
     if min(*query_key.shape, *memory_value.shape) == 0:
@@ -285,32 +281,26 @@ def _(query_key, memory_key, key_bias, lengths, lse, scale, top_k, implementatio
     return query_key.new_empty(memory_key.shape[:2], dtype=wide_dtype(query_key.dtype))
 
 
-@read_operator.register_vmap
-def _(info, in_dims, *inputs):
-    return _fold(read_operator, info.batch_size, in_dims, inputs)
+def _register_vmap(operator: Any) -> None:
+    """Fold the axis of torch.vmap into B."""
+
+    def folded(info, in_dims, *inputs):
+        size, arguments = info.batch_size, []
+        for dim, value in zip(in_dims, inputs):
+            if isinstance(value, Tensor):
+                value = value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
+                value = value.flatten(0, 1)
+            arguments.append(value)
+        outputs = operator(*arguments)
+        if isinstance(outputs, Tensor):
+            return outputs.unflatten(0, (size, len(outputs) // size)), 0
+        return tuple(output.unflatten(0, (size, len(output) // size)) for output in outputs), (0,) * len(outputs)
+
+    operator.register_vmap(folded)
 
 
-@backward_operator.register_vmap
-def _(info, in_dims, *inputs):
-    return _fold(backward_operator, info.batch_size, in_dims, inputs)
-
-
-@usage_operator.register_vmap
-def _(info, in_dims, *inputs):
-    (usage,), (dim,) = _fold(lambda *folded: (usage_operator(*folded),), info.batch_size, in_dims, inputs)
-    return usage, dim
-
-
-def _fold(operator, size: int, in_dims: tuple, inputs: tuple):
-    """Run an operator on inputs with one more batch axis, folded into B."""
-    folded = []
-    for dim, value in zip(in_dims, inputs):
-        if isinstance(value, Tensor):
-            value = value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
-            value = value.flatten(0, 1)
-        folded.append(value)
-    outputs = operator(*folded)
-    return tuple(output.unflatten(0, (size, len(output) // size)) for output in outputs), (0,) * len(outputs)
+for _operator in (read_operator, backward_operator, usage_operator):
+    _register_vmap(_operator)
 
 
 def _select_of(on_gpu: bool) -> Select:

@@ -26,11 +26,11 @@ def reference_read(
         similarity: "dot", or "l2" for the negative squared distance.
         key_bias: `[B, N]`, added to the logits; -inf hides a position.
         lengths: `[B]`, how many positions each memory has; None is N.
-        top_k: weigh only so many best positions of a query; of equal ones those of lower index.
+        top_k: weigh only the so many best positions of a query; ties go to the lower index.
 
     Returns:
         The read `[B, M, V]` in the dtype of the inputs and the natural log of the summed exponentials `[B, M]` in
-        float32 (float64 for float64 inputs). A query that sees no position reads zeros, with a log-sum-exp of -inf.
+        float32 (float64 for float64 inputs). A query with no visible key reads zeros, with a log-sum-exp of -inf.
 
     Source: Oh et al. 2019, Space-Time Memory Networks, equation 1; the scale is the released code's. "l2": Cheng et al.
     2021, Rethinking Space-Time Networks, section 4.
@@ -38,8 +38,8 @@ def reference_read(
     logits_BMN = reference_logits(query_key, memory_key, scale, similarity, key_bias, lengths)
     weights_BMN, lse_BM = _softmax(logits_BMN, top_k)
     if lengths is not None:
-        # a weight of 0 hides no NaN
-        memory_value = memory_value.masked_fill(_behind(memory_value, lengths)[:, :, None], 0.0)
+        # 0 · NaN is NaN
+        memory_value = memory_value.masked_fill(_padding(memory_value, lengths)[:, :, None], 0.0)
     return weights_BMN @ memory_value, lse_BM
 
 
@@ -76,8 +76,8 @@ def reference_logits(
 ) -> Tensor:
     """The logits `[B, M, N]`, in the dtype of the keys; the arguments are those of `reference_read`."""
     if lengths is not None:
-        # not only the logits: a gradient of 0 times NaN is NaN
-        memory_key = memory_key.masked_fill(_behind(memory_key, lengths)[:, :, None], 0.0)
+        # not only the logits: a gradient of 0 · NaN is NaN
+        memory_key = memory_key.masked_fill(_padding(memory_key, lengths)[:, :, None], 0.0)
     logits_BMN = query_key @ memory_key.mT
     if similarity == "l2":
         query_square = query_key.square().sum(2)[:, :, None]
@@ -86,23 +86,23 @@ def reference_logits(
     if key_bias is not None:
         logits_BMN = logits_BMN + key_bias[:, None].to(logits_BMN.dtype)
     if lengths is not None:
-        logits_BMN = logits_BMN.masked_fill(_behind(memory_key, lengths)[:, None], -math.inf)
+        logits_BMN = logits_BMN.masked_fill(_padding(memory_key, lengths)[:, None], -math.inf)
     return logits_BMN
 
 
-def _behind(memory: Tensor, lengths: Tensor) -> Tensor:
-    """`[B, N]`, true where a memory has ended."""
+def _padding(memory: Tensor, lengths: Tensor) -> Tensor:
+    """`[B, N]`, true from the end of a memory on."""
     return torch.arange(memory.shape[1], device=lengths.device) >= lengths[:, None]
 
 
 def _softmax(logits_BMN: Tensor, top_k: int | None) -> tuple[Tensor, Tensor]:
-    """The affinity and its log-sum-exp; both 0 or -inf, and without a gradient, where a query sees nothing."""
+    """The affinity and its log-sum-exp; rows with no visible key are 0 and -inf, without a gradient."""
     if top_k is not None:
         best = logits_BMN.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
-        left_out = torch.ones_like(logits_BMN, dtype=torch.bool).scatter_(-1, best, False)
-        logits_BMN = logits_BMN.masked_fill(left_out, -math.inf)
-    blind = logits_BMN.isneginf().all(-1, keepdim=True)
-    logits_BMN = logits_BMN.masked_fill(blind, 0.0)
+        others = torch.ones_like(logits_BMN, dtype=torch.bool).scatter_(-1, best, False)
+        logits_BMN = logits_BMN.masked_fill(others, -math.inf)
+    empty = logits_BMN.isneginf().all(-1, keepdim=True)
+    logits_BMN = logits_BMN.masked_fill(empty, 0.0)
     wide = logits_BMN if logits_BMN.itemsize == 8 else logits_BMN.float()
-    lse_BM = wide.logsumexp(-1).masked_fill(blind[..., 0], -math.inf)
-    return logits_BMN.softmax(-1).masked_fill(blind, 0.0), lse_BM
+    lse_BM = wide.logsumexp(-1).masked_fill(empty[..., 0], -math.inf)
+    return logits_BMN.softmax(-1).masked_fill(empty, 0.0), lse_BM

@@ -1,7 +1,7 @@
-"""Problems to read and the yardstick of their errors, shared by the tests and the benchmarks.
+"""Problems to read and the yardstick of their errors, shared by tests/ and bench/.
 
-A read is judged against float64 and against plain PyTorch in its own dtype: it may err twice as much as plain PyTorch,
-and by one rounding of the largest result.
+The truth is float64. The allowed error is twice that of plain PyTorch in the same dtype, plus one rounding of the
+largest result.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stm_kernels.affinity import wide_dtype
-from stm_kernels.merge import merge_reads
 from stm_kernels.read import memory_read
 from stm_kernels.reference import reference_logits
 
@@ -46,8 +44,8 @@ class Problem:
     """None is all."""
 
     def options(self) -> dict[str, Any]:
-        """The scale, and all else that is not as `memory_read` has it by default."""
-        options = {"scale": self.scale}
+        """The scale, and all other settings that are not the defaults of `memory_read`, except the bias."""
+        options: dict[str, Any] = {"scale": self.scale}
         if self.similarity != "dot":
             options["similarity"] = self.similarity
         for name in ("lengths", "top_k"):
@@ -59,14 +57,16 @@ class Problem:
         """The same problem in another dtype."""
         names = ("query_key", "memory_key", "memory_value", "grad_out")
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        converted = {name: getattr(self, name).to(dtype) for name in names}
+        converted: dict[str, Any] = {name: getattr(self, name).to(dtype) for name in names}
         if self.key_bias is not None:
             converted["key_bias"] = self.key_bias.to(wide)
         return replace(self, **converted, grad_lse=self.grad_lse.to(wide))
 
     def on(self, device: torch.device | str) -> "Problem":
-        """The same problem elsewhere."""
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        """The same problem on another device."""
+        tensors: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, **tensors)
 
 
@@ -91,12 +91,12 @@ def make_problem(
     Args:
         B, M, N, C, V: its sizes.
         dtype: of keys, values and the read.
-        device: where it lives.
-        peak: standard deviation of a logit; the larger, the fewer memory positions a query reads.
-        channel_major: lay keys, values and their gradients out as convolutions do, `[B, C, N]` in memory.
+        device: of all tensors.
+        peak: standard deviation of a logit; the larger, the fewer memory positions hold the mass of a query.
+        channel_major: keys, values and their gradients are laid out as convolutions leave them, `[B, C, N]` in memory.
         similarity: as in `memory_read`.
         biased: with a normally distributed `key_bias` that hides every third position.
-        ragged: with `lengths` from N for the first item of the batch to 0 for the last, and NaN behind the ends.
+        ragged: with `lengths` from N for the first item of the batch to 0 for the last, and NaN as padding.
         seed: of the draw, the same on every device.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -119,46 +119,6 @@ def make_problem(
             problem.memory_key[b, length:] = problem.memory_value[b, length:] = torch.nan
         problem = replace(problem, lengths=torch.tensor(lengths, device=device))
     return problem.to(dtype)
-
-
-def draw_problem(
-    B: int,
-    M: int,
-    N: int,
-    C: int,
-    V: int,
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    tracked: bool = False,
-    channel_major: bool = False,
-    seed: int = 0,
-) -> Problem:
-    """Draw a problem of any size, on its device and in its dtype: quick where `make_problem` is the same everywhere.
-
-    Args:
-        B, M, N, C, V, dtype, device, channel_major, seed: as in `make_problem`.
-        tracked: make the affinity peaked, as a trained network's is: neighbours in a frame are alike, and the memory
-            shows the frame of the query again and again, with noise, so that a query reads few places of each frame.
-    """
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def draw(*shape: int, of: torch.dtype = dtype) -> Tensor:
-        return torch.randn(B, *shape, generator=generator, dtype=of, device=device)
-
-    if tracked:
-        # the sum of four normal numbers of which neighbours share three, at a standard deviation of 2
-        line = draw(M + 3, C)
-        query_key = sum(line[:, shift : shift + M] for shift in range(4))
-        places = torch.arange(N, device=device) % M
-        memory_key = query_key[:, places] / 2 + draw(N, C) / 4
-    else:
-        query_key, memory_key = draw(M, C), draw(N, C)
-    tensors = [query_key, memory_key, draw(N, V), draw(M, V)]
-    if channel_major:
-        tensors = [tensor.mT.contiguous().mT for tensor in tensors]
-    query_key, memory_key, memory_value, grad_out = tensors
-    return Problem(query_key, memory_key, memory_value, C**-0.5, grad_out, draw(M, of=wide_dtype(dtype)))
 
 
 def make_tie_problem(
@@ -185,7 +145,9 @@ def read_by(implementation: str, **options: Any) -> Read:
     """The public read by one implementation, as a function of a problem's tensors and options."""
 
     def read(*inputs: Tensor, **problem: Any) -> tuple[Tensor, ...]:
-        return memory_read(*inputs, **problem, **options, return_lse=True, implementation=implementation)
+        query_key, memory_key, memory_value = inputs
+        settings = {**problem, **options, "return_lse": True, "implementation": implementation}
+        return memory_read(query_key, memory_key, memory_value, **settings)
 
     return read
 
@@ -209,13 +171,13 @@ def results(problem: Problem, read: Read | None = None, gradients: bool = True) 
 def error_ratios(
     problem: Problem, read: Read, gradients: bool = True, plain_read: Read | None = None
 ) -> dict[str, float]:
-    """How much of its allowed error a read takes, by result: 1 is all of it, more is wrong.
+    """Error over allowed error of each result of a read: more than 1 is wrong.
 
     Args:
         problem: in the dtype to judge; the truth is float64 on the same inputs.
         read: the read to judge.
         gradients: judge the backward pass too.
-        plain_read: what plain PyTorch computes, in any dtype; None is the reference.
+        plain_read: plain PyTorch's read, in any dtype; None is the reference.
 
     Returns:
         error ÷ (2 · error of plain PyTorch in the same dtype + one rounding of the largest true result), for each of
@@ -229,7 +191,7 @@ def error_ratios(
 def allowed_error_shares(
     truth: dict[str, Tensor], plain: dict[str, Tensor], found: dict[str, Tensor], slack: float = 0.0
 ) -> dict[str, float]:
-    """`error_ratios` of results at hand, for each of those found.
+    """`error_ratios` of given results, for each name in `found`.
 
     Args:
         truth: `results` in float64.
@@ -240,61 +202,17 @@ def allowed_error_shares(
     ratios = {}
     for name, result in found.items():
         true, other = truth[name], plain[name]
-        # where nothing was seen, -inf is the truth and the only right answer
-        blind = true.isneginf()
-        if not result.isneginf().equal(blind):
+        # -inf, of a row with no visible key, must be exactly there
+        empty = true.isneginf()
+        if not result.isneginf().equal(empty):
             ratios[name] = float("inf")
             continue
-        true, result, other = (t.masked_fill(blind, 0.0) for t in (true, result, other))
+        true, result, other = (t.masked_fill(empty, 0.0) for t in (true, result, other))
         error, plain_error = ((tensor - true).abs().amax().item() for tensor in (result, other))
         rounding = torch.finfo(result.dtype).eps / 2 * true.abs().amax().item()
         ratio = error / (2 * plain_error + rounding + slack) if error else 0.0
         ratios[name] = ratio if result.isfinite().all() else float("inf")
     return ratios
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Some queries of a problem too large to know in full: the whole memory is read, by few."""
-
-    queries: Tensor
-    """Their indices."""
-    truth: dict[str, Tensor]
-    """`out` and `lse` of these queries in float64."""
-    plain: dict[str, Tensor]
-    """The same of plain PyTorch in the problem's dtype."""
-
-    def ratios(self, found: dict[str, Tensor], slack: float = 0.0) -> dict[str, float]:
-        """`allowed_error_shares` of the `out` and, if there, the `lse` of all queries."""
-        found = {name: found[name][:, self.queries] for name in ("out", "lse") if name in found}
-        return allowed_error_shares(self.truth, self.plain, found, slack)
-
-
-def sample_of(problem: Problem, count: int = 64, positions_at_once: int = 2**17) -> Sample:
-    """Know some queries of a problem without `lengths`, the first and the last among them.
-
-    Args:
-        problem: in the dtype to judge.
-        count: how many queries.
-        positions_at_once: memory positions that are held in float64 together; a top-k read needs all.
-    """
-    assert problem.lengths is None
-    M, N = problem.query_key.shape[1], problem.memory_key.shape[1]
-    queries = torch.linspace(0, M - 1, min(count, M), device=problem.query_key.device).round().long()
-    few = replace(
-        problem,
-        query_key=problem.query_key[:, queries],
-        grad_out=problem.grad_out[:, queries],
-        grad_lse=problem.grad_lse[:, queries],
-    )
-    parts = []
-    for start in range(0, N, N if problem.top_k else positions_at_once):
-        chunk = slice(start, N if problem.top_k else start + positions_at_once)
-        bias = None if few.key_bias is None else few.key_bias[:, chunk]
-        part = replace(few, memory_key=few.memory_key[:, chunk], memory_value=few.memory_value[:, chunk], key_bias=bias)
-        parts.append(results(part.to(torch.float64), gradients=False))
-    out, lse = merge_reads(*(torch.stack([part[name] for part in parts]) for name in ("out", "lse")))
-    return Sample(queries, {"out": out, "lse": lse}, results(few, gradients=False))
 
 
 def assert_exact(problem: Problem, read: Read, gradients: bool = True, plain_read: Read | None = None) -> None:
@@ -321,12 +239,12 @@ def assert_bounded(problem: Problem, read: Read) -> None:
     lost = narrow.tiny * narrow.eps * (N + M)
     wrong = {}
     for name, true in truth.items():
-        blind = true.isneginf()
-        assert found[name].isneginf().equal(blind), (
+        empty = true.isneginf()
+        assert found[name].isneginf().equal(empty), (
             f"{name}: -inf where a query sees a position, or not where it sees none"
         )
-        error = (found[name].masked_fill(blind, 0.0) - true.masked_fill(blind, 0.0)).abs().amax().item()
-        bound = relative * (terms[name] + true.masked_fill(blind, 0.0).abs().amax().item()) + lost * terms["any"]
+        error = (found[name].masked_fill(empty, 0.0) - true.masked_fill(empty, 0.0)).abs().amax().item()
+        bound = relative * (terms[name] + true.masked_fill(empty, 0.0).abs().amax().item()) + lost * terms["any"]
         if not error <= bound:
             wrong[name] = error / bound
     assert not wrong, f"error over what rounding explains: {wrong}"

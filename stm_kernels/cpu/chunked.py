@@ -1,10 +1,10 @@
 """The read in plain PyTorch by an online softmax over chunks of keys, forward and backward: the CPU implementation.
 
-Three facts of CPUs shape it. Fresh memory costs more than the arithmetic, so every buffer is allocated once and reused,
-and no operation on a chunk mixes dtypes, which would convert through fresh memory. Batched products of strided chunks
-are slow, so every product is one of two matrices. A bfloat16 product is fast but rounds its result to 8 bits, too few
-for a logit: products of keys are taken in float32, or, where that takes longer, twice: once rounded, once what the
-rounding lost.
+Three facts about CPUs shape it. Page faults of fresh memory cost more than the arithmetic, so every buffer is allocated
+once and reused, and no operation on a chunk mixes dtypes, which would convert through fresh memory. Batched products of
+strided chunks are slow, so every product is one of two matrices. A bfloat16 product is fast but rounds its result to 8
+bits, too few for a logit: products of keys are computed in float32 or, where that is slower, in two bfloat16 products,
+the second of which is the rounding error of the first.
 """
 
 import math
@@ -13,37 +13,37 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stm_kernels.affinity import SKIP_POSITIONS, SKIP_QUERIES, Affinity, wide_dtype
+from stm_kernels.affinity import SKIP_POSITIONS, SKIP_QUERIES, Affinity, block_map_shape, wide_dtype
 from stm_kernels.cpu.gemm import Scratch, by_onednn, even_slices, key_products, product, product_dtype, steady_slices
-from stm_kernels.cpu.skip import Choice, add_to_rows, aligned_slices, cells, gathered, readers, seen
+from stm_kernels.cpu.skip import Choice, add_to_rows, aligned_slices, cells, gathered, positive, readers
 
 LOG2_E = math.log2(math.e)
 
 # [query block × key chunk] buffers of about 2 MiB stay in the second- and third-level caches
 QUERIES_PER_BLOCK = 576
 KEYS_PER_CHUNK = 1280
-# the backward pass takes all queries at once, so its chunk shrinks as they grow
+# the backward pass takes all queries at once, so its chunk shrinks as their number grows
 BACKWARD_LOGITS = 2**20
 BACKWARD_KEYS_PER_CHUNK = (64, 2048)
-# queries of one block leave out the same positions: the fewer, the more, but a product of few rows is slow
+# queries of one block drop the same positions: fewer queries drop more, but a product of few rows is slow
 SKIPPING_QUERIES_PER_BLOCK = 8 * SKIP_QUERIES
 SKIPPING_KEYS_PER_CHUNK = 64 * SKIP_POSITIONS
 SKIPPING_BACKWARD_KEYS_PER_CHUNK = 8 * SKIP_POSITIONS
-# stands in for the maximum of a row that has seen only hidden positions: -inf - (-inf) is no number
-LEAST_MAXIMUM = -1e30
+# the maximum of a row with no visible key so far: -inf - (-inf) is NaN
+MIN_ROW_MAX = -1e30
 
 
 def chunked_read(affinity: Affinity, memory_value: Tensor, skip: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Read a memory of at least one position.
 
     Args:
-        affinity: what weighs the positions.
+        affinity: the weights of the positions.
         memory_value: `[B, N, V]`, in the dtype of the keys.
-        skip: the weight a query may leave out in all.
+        skip: softmax mass that a query may drop, in [0, 1).
 
     Returns:
-        As `read_operator`. The log-sum-exp is float64: the backward pass subtracts it from every logit, where a
-        rounding of it would tilt a whole row of weights.
+        As `read_operator`. The log-sum-exp is float64: the backward pass subtracts it from every logit, and a rounding
+        of it would scale a whole row of weights.
 
     Source: Milakov & Gimelshein 2018, online softmax.
     """
@@ -52,13 +52,12 @@ def chunked_read(affinity: Affinity, memory_value: Tensor, skip: float) -> tuple
     out = query_key.new_empty(B, M, V)
     lse = query_key.new_empty(B, M, dtype=torch.float64)
     skipped = query_key.new_zeros(B, M, dtype=torch.float32)
-    blocks = (-(-M // SKIP_QUERIES), -(-N // SKIP_POSITIONS)) if skip else (0,)
-    kept = query_key.new_zeros(B, *blocks, dtype=torch.uint8)
+    kept = query_key.new_zeros(block_map_shape(B, M, N, skip), dtype=torch.uint8)
     scratch = Scratch(query_key.device)
     for item in range(B):
         count = affinity.positions(item)
         if skip:
-            # the newest positions weigh most: seen first, they let more of the others be left out
+            # the newest positions have most of the mass: read first, they let more of the others be dropped
             chunks = aligned_slices(count, SKIPPING_KEYS_PER_CHUNK, SKIP_POSITIONS)[::-1]
             blocks = aligned_slices(M, SKIPPING_QUERIES_PER_BLOCK, SKIP_QUERIES)
         else:
@@ -66,8 +65,10 @@ def chunked_read(affinity: Affinity, memory_value: Tensor, skip: float) -> tuple
         bias = None if key_bias is None else key_bias[item] / affinity.scale
         memory = (memory_key[item], memory_value[item], bias)
         for block in blocks:
-            nothing = query_key.new_zeros(block.stop - block.start, 1, dtype=wide_dtype(query_key.dtype))
-            choice = Choice(skip, kept[item, cells(block, SKIP_QUERIES)], nothing) if skip else None
+            choice = None
+            if skip:
+                zeros = query_key.new_zeros(block.stop - block.start, 1, dtype=wide_dtype(query_key.dtype))
+                choice = Choice(skip, kept[item, cells(block, SKIP_QUERIES)], zeros)
             out[item, block], lse[item, block] = _read_block(
                 query_key[item, block], memory, affinity.scale, chunks, scratch, choice
             )
@@ -84,7 +85,7 @@ def _read_block(
     scratch: Scratch,
     choice: Choice | None,
 ) -> tuple[Tensor, Tensor]:
-    """Read `[M, V]` and log-sum-exp `[M]` for a block of queries of one batch item; the read is lent by `scratch`.
+    """Read `[M, V]` and log-sum-exp `[M]` for a block of queries of one batch item. The output aliases scratch.
 
     `memory` is its keys `[N, C]`, values `[N, V]` and bias `[N]`, which is added to the unscaled products.
     """
@@ -92,17 +93,17 @@ def _read_block(
     wide, narrow = wide_dtype(query_key.dtype), product_dtype(query_key)
     M, V = len(query_key), memory_value.shape[1]
     query_key = scratch.cast("query_key", query_key, narrow)
-    total = scratch.take("total", M, V, wide).zero_()
+    total = scratch.take("total", (M, V), wide).zero_()
     row_sum = total.new_zeros(M, 1)
     row_max = total.new_full((M, 1), -math.inf)
     for chunk in chunks:
         products = key_products(query_key, memory_key[chunk], wide, scratch)
         if bias is not None:
             products.add_(bias[chunk])
-        new_max = torch.maximum(row_max, products.amax(1, keepdim=True)).clamp_(min=LEAST_MAXIMUM)
+        new_max = torch.maximum(row_max, products.amax(1, keepdim=True)).clamp_(min=MIN_ROW_MAX)
         shrink = (row_max - new_max).mul_(scale).exp_()
         row_max = new_max
-        # the maximum is subtracted before the products are scaled: a large logit loses no digit
+        # the maximum is subtracted before scaling: a large logit loses no digit
         weights = products.sub_(row_max).mul_(scale * LOG2_E).exp2_()
         row_sum.mul_(shrink).add_(weights.sum(1, keepdim=True))
         total.mul_(shrink)
@@ -114,7 +115,7 @@ def _read_block(
         weights = gathered("rounded", weights, 1, runs, narrow, scratch)
         values = gathered("values", values, 0, runs, narrow, scratch)
         _add_product(total, weights, values, scratch)
-    total.div_(seen(choice.read if choice else row_sum))
+    total.div_(positive(choice.read if choice else row_sum))
     return total, (row_max.double() * scale + row_sum.double().log_())[:, 0]
 
 
@@ -133,39 +134,39 @@ def chunked_read_backward(
     Args:
         grad_out: `[B, M, V]`, gradient by the read.
         grad_lse: `[B, M]` float64, gradient by the log-sum-exp.
-        affinity, memory_value: what was read.
+        affinity, memory_value: of the read.
         out, lse, skipped, kept: what `chunked_read` returned.
 
     Returns:
         The gradients by `query_key`, `memory_key` and `memory_value`, laid out as `torch.empty_like` of each, and by
-        `key_bias`, where there is one.
+        `key_bias`, if there is one.
 
     Source: Dao et al. 2022, FlashAttention, appendix B.4; the log-sum-exp's own gradient is subtracted from delta.
     """
     query_key, memory_key, key_bias = affinity.query_key, affinity.memory_key, affinity.key_bias
-    gradients = [torch.empty_like(tensor) for tensor in (query_key, memory_key, memory_value)]
-    gradients.append(None if key_bias is None else torch.zeros_like(key_bias))
+    grad_query_key, grad_memory_key, grad_memory_value = map(torch.empty_like, (query_key, memory_key, memory_value))
+    grad_key_bias = None if key_bias is None else torch.zeros_like(key_bias)
     M = query_key.shape[1]
-    least, most = BACKWARD_KEYS_PER_CHUNK
+    shortest, longest = BACKWARD_KEYS_PER_CHUNK
     scratch = Scratch(query_key.device)
     wide = wide_dtype(query_key.dtype)
-    # what was read is weighed up to 1: a softmax of its own
+    # what was read is renormalised: a softmax of its own
     share = 1 - skipped.double()
     for item in range(query_key.shape[0]):
         count = affinity.positions(item)
         if kept.ndim == 3:
             chunks = aligned_slices(count, SKIPPING_BACKWARD_KEYS_PER_CHUNK, SKIP_POSITIONS)
         else:
-            chunks = steady_slices(count, M, max(least, min(most, BACKWARD_LOGITS // M)))
+            chunks = steady_slices(count, M, max(shortest, min(longest, BACKWARD_LOGITS // M)))
         delta = (grad_out[item].to(wide) * out[item]).sum(1) - grad_lse[item] * share[item]
         bias = None if key_bias is None else key_bias[item] / affinity.scale
         inputs = (grad_out[item], query_key[item], memory_key[item], memory_value[item], bias)
-        outputs = tuple(gradient if gradient is None else gradient[item] for gradient in gradients)
+        grad_bias = None if grad_key_bias is None else grad_key_bias[item]
+        outputs = (grad_query_key[item], grad_memory_key[item], grad_memory_value[item], grad_bias)
         rows = (delta.to(wide), lse[item] + share[item].log())
         _backward_item(inputs, rows, kept[item], affinity.scale, chunks, scratch, outputs)
-        for gradient in outputs[1:3]:
-            gradient[count:] = 0
-    return tuple(gradients)
+        grad_memory_key[item, count:] = grad_memory_value[item, count:] = 0
+    return grad_query_key, grad_memory_key, grad_memory_value, grad_key_bias
 
 
 def _backward_item(
@@ -179,7 +180,7 @@ def _backward_item(
 ) -> None:
     """Write the gradients of one batch item; every tensor comes without its batch axis.
 
-    `rows` `[M]` are what the softmax subtracts from the gradients of a row's weights, and the row's log-sum-exp.
+    `rows` are delta, which the softmax subtracts from the gradients of a row's weights, and the log-sum-exp: `[M]`.
     """
     grad_out, query_key, memory_key, memory_value, bias = inputs
     grad_query_key, grad_memory_key, grad_memory_value, grad_bias = gradients
@@ -188,28 +189,27 @@ def _backward_item(
     M, C = query_key.shape
     query_key = scratch.cast("query_key", query_key, narrow)
     grad_out = scratch.cast("grad_out", grad_out, narrow)
-    shifted_grad_out = _beside(grad_out, -delta, scratch.take("shifted_grad_out", M, grad_out.shape[1] + 2, narrow))
+    shifted_grad_out = _beside(grad_out, -delta, scratch.take("shifted_grad_out", (M, grad_out.shape[1] + 2), narrow))
     top, rest = _row_top(lse, scale, wide)
-    total = scratch.take("total", M, C, wide).zero_()
+    total = scratch.take("total", (M, C), wide).zero_()
     named = {"queries": query_key, "grads": grad_out, "shifted": shifted_grad_out, "top": top, "rest": rest}
     for chunk in chunks:
-        runs, left_out = readers(kept, chunk, M) if kept.ndim == 2 else (None, None)
+        runs, dropped = readers(kept, chunk, M) if kept.ndim == 2 else (None, None)
         if runs == []:
-            for gradient in gradients[1:3]:
-                gradient[chunk] = 0
+            grad_memory_key[chunk] = grad_memory_value[chunk] = 0
             continue
         queries, grads, shifted, *row_top = (
             gathered(name, matrix, 0, runs, matrix.dtype, scratch) for name, matrix in named.items()
         )
         keys = scratch.cast("keys", memory_key[chunk], narrow)
         values = memory_value[chunk]
-        values = _beside(values, None, scratch.take("values", len(values), values.shape[1] + 2, narrow))
+        values = _beside(values, None, scratch.take("values", (len(values), values.shape[1] + 2), narrow))
         products = key_products(queries, keys, wide, scratch)
         if bias is not None:
             products.add_(bias[chunk])
         weights = _weights(products, row_top, scale)
-        if left_out is not None:
-            weights.masked_fill_(left_out, 0.0)
+        if dropped is not None:
+            weights.masked_fill_(dropped, 0.0)
         weights = scratch.cast("rounded", weights, narrow)
         _store_product(grad_memory_value[chunk], weights.mT, grads, scratch)
         grad_logits = product("grad_logits", shifted, values.mT, scratch, scale).mul_(weights)
@@ -221,12 +221,12 @@ def _backward_item(
 
 
 def _row_top(lse: Tensor, scale: float, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The log-sum-exp `[M]`, float64, as `[M, 1]` unscaled products, and what their rounding takes from the exponents.
+    """The log-sum-exp `[M]`, float64, in the unit of the unscaled products: rounded, `[M, 1]`, and the rounding error.
 
-    In two parts: a rounding alone would tilt the whole row. A row that saw nothing gets a top so high that it weighs
-    nothing.
+    In two parts, since the rounding error would scale the whole row. A row with no visible key gets a top so high that
+    all its weights are 0.
     """
-    row_top = (lse.masked_fill(lse.isneginf(), -LEAST_MAXIMUM) / scale)[:, None]
+    row_top = (lse.masked_fill(lse.isneginf(), -MIN_ROW_MAX) / scale)[:, None]
     rounded = row_top.to(wide)
     return rounded, ((rounded - row_top) * (scale * LOG2_E)).to(wide)
 
@@ -238,10 +238,10 @@ def _weights(products: Tensor, row_top: Sequence[Tensor], scale: float) -> Tenso
 
 
 def _beside(matrix: Tensor, column: Tensor | None, joined: Tensor) -> Tensor:
-    """Fill `joined` `[R, K + 2]` by the matrix and a column in two parts: rounded, and what the rounding lost.
+    """Fill `joined` `[R, K + 2]` with the matrix and a column in two parts, rounded and its rounding error.
 
-    Without a column the two are ones: the product of two such matrices adds the column to every column of theirs before
-    the product is rounded.
+    Without a column the two parts are ones: the product of two such matrices adds the column of the one to every column
+    of the result before it is rounded.
     """
     joined[:, :-2] = matrix
     if column is None:
@@ -253,19 +253,19 @@ def _beside(matrix: Tensor, column: Tensor | None, joined: Tensor) -> Tensor:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, scratch: Scratch, runs: list[slice] | None = None) -> None:
-    """`total += left · right`, in its rows `runs`, None is all; a narrow product is rounded once, its sum never."""
+    """`total += left · right` in the rows `runs`, None is all; a narrow product is rounded, the total never."""
     if left.dtype == total.dtype and len(left) == len(total) and not by_onednn(left, right):
         total.addmm_(left, right)
         return
     added = scratch.cast("widened", product("product", left, right, scratch), total.dtype)
     if len(left) == len(total):
         total.add_(added)
-    else:
+    elif runs is not None:
         add_to_rows(total, added, runs)
 
 
 def _store_product(target: Tensor, left: Tensor, right: Tensor, scratch: Scratch) -> None:
-    """`target = left · right`, through a buffer where the product has another dtype."""
+    """`target = left · right`, through a buffer if the product has another dtype."""
     if left.dtype == target.dtype and not by_onednn(left, right):
         torch.mm(left, right, out=target)
     else:
@@ -276,7 +276,7 @@ def chunked_usage(affinity: Affinity, lse: Tensor | None) -> Tensor:
     """Column sums `[B, N]` of the affinity, in `wide_dtype`, of a memory of at least one position.
 
     Args:
-        affinity: what weighs the positions.
+        affinity: the weights of the positions.
         lse: `[B, M]`, float64; None computes it.
     """
     query_key, memory_key = affinity.query_key, affinity.memory_key

@@ -1,4 +1,4 @@
-"""Which blocks of values a read in plain PyTorch leaves out, and what gathers the rest of a matrix."""
+"""Which blocks of values a read in plain PyTorch drops, and gathering the rows or columns that are left."""
 
 from itertools import accumulate, groupby
 
@@ -8,41 +8,44 @@ from torch import Tensor
 from stm_kernels.affinity import SKIP_POSITIONS, SKIP_QUERIES
 from stm_kernels.cpu.gemm import Scratch, even_slices
 
-# from this share on, multiplying all positions of a chunk is cheaper than gathering those that weigh something
+# above this share of kept blocks, a product with the whole chunk is cheaper than gathering the kept positions
 GATHERED_SHARE = 0.75
 
 
 class Choice:
-    """Which positions a block of queries reads: all but some that weigh no more than `skip` of the sum so far, in all.
+    """Which positions a block of queries reads: keeps blocks until the dropped mass would exceed `skip`.
 
-    The sum only grows, so what is little of it now is no more of it in the end.
+    The mass is judged against the sum so far, which only grows: its share of the final sum is no larger.
+
+    Args:
+        skip: softmax mass that a query may drop.
+        kept: `[⌈M / SKIP_QUERIES⌉, ⌈N / SKIP_POSITIONS⌉]`, these queries' rows of the map that `read_operator` returns.
+        zeros: `[M, 1]`, in the dtype of the weights.
     """
 
-    def __init__(self, skip: float, kept: Tensor, nothing: Tensor) -> None:
-        self.skip = skip
-        # the rows of this block in the map that `read_operator` returns
-        self.kept = kept
-        # the weights left out and the weights read, [M, 1]
-        self.skipped = self.read = nothing
+    def __init__(self, skip: float, kept: Tensor, zeros: Tensor) -> None:
+        self.skip, self.kept = skip, kept
+        # sums of the dropped weights and of those that were read, [M, 1]
+        self.skipped = self.read = zeros
 
     @property
     def share(self) -> Tensor:
-        """The weight left out `[M]`, of all weights."""
-        return (self.skipped / seen(self.skipped + self.read))[:, 0]
+        """The dropped softmax mass `[M]`."""
+        return (self.skipped / positive(self.skipped + self.read))[:, 0]
 
     def read_of(self, weights: Tensor, chunk: slice, row_sum: Tensor, shrink: Tensor) -> list[slice]:
-        """What to read of a chunk, as slices of its positions.
+        """Decide what to read of a chunk; returns slices of its positions.
 
         Args:
-            weights: `[M, N]`, of the positions of the chunk.
-            chunk: where in the memory they are; it starts at a multiple of SKIP_POSITIONS.
+            weights: `[M, N]`, the exponentials of the chunk.
+            chunk: its place in the memory; it starts at a multiple of SKIP_POSITIONS.
             row_sum: `[M, 1]`, the sum of all weights so far, these included.
-            shrink: `[M, 1]`, what the weights before these are to be multiplied by.
+            shrink: `[M, 1]`, the factor that rescales earlier weights to the new maximum.
         """
         sums = _sums(weights, SKIP_POSITIONS)
         skipped = self.skipped * shrink
-        # as many as fit, those first that weigh least where they weigh most
-        order = (sums / seen(row_sum)).amax(0).argsort()
+        # dropped are as many blocks as fit, in the order of their largest share of any query
+        order = (sums / positive(row_sum)).amax(0).argsort()
         fits = (sums[:, order].cumsum(1).add_(skipped) <= self.skip * row_sum).all(0)
         kept = torch.empty_like(fits)
         kept[order] = ~fits
@@ -55,32 +58,32 @@ class Choice:
 
 
 def readers(kept: Tensor, chunk: slice, queries: int) -> tuple[list[slice], Tensor]:
-    """Which queries read something of a chunk of positions, as slices, and which of its positions these leave out.
+    """The queries that read some of a chunk of positions.
 
     Args:
-        kept: `[⌈M / SKIP_QUERIES⌉, ⌈N / SKIP_POSITIONS⌉]`, what was read.
+        kept: `[⌈M / SKIP_QUERIES⌉, ⌈N / SKIP_POSITIONS⌉]`, nonzero for blocks that were read.
         chunk: of positions; it starts at a multiple of SKIP_POSITIONS.
         queries: M.
 
     Returns:
-        The slices, R queries together, and `[R, N]`, true for positions of the chunk that were not read.
+        Slices of R queries in all, and `[R, N]`, true for the positions of the chunk that these dropped.
     """
     blocks = kept[:, cells(chunk, SKIP_POSITIONS)].bool()
     reads = blocks.any(1)
     runs = _runs(reads, SKIP_QUERIES, queries)
-    left_out = (~blocks[reads]).repeat_interleave(SKIP_QUERIES, 0).repeat_interleave(SKIP_POSITIONS, 1)
-    return runs, left_out[: _length(runs), : chunk.stop - chunk.start]
+    dropped = (~blocks[reads]).repeat_interleave(SKIP_QUERIES, 0).repeat_interleave(SKIP_POSITIONS, 1)
+    return runs, dropped[: _length(runs), : chunk.stop - chunk.start]
 
 
 def gathered(
     name: str, matrix: Tensor, dim: int, runs: list[slice] | None, dtype: torch.dtype, scratch: Scratch
 ) -> Tensor:
-    """The matrix in `dtype`, of its rows (`dim` 0) or columns (1) those of `runs`; None is all."""
+    """The rows (`dim` 0) or columns (`dim` 1) `runs` of a matrix, in `dtype`; None is all."""
     if runs is None or _length(runs) == matrix.shape[dim]:
         return scratch.cast(name, matrix, dtype)
     shape = list(matrix.shape)
     shape[dim] = _length(runs)
-    part = scratch.take(f"gathered {name}", *shape, dtype)
+    part = scratch.take(f"gathered {name}", shape, dtype)
     start = 0
     for run in runs:
         size = run.stop - run.start
@@ -90,7 +93,7 @@ def gathered(
 
 
 def add_to_rows(total: Tensor, part: Tensor, runs: list[slice]) -> None:
-    """Add to the rows of `total` that are in `runs`, which `part` has one after the other."""
+    """Add `part`, whose rows are those of `runs` one after the other, to these rows of `total`."""
     start = 0
     for run in runs:
         stop = start + run.stop - run.start
@@ -98,8 +101,8 @@ def add_to_rows(total: Tensor, part: Tensor, runs: list[slice]) -> None:
         start = stop
 
 
-def seen(row_sum: Tensor) -> Tensor:
-    """What to divide by: a row that saw nothing has a sum of 0."""
+def positive(row_sum: Tensor) -> Tensor:
+    """The sum as a divisor: a row with no visible key has a sum of 0."""
     return row_sum.clamp(min=torch.finfo(row_sum.dtype).tiny)
 
 
@@ -108,9 +111,9 @@ def cells(part: slice, size: int) -> slice:
     return slice(part.start // size, -(-part.stop // size))
 
 
-def aligned_slices(length: int, most: int, size: int) -> list[slice]:
+def aligned_slices(length: int, longest: int, size: int) -> list[slice]:
     """`even_slices` that start at multiples of `size`."""
-    parts = even_slices(-(-length // size), max(1, most // size))
+    parts = even_slices(-(-length // size), max(1, longest // size))
     return [slice(part.start * size, min(part.stop * size, length)) for part in parts]
 
 
@@ -124,7 +127,7 @@ def _sums(weights: Tensor, size: int) -> Tensor:
 
 
 def _runs(flags: Tensor, size: int, length: int) -> list[slice]:
-    """What the true ones of cells of `size` cover of `range(length)`, neighbours joined."""
+    """The parts of `range(length)` whose cells of `size` are true, neighbours joined."""
     groups = [(flag, len(list(group))) for flag, group in groupby(flags.tolist())]
     stops = accumulate(count for _, count in groups)
     return [

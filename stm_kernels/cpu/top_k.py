@@ -1,8 +1,8 @@
 """The read of the k best memory positions of each query, which holds k logits a query.
 
-An implementation only selects (`chunked_select` here, `triton_select` on a GPU); what follows is the same for all. The
-values are summed by bags (`embedding_bag`), which hold none of them; the gradients of the memory by the bags
-transposed, one for each position, in the order of a stable sort, so that they are equal from run to run.
+An implementation only selects (`chunked_select` here, `triton_select` on a GPU); the rest is shared. `embedding_bag`
+sums the values without gathering them, and the gradients of the memory by the transposed bags, one a position, in the
+order of a stable sort: bit-equal from run to run.
 """
 
 import math
@@ -17,27 +17,26 @@ from stm_kernels.cpu.gemm import Scratch, even_slices, key_products, product_dty
 
 Select = Callable[[Affinity, int], tuple[Tensor, Tensor]]
 """The chosen positions `[B, M, min(k, N)]`, int32, and their logits in `wide_dtype`, of a memory of at least one
-position: the k greatest, of equal ones those of lower index, which among themselves stand in their order. What lies
-behind a memory's end is chosen where nothing else is left: its logit is -inf, its index 0, and it comes last.
+position: the k greatest; ties go to the lower index and keep their order. Padding sorts last: logit -inf, index 0.
 """
 
 # [query block × key chunk] buffers of about 2 MiB stay in the second- and third-level caches
 QUERIES_PER_BLOCK = 288
 KEYS_PER_CHUNK = 2048
-# values or keys gathered at once, in elements, and elements copied of a table whose rows are not contiguous
+# in elements: values or keys gathered at once, and copied at once of a table whose rows are not contiguous
 GATHERED = 2**20
 COPIED = 2**22
-LEAST_CHANNELS = 16
+MIN_CHANNELS = 16
 
 
 def top_k_read(affinity: Affinity, memory_value: Tensor, k: int, select: Select) -> tuple[Tensor, Tensor, Tensor]:
     """Read the k best of a memory of at least one position.
 
     Args:
-        affinity: what weighs the positions.
+        affinity: the weights of the positions.
         memory_value: `[B, N, V]`, in the dtype of the keys.
-        k: how many positions each query weighs.
-        select: finds them.
+        k: positions per query.
+        select: chooses them.
 
     Returns:
         The read `[B, M, V]`, the log-sum-exp of the chosen `[B, M]` in float64, and the chosen as `Select` has them.
@@ -49,14 +48,13 @@ def top_k_read(affinity: Affinity, memory_value: Tensor, k: int, select: Select)
 def weighted_read(memory_value: Tensor, indices: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """The read `[B, M, V]` of given positions `[B, M, K]` and its log-sum-exp `[B, M]`, float64."""
     lse = logits.double().logsumexp(2)
-    blind = lse.isneginf()
     weights = _softmax(logits).to(memory_value.dtype)
     out = memory_value.new_empty(*indices.shape[:2], memory_value.shape[2])
     for item in range(len(out)):
         for channels, table in _contiguous_parts(memory_value[item]):
             out[item, :, channels] = F.embedding_bag(indices[item], table, mode="sum", per_sample_weights=weights[item])
-    # an empty memory's position 0 was weighed by 0, which hides no NaN
-    return out.masked_fill_(blind[:, :, None], 0.0), lse
+    # padding points to position 0, with weight 0: if that is NaN, so is the product
+    return out.masked_fill_(lse.isneginf()[:, :, None], 0.0), lse
 
 
 def top_k_read_backward(
@@ -68,12 +66,12 @@ def top_k_read_backward(
     lse: Tensor,
     indices: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of `top_k_read`, whose choice counts as given.
+    """Gradients of `top_k_read`, with the choice as given.
 
     Args:
         grad_out: `[B, M, V]`, gradient by the read.
         grad_lse: `[B, M]` float64, gradient by the log-sum-exp.
-        affinity, memory_value: what was read.
+        affinity, memory_value: of the read.
         out, lse, indices: what `top_k_read` returned.
 
     Returns:
@@ -83,18 +81,18 @@ def top_k_read_backward(
     grad_query_key, grad_memory_key, grad_memory_value = map(torch.empty_like, (query_key, memory_key, memory_value))
     grad_key_bias = None if key_bias is None else torch.empty_like(key_bias)
     wide = wide_dtype(query_key.dtype)
-    blind = lse.isneginf()
+    empty = lse.isneginf()[:, :, None]
     for item in range(len(query_key)):
         chosen = indices[item]
         weights = _softmax(_logits_of(affinity, item, chosen))
         grad_weights = _sampled_products(grad_out[item], memory_value[item], chosen)
-        # not out · grad_out: of a single position these cancel to nothing
+        # not out · grad_out: with a single position the difference is all rounding error
         grad_weights -= (weights * grad_weights).sum(1, keepdim=True)
         grad_logits = weights * (grad_weights + grad_lse[item, :, None].to(wide))
-        grad_logits.masked_fill_(blind[item, :, None], 0.0)
+        grad_logits.masked_fill_(empty[item], 0.0)
         for channels, table in _contiguous_parts(memory_key[item], wide):
             grads = F.embedding_bag(chosen, table, mode="sum", per_sample_weights=grad_logits * affinity.scale)
-            grad_query_key[item, :, channels] = grads.masked_fill_(blind[item, :, None], 0.0)
+            grad_query_key[item, :, channels] = grads.masked_fill_(empty[item], 0.0)
         bags = _Transposed(chosen, memory_key.shape[1])
         bags.sum_into(grad_memory_value[item], grad_out[item], weights)
         bags.sum_into(grad_memory_key[item], query_key[item], grad_logits * affinity.scale)
@@ -104,14 +102,14 @@ def top_k_read_backward(
 
 
 def top_k_usage(affinity: Affinity, k: int, select: Select) -> Tensor:
-    """What all queries together weigh each position `[B, N]`, in `wide_dtype`, by a read of the k best."""
+    """The softmax mass of each position over all queries `[B, N]`, in `wide_dtype`, of a read of the k best."""
     indices, logits = select(affinity, k)
     N = affinity.memory_key.shape[1]
-    return torch.stack([_Transposed(*each, N).sum(weights) for *each, weights in zip(indices, _softmax(logits))])
+    return torch.stack([_Transposed(chosen, N).sum(weights) for chosen, weights in zip(indices, _softmax(logits))])
 
 
 class _Transposed:
-    """For each of N positions the places in `[M, K]` where it was chosen, in their order."""
+    """For each of N positions the places in `[M, K]` at which it was chosen, in order."""
 
     def __init__(self, chosen: Tensor, N: int) -> None:
         positions, self.places = chosen.flatten().sort(stable=True)
@@ -127,7 +125,7 @@ class _Transposed:
     def sum_into(self, target: Tensor, table: Tensor, weights: Tensor) -> None:
         """Fill `target` `[N, X]` by the sums of rows of `table` `[M, X]`, weighted by `weights` `[M, K]`."""
         weights = weights.flatten()[self.places]
-        for channels in even_slices(table.shape[1], max(LEAST_CHANNELS, COPIED // len(target))):
+        for channels in even_slices(table.shape[1], max(MIN_CHANNELS, COPIED // len(target))):
             target[:, channels] = self._bags(table[:, channels].to(weights.dtype).contiguous(), weights)
 
     def _bags(self, table: Tensor, weights: Tensor) -> Tensor:
@@ -135,13 +133,13 @@ class _Transposed:
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    """The weights of chosen positions; all 0 where none is visible."""
+    """The weights of chosen positions; all 0 in a row with no visible key."""
     top = logits.amax(-1, keepdim=True)
     return logits.softmax(-1).masked_fill_(top.isneginf(), 0.0)
 
 
 def _logits_of(affinity: Affinity, item: int, chosen: Tensor) -> Tensor:
-    """The logits `[M, K]` of chosen positions of one batch item, in `wide_dtype`; -inf behind the memory's end."""
+    """The logits `[M, K]` of chosen positions of one batch item, in `wide_dtype`; -inf for padding."""
     logits = _sampled_products(affinity.query_key[item], affinity.memory_key[item], chosen) * affinity.scale
     if affinity.key_bias is not None:
         logits += affinity.key_bias[item][chosen]
@@ -152,7 +150,7 @@ def _logits_of(affinity: Affinity, item: int, chosen: Tensor) -> Tensor:
 
 
 def _sampled_products(left: Tensor, table: Tensor, chosen: Tensor) -> Tensor:
-    """`left · tableᵀ` of `[M, X]` and `[N, X]` at chosen places alone: `[M, K]`, in `wide_dtype`."""
+    """`left · tableᵀ` of `[M, X]` and `[N, X]` at the chosen places only: `[M, K]`, in `wide_dtype`."""
     M, K = chosen.shape
     wide = wide_dtype(left.dtype)
     products = left.new_zeros(M, K, dtype=wide)
@@ -164,17 +162,17 @@ def _sampled_products(left: Tensor, table: Tensor, chosen: Tensor) -> Tensor:
 
 
 def _contiguous_parts(table: Tensor, dtype: torch.dtype | None = None) -> Iterator[tuple[slice, Tensor]]:
-    """A table `[N, X]` as it is where it is contiguous and of the dtype, else slice by slice of its columns."""
+    """A table `[N, X]` in a dtype: whole if it is contiguous and has that dtype, else in slices of its columns."""
     dtype = dtype or table.dtype
     if table.is_contiguous() and table.dtype == dtype:
         yield slice(None), table
         return
-    for channels in even_slices(table.shape[1], max(LEAST_CHANNELS, COPIED // len(table))):
+    for channels in even_slices(table.shape[1], max(MIN_CHANNELS, COPIED // len(table))):
         yield channels, table[:, channels].to(dtype).contiguous()
 
 
 def chunked_select(affinity: Affinity, k: int) -> tuple[Tensor, Tensor]:
-    """Select in plain PyTorch, as `Select` has it: what exceeds the k best so far is merged into them."""
+    """`Select` in plain PyTorch: logits above the k-th best so far are merged into the k best."""
     query_key, memory_key, key_bias = affinity.query_key, affinity.memory_key, affinity.key_bias
     B, M, N = affinity.sizes
     wide, narrow = wide_dtype(query_key.dtype), product_dtype(query_key)
@@ -199,12 +197,12 @@ def chunked_select(affinity: Affinity, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _merge_best(best: Tensor, positions: Tensor, products: Tensor, start: int, k: int) -> tuple[Tensor, Tensor]:
-    """The k best `[M, ≤ k]` of those so far, best first, and of a chunk `[M, P]` of positions from `start` on.
+    """The k best `[M, ≤ k]`, best first, of those so far and of a chunk `[M, P]` of positions from `start` on.
 
-    A product that is no number counts as the greatest, as in a sort: it must show in the read.
+    NaN counts as the greatest, as in a sort: it must show in the read.
     """
     if best.shape[1] == k:
-        # of equal ones the earlier stays
+        # ties go to the earlier one
         below = products <= best[:, -1:]
     else:
         below = products < _lower_bound(products, k - best.shape[1])

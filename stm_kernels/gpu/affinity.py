@@ -40,10 +40,10 @@ def affinity_kernel(
     if kept_ptr is not None:
         cells = (m[:, None] // SKIP_QUERIES).to(tl.int64) * kept_stride_m + n[None, :] // SKIP_POSITIONS * kept_stride_n
         kept = tl.load(kept_ptr + b * kept_stride_b + cells, mask=inside, other=0)
-        # 0 or 1 times through the channels
+        # trips through the channels: 0 or 1
         reads = tl.max(tl.max(kept.to(tl.int32), 1), 0)
     else:
-        reads: tl.constexpr = 1
+        reads: tl.constexpr = 1  # type: ignore[no-redef]
 
     query_key_ptr += b * query_key_stride_b
     memory_key_ptr += b * memory_key_stride_b
@@ -101,7 +101,7 @@ def affinity_launch(
         gradient: `memory_value` of the chunk, `grad_out` `[B, M, V]`, `delta` `[B, M]` in float32, what the softmax
             subtracts from the gradients of a row's weights, and `grad_logits` like `weights`, to fill with the
             gradient by the dot products.
-        kept: `[B, ⌈M / SKIP_QUERIES⌉, ⌈N / SKIP_POSITIONS⌉]`, uint8, 0 where the weights count as 0.
+        kept: `[B, ⌈M / SKIP_QUERIES⌉, ⌈N / SKIP_POSITIONS⌉]`, uint8, 0 for blocks that were dropped.
     """
     B, M, N = affinity.sizes
     memory_value, grad_out, delta, grad_logits = gradient or (None,) * 4
@@ -130,7 +130,7 @@ def affinity_launch(
 def chunk_of(affinity: Affinity, start: int, size: int) -> Affinity:
     """The affinity of `size` memory positions from `start` on, or of as many as there are.
 
-    Keys behind a memory's end become 0: a product with a weight of 0 would still make NaN of NaN.
+    Padding becomes 0: a weight of 0 times NaN is NaN.
     """
     chunk = slice(start, start + size)
     lengths = affinity.lengths
@@ -143,7 +143,7 @@ def chunk_of(affinity: Affinity, start: int, size: int) -> Affinity:
 
 
 def visible(memory: Tensor, lengths: Tensor | None, start: int) -> Tensor:
-    """Keys or values `[B, N, ·]` of the positions from `start` on, zeros behind a memory's end."""
+    """Keys or values `[B, N, ·]` of the positions from `start` on, padding as zeros."""
     if lengths is None:
         return memory
     places = torch.arange(start, start + memory.shape[1], device=memory.device, dtype=lengths.dtype)
@@ -151,7 +151,7 @@ def visible(memory: Tensor, lengths: Tensor | None, start: int) -> Tensor:
 
 
 def row_top_of(lse: Tensor, scale: float) -> Tensor:
-    """The log-sum-exp `[B, M]`, float64, as unscaled products; so high for rows that saw nothing that they weigh 0."""
+    """The log-sum-exp `[B, M]`, float64, as unscaled products; huge where no key is visible: its weights are 0."""
     return lse.masked_fill(lse.isneginf(), 1e30) / scale
 
 

@@ -1,4 +1,4 @@
-"""Compile the kernels with their default tiles for a GPU that is not there, and report what they take of it.
+"""Compile the kernels with their default tiles for GPUs that are not here, and report the resources they need.
 
     python -m stm_kernels.gpu.aot [--architecture sm_90 …] [--json FILE]
 
@@ -29,7 +29,7 @@ from stm_kernels.gpu.launch import Launch
 from stm_kernels.gpu.merge import merge_launch
 from stm_kernels.gpu.tma import descriptor_launch
 from stm_kernels.gpu.top_k import GROUP, group_max_launch, group_products_launch, select_launch
-from stm_kernels.gpu.tuning import MOST_GROUPS, affinity_tiles, forward_tiles, group_tiles, usage_tiles
+from stm_kernels.gpu.tuning import MAX_GROUPS, affinity_tiles, forward_tiles, group_tiles, usage_tiles
 from stm_kernels.gpu.usage import usage_launch
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -49,7 +49,7 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes of its GPU."""
+    """The resources of a compiled kernel."""
 
     form: str
     """What the kernel is compiled to do."""
@@ -72,9 +72,9 @@ class Resources:
     shared_kib: float
     """Per program."""
     shared_limit_kib: int
-    """What the architecture lends a program at most."""
+    """The architecture's limit for a program."""
     instructions: dict[str, int]
-    """How often matrix, load and spill instructions stand in the machine code."""
+    """Matrix, load and spill instructions in the machine code, by name."""
 
     @property
     def spills(self) -> int:
@@ -90,7 +90,7 @@ class Resources:
 def default_launches(
     dtype: torch.dtype, architecture: str, B: int = 2, M: int = 1620, N: int = 32400, C: int = 128, V: int = 512
 ) -> dict[str, Launch]:
-    """Every kernel in its forms, with its default tiles, for token-major inputs without any memory behind them."""
+    """Every kernel in its forms, with its default tiles, for token-major inputs on the meta device."""
 
     def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=of, device="meta")
@@ -151,15 +151,15 @@ def _top_k_launches(affinity: Affinity, full: Affinity, architecture: str, k: in
         "chosen": group_products_launch(affinity, chosen, best, None, 0, *gathered),
         "chosen, bias and lengths": group_products_launch(full, chosen, best, empty(1), 0, *gathered),
         "selection": select_launch(products, positions, best, chosen, architecture),
-        "selection, a whole tile": select_launch(empty(MOST_GROUPS), None, best, chosen, architecture),
-        "selection, long rows": select_launch(empty(2 * MOST_GROUPS), None, best, chosen, architecture),
+        "selection, a whole tile": select_launch(empty(MAX_GROUPS), None, best, chosen, architecture),
+        "selection, long rows": select_launch(empty(2 * MAX_GROUPS), None, best, chosen, architecture),
     }
 
 
 def compile_launch(
     form: str, dtype: torch.dtype, channels: tuple[int, int], launch: Launch, architecture: str
 ) -> Resources:
-    """Compile a launch for an architecture ("sm_90", "gfx942") and read the machine code's demands.
+    """Compile a launch for an architecture ("sm_90", "gfx942") and read its resources from the machine code.
 
     Raises:
         RuntimeError: the process runs Triton's interpreter, which compiles nothing.
@@ -183,7 +183,7 @@ def compile_launch(
         registers, stack = r"REG:(\d+)", r"STACK:(\d+)"
         usage, code = _disassemble(compiled.asm["cubin"])
     names = (*MATRIX_INSTRUCTIONS, *SPILL_INSTRUCTIONS, *OTHER_INSTRUCTIONS)
-    # AMD's instructions carry their shape behind an underscore
+    # AMD's instructions have their shape after an underscore
     counts = {name: len(re.findall(rf"\s{re.escape(name)}(?:\b|_)", code)) for name in names}
     return Resources(
         form=form,
@@ -193,12 +193,17 @@ def compile_launch(
         value_channels=channels[1],
         architecture=architecture,
         warps=launch.num_warps,
-        registers=int(re.search(registers, usage)[1]),
-        stack_bytes=int(re.search(stack, usage)[1]),
+        registers=_number(registers, usage),
+        stack_bytes=_number(stack, usage),
         shared_kib=compiled.metadata.shared / 1024,
         shared_limit_kib=SHARED_MEMORY_KIB[architecture],
         instructions={name: count for name, count in counts.items() if count},
     )
+
+
+def _number(pattern: str, text: str) -> int:
+    (number,) = re.findall(pattern, text)[:1]
+    return int(number)
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from stm_kernels.affinity import SKIP_POSITIONS, Affinity
 from stm_kernels.gpu.affinity import affinity_launch, chunk_of, product, row_top_of, visible
 from stm_kernels.gpu.launch import architecture_of, refuse_interpreted_bfloat16
-from stm_kernels.gpu.tuning import AffinityTiles, affinity_tiles, keys_per_chunk
+from stm_kernels.gpu.tuning import affinity_tiles, keys_per_chunk
 
 
 def triton_read_backward(
@@ -20,11 +20,8 @@ def triton_read_backward(
     lse: Tensor,
     skipped: Tensor,
     kept: Tensor,
-    tiles: AffinityTiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of a read of at least one position; arguments and results as in `chunked_read_backward`. None chooses
-    the tiles.
-    """
+    """Gradients of a read of at least one position; arguments and results as in `chunked_read_backward`."""
     query_key, memory_key, key_bias = affinity.query_key, affinity.memory_key, affinity.key_bias
     refuse_interpreted_bfloat16(query_key)
     B, M, N = affinity.sizes
@@ -35,9 +32,8 @@ def triton_read_backward(
     row_top = row_top_of(lse + share.log(), affinity.scale)
     delta = (grad_out.float() * out).sum(2) - (grad_lse * share).float()
     total = torch.zeros_like(query_key, dtype=torch.float32)
-    if tiles is None:
-        architecture, C = architecture_of(query_key.device), query_key.shape[2]
-        tiles = affinity_tiles(architecture, query_key.dtype, C, skips=kept.ndim == 3)
+    architecture, C = architecture_of(query_key.device), query_key.shape[2]
+    tiles = affinity_tiles(architecture, query_key.dtype, C, skips=kept.ndim == 3)
     size = min(N, keys_per_chunk(B * M))
     scratch = query_key.new_empty(2, B * M * size)
     for start in range(0, N, size):

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stm_kernels.affinity import SKIP_POSITIONS, SKIP_QUERIES, Affinity
+from stm_kernels.affinity import SKIP_POSITIONS, SKIP_QUERIES, Affinity, block_map_shape
 from stm_kernels.gpu.affinity import affinity_launch, chunk_of, product, row_top_of, visible
 from stm_kernels.gpu.launch import (
     Launch,
@@ -18,7 +18,16 @@ from stm_kernels.gpu.launch import (
     strides,
 )
 from stm_kernels.gpu.merge import triton_merge
-from stm_kernels.gpu.tiles import LEAST_PRODUCT, any_of, biased, load_tile, memory_length, online_softmax, page_of
+from stm_kernels.gpu.tiles import (
+    MIN_PRODUCT,
+    any_of,
+    biased,
+    load_tile,
+    memory_length,
+    online_softmax,
+    page_of,
+    store_read,
+)
 from stm_kernels.gpu.tma import descriptor_launch, has_descriptors
 from stm_kernels.gpu.tuning import (
     ForwardTiles,
@@ -30,13 +39,13 @@ from stm_kernels.gpu.tuning import (
     staged_is_cheaper,
 )
 
-# a tensor core takes no fewer
-LEAST_CHANNELS = 16
+# the smallest block of a tensor core
+MIN_CHANNELS = 16
 
 
 @dataclass(frozen=True)
 class PageTable:
-    """Where the pages of a memory lie."""
+    """The addresses of the pages of a memory."""
 
     keys: Tensor
     """`[pages]` int64, address of each page's keys `[B, page_size, C]`, a multiple of 16."""
@@ -51,7 +60,7 @@ class PageTable:
 @triton.jit
 def note_block(kept_ptr, reads, b, first_m, M, first_n, N, SKIP_QUERIES: tl.constexpr, SKIP_POSITIONS: tl.constexpr,
                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """Write down whether the values of a block `[BLOCK_M, BLOCK_N]` are read."""
+    """Record whether the values of a block `[BLOCK_M, BLOCK_N]` are read."""
     rows, columns = tl.cdiv(M, SKIP_QUERIES), tl.cdiv(N, SKIP_POSITIONS)
     row = first_m // SKIP_QUERIES + tl.arange(0, BLOCK_M // SKIP_QUERIES)
     column = first_n // SKIP_POSITIONS + tl.arange(0, BLOCK_N // SKIP_POSITIONS)
@@ -88,7 +97,7 @@ def read_kernel(
     query_key = load_tile(query_key_ptr, first_m, M, query_key_stride_m, 0, C, query_key_stride_c, BLOCK_M, BLOCK_C)
     # [M, V]
     total = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    row_max = tl.full([BLOCK_M], LEAST_PRODUCT, tl.float32)
+    row_max = tl.full([BLOCK_M], MIN_PRODUCT, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     skipped = tl.zeros([BLOCK_M], tl.float32)
     first_page, pages = 0, 1
@@ -96,7 +105,7 @@ def read_kernel(
         first_page = start // page_size
         pages = tl.cdiv(tl.maximum(stop, start), page_size) - first_page
     for turn in range(pages):
-        # the newest positions weigh most: seen first, they let more of the others be skipped
+        # the newest positions have most of the mass: read first, they let more of the others be dropped
         page = first_page + (pages - 1 - turn if SKIPS else turn)
         page_start, page_stop, keys_ptr, values_ptr = 0, N, memory_key_ptr, memory_value_ptr
         if key_pages_ptr is not None:
@@ -105,7 +114,7 @@ def read_kernel(
             values_ptr = page_of(memory_value_ptr, value_pages_ptr, page)
         keys_ptr += b * memory_key_stride_b
         values_ptr += b * memory_value_stride_b
-        # of the page: where this part of the memory begins and ends
+        # where this part of the memory begins and ends within the page
         first_place, last_place = tl.maximum(start - page_start, 0), tl.minimum(stop, page_stop) - page_start
         blocks_n = tl.cdiv(tl.maximum(last_place - first_place, 0), BLOCK_N)
         for block in range(blocks_n):
@@ -124,7 +133,7 @@ def read_kernel(
             reads = True
             if SKIPS:
                 skipped *= shrink
-                # the sum only grows from here on, so what is little of it now is no more of it in the end
+                # the sum only grows: the share of the final sum is no larger
                 reads = any_of((skipped + sums > skip * row_sum) & (m < M))
                 if not reads:
                     skipped += sums
@@ -140,18 +149,11 @@ def read_kernel(
                 )  # fmt: skip
                 total = tl.dot(weights.to(values.dtype), values, total, input_precision="ieee")
 
-    v = first_v + tl.arange(0, BLOCK_V)
     rows = (split * B + b) * M + m
-    row_sum -= skipped
-    # a row that saw nothing has a sum of 0
-    seen = tl.where(row_sum == 0.0, 1.0, row_sum)
-    out = (total / seen[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + rows[:, None] * V + v[None, :], out, mask=(m[:, None] < M) & (v[None, :] < V))
-    if first_v == 0:
-        lse = row_max.to(tl.float64) * scale + tl.log(seen.to(tl.float64))
-        tl.store(lse_ptr + rows, tl.where(row_sum == 0.0, float("-inf"), lse), mask=m < M)
-        if SKIPS:
-            tl.store(skipped_ptr + rows, skipped / (seen + skipped), mask=m < M)
+    kept = store_read(out_ptr, lse_ptr, total, row_max, row_sum - skipped, rows, m < M, first_v, V, scale, BLOCK_V)
+    if SKIPS:
+        if first_v == 0:
+            tl.store(skipped_ptr + rows, skipped / (kept + skipped), mask=m < M)
 
 
 def forward_launch(
@@ -168,7 +170,7 @@ def forward_launch(
 ) -> Launch:
     """The launch that reads S parts of the memory, each of `positions_per_split`, with given tiles.
 
-    With `pages` the keys of `affinity` and `memory_value` are those of any page, which all lie in memory alike.
+    With `pages` the keys of `affinity` and `memory_value` are those of any page; all have the same strides.
 
     `out` `[S, B, M, V]`, `lse` `[S, B, M]` (float64) and `skipped` (float32) are contiguous; the log-sum-exp is that
     of the positions whose values were read. `kept` is as `read_operator` returns it, contiguous, and zeros.
@@ -203,32 +205,24 @@ def forward_launch(
 
 
 def triton_read(
-    affinity: Affinity,
-    memory_value: Tensor,
-    skip: float,
-    pages: PageTable | None = None,
-    tiles: ForwardTiles | None = None,
+    affinity: Affinity, memory_value: Tensor, skip: float, pages: PageTable | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Read a memory of at least one position; arguments and results as in `chunked_read`, `pages` as above. Without
-    `tiles` they are chosen.
-    """
+    """Read a memory of at least one position; arguments and results as in `chunked_read`, `pages` as above."""
     query_key = affinity.query_key
     refuse_interpreted_bfloat16(query_key)
     (B, M, N), C, V = affinity.sizes, query_key.shape[2], memory_value.shape[2]
     N = N if pages is None else pages.length
     architecture = architecture_of(query_key.device)
-    if tiles is None and not skip and pages is None and staged_is_cheaper(architecture, query_key.dtype, C, V):
+    if not skip and pages is None and staged_is_cheaper(architecture, query_key.dtype, C, V):
         return _staged_read(affinity, memory_value)
-    if tiles is None:
-        descriptors = pages is None and has_descriptors(query_key, affinity.memory_key, memory_value)
-        tiles = forward_tiles(architecture, query_key.dtype, C, V, skips=skip > 0, descriptors=descriptors)
+    descriptors = pages is None and has_descriptors(query_key, affinity.memory_key, memory_value)
+    tiles = forward_tiles(architecture, query_key.dtype, C, V, skips=skip > 0, descriptors=descriptors)
     splits, positions_per_split = forward_splits(tiles, B, M, N, V, multiprocessors(query_key.device))
     partial = query_key.dtype if splits == 1 else torch.float32
     out = query_key.new_empty(splits, B, M, V, dtype=partial)
     lse = query_key.new_empty(splits, B, M, dtype=torch.float64)
     skipped = query_key.new_zeros(splits, B, M, dtype=torch.float32)
-    blocks = (triton.cdiv(M, SKIP_QUERIES), triton.cdiv(N, SKIP_POSITIONS)) if skip else (0,)
-    kept = query_key.new_zeros(B, *blocks, dtype=torch.uint8)
+    kept = query_key.new_zeros(block_map_shape(B, M, N, skip), dtype=torch.uint8)
     if tiles.kind == "portable":
         launch = forward_launch(
             affinity, memory_value, out, lse, skipped, kept, skip, tiles, positions_per_split, pages
@@ -242,8 +236,7 @@ def triton_read(
     if not skip:
         return out, lse, skipped[0], kept
     whole = whole.logsumexp(0)
-    blind = lse.isneginf()
-    skipped = torch.where(blind, 0.0, torch.expm1(lse - whole).abs()).float()
+    skipped = torch.where(lse.isneginf(), 0.0, torch.expm1(lse - whole).abs()).float()
     return out, whole, skipped, kept
 
 
@@ -271,4 +264,4 @@ def _staged_read(affinity: Affinity, memory_value: Tensor) -> tuple[Tensor, Tens
 
 def log_sum_exp(affinity: Affinity) -> Tensor:
     """The log-sum-exp `[B, M]`, float64: that of any read of this affinity, so of one with next to no values."""
-    return triton_read(affinity, affinity.memory_key[:, :, :LEAST_CHANNELS], 0.0)[1]
+    return triton_read(affinity, affinity.memory_key[:, :, :MIN_CHANNELS], 0.0)[1]

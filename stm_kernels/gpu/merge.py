@@ -18,7 +18,7 @@ def merge_kernel(
     row = (tl.program_id(0) // blocks_v).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     v = tl.program_id(0) % blocks_v * BLOCK_V + tl.arange(0, BLOCK_V)
     seen = row < rows
-    # [rows]; a maximum that no part reaches keeps a row that saw nothing from -inf - (-inf)
+    # [rows]; a finite start, since -inf - (-inf) is NaN in a row with no visible key
     top = tl.full([BLOCK_ROWS], -1e300, tl.float64)
     for part in range(parts):
         top = tl.maximum(top, tl.load(lses_ptr + part * rows + row, mask=seen, other=float("-inf")))
@@ -33,12 +33,12 @@ def merge_kernel(
         outs = tl.load(outs_ptr + places, mask=seen[:, None] & (v[None, :] < V), other=0.0)
         total += weight[:, None] * outs.to(tl.float32)
         weights += weight
-    blind = weights == 0.0
-    weights = tl.where(blind, 1.0, weights)
+    empty = weights == 0.0
+    weights = tl.where(empty, 1.0, weights)
     out = (total / weights[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row[:, None] * V + v[None, :], out, mask=seen[:, None] & (v[None, :] < V))
     if tl.program_id(0) % blocks_v == 0:
-        lse = tl.where(blind, float("-inf"), top + tl.log(weights.to(tl.float64)))
+        lse = tl.where(empty, float("-inf"), top + tl.log(weights.to(tl.float64)))
         tl.store(lse_ptr + row, lse, mask=seen)
 
 

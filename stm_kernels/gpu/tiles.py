@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-# a maximum below every product: finite, so that a row of nothing but -inf weighs nothing
-LEAST_PRODUCT = tl.constexpr(-1e30)
+# a maximum below every product: finite, so that the weights of a row of nothing but -inf are 0
+MIN_PRODUCT = tl.constexpr(-1e30)
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def online_softmax(products, row_max, row_sum, scale_log2):
     """Fold a tile of dot products `[M, N]` into the running maximum and sum of exponentials `[M]`.
 
     The maximum is of the unscaled products, and subtracted before they are scaled: a large logit loses no digit. It
-    starts from LEAST_PRODUCT.
+    starts from MIN_PRODUCT.
     Returns the weights of the tile, their sums, the factor that shrinks what was summed before, and the new maximum and
     sum.
     """
@@ -59,6 +59,24 @@ def online_softmax(products, row_max, row_sum, scale_log2):
     shrink = tl.exp2((row_max - new_max) * scale_log2)
     sums = tl.sum(weights, 1)
     return weights, sums, shrink, new_max, row_sum * shrink + sums
+
+
+@triton.jit
+def store_read(out_ptr, lse_ptr, total, row_max, row_sum, rows, stored, first_v, V: tl.constexpr, scale,
+               BLOCK_V: tl.constexpr):  # fmt: skip
+    """Write a block `[M, V]` of a read to its `rows`, where `stored`, and beside its first channels the log-sum-exp.
+
+    Returns the sums `[M]` as divisors.
+    """
+    v = first_v + tl.arange(0, BLOCK_V)
+    # a row with no visible key has a sum of 0
+    divisor = tl.where(row_sum == 0.0, 1.0, row_sum)
+    out = (total / divisor[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + rows[:, None] * V + v[None, :], out, mask=stored[:, None] & (v[None, :] < V))
+    if first_v == 0:
+        lse = row_max.to(tl.float64) * scale + tl.log(divisor.to(tl.float64))
+        tl.store(lse_ptr + rows, tl.where(row_sum == 0.0, float("-inf"), lse), mask=stored)
+    return divisor
 
 
 @triton.jit

@@ -1,5 +1,5 @@
-"""The read by tensor descriptors, for GPUs whose copy engine fetches tiles by itself: the loop's loads may then run in
-warps of their own, beside those that multiply.
+"""The read with TMA loads (sm_90+), by tensor descriptors: the loads may then run in warps of their own, beside those
+that multiply.
 """
 
 import triton
@@ -9,7 +9,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stm_kernels.affinity import Affinity
 from stm_kernels.gpu.launch import Launch, affinity_arguments
-from stm_kernels.gpu.tiles import LEAST_PRODUCT, biased, memory_length, online_softmax
+from stm_kernels.gpu.tiles import MIN_PRODUCT, biased, memory_length, online_softmax, store_read
 from stm_kernels.gpu.tuning import ForwardTiles, padded
 
 ALIGNMENT = 16
@@ -35,7 +35,7 @@ def descriptor_read_kernel(
     query_key = tl.reshape(query_keys.load([b, first_m, 0]), [BLOCK_M, BLOCK_C])
     # [M, V]
     total = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    row_max = tl.full([BLOCK_M], LEAST_PRODUCT, tl.float32)
+    row_max = tl.full([BLOCK_M], MIN_PRODUCT, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     for first_n in tl.range(start, stop, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
         # [N, C]
@@ -50,18 +50,12 @@ def descriptor_read_kernel(
         total = tl.dot(weights.to(values.dtype), values, total * shrink[:, None])
 
     m = first_m + tl.arange(0, BLOCK_M)
-    v = first_v + tl.arange(0, BLOCK_V)
     rows = (tl.program_id(1).to(tl.int64) * B + b) * M + m
-    seen = tl.where(row_sum == 0.0, 1.0, row_sum)
-    out = (total / seen[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + rows[:, None] * V + v[None, :], out, mask=(m[:, None] < M) & (v[None, :] < V))
-    if first_v == 0:
-        lse = row_max.to(tl.float64) * scale + tl.log(seen.to(tl.float64))
-        tl.store(lse_ptr + rows, tl.where(row_sum == 0.0, float("-inf"), lse), mask=m < M)
+    store_read(out_ptr, lse_ptr, total, row_max, row_sum, rows, m < M, first_v, V, scale, BLOCK_V)
 
 
 def has_descriptors(*tensors: Tensor) -> bool:
-    """Whether the copy engine can fetch tiles of these: rows contiguous, and every row on a boundary of 16 bytes."""
+    """Whether TMA can load tiles of these: contiguous rows, each aligned to 16 bytes."""
     return all(
         tensor.stride(-1) == 1
         and tensor.data_ptr() % ALIGNMENT == 0

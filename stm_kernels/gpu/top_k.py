@@ -49,7 +49,7 @@ def group_max_kernel(
         # [M, N]
         products = tl.dot(queries, tl.trans(keys), input_precision="ieee")
         products = biased(products, key_bias_ptr, b * key_bias_stride_b, first_n + tl.arange(0, BLOCK_N), stop)
-        # what is no number counts as the greatest, as in a sort; a maximum would pass it over
+        # NaN counts as the greatest, as in a sort; tl.max would ignore it
         products = tl.where(products != products, float("inf"), products)
         maxima = tl.max(tl.reshape(products, [BLOCK_M, BLOCK_N // GROUP, GROUP]), 2)
         group = first_n // GROUP + tl.arange(0, BLOCK_N // GROUP)

@@ -24,8 +24,8 @@ class ForwardTiles:
     num_stages: int
     """Loop iterations whose loads are in flight."""
     kind: str = "portable"
-    """How tiles are fetched: "portable", by pointers; "descriptor", by the copy engine of sm_90 and later;
-    "warp-specialized", by that in warps of their own, on top of `num_warps`."""
+    """How tiles are loaded: "portable", by pointers; "descriptor", by TMA (sm_90+); "warp-specialized", by TMA in warps
+    of their own, beside `num_warps`."""
 
 
 @dataclass(frozen=True)
@@ -104,25 +104,25 @@ class SelectTiles:
 
 # 227 KiB of shared memory; every other GPU gets tiles that fit 99 KiB
 LARGE_TILES = ("sm_90", "sm_100", "sm_103")
-# where tiles are fetched by the copy engine if they can be
+# where tiles are loaded by TMA if their layout allows
 TMA_ARCHITECTURES = ("sm_90",)
 
 # logits written out at once: 2 GPU waves of tiles at M = 1620, and 128 MiB of bfloat16 scratch
 WRITTEN_LOGITS = 2**25
-LEAST_KEYS_PER_CHUNK = 1024
+MIN_KEYS_PER_CHUNK = 1024
 
-# maxima of groups kept at once: 128 MiB in float32; a row of them is selected from at once
+# maxima of groups kept at once: 128 MiB in float32; one selection takes a whole row of them
 KEPT_MAXIMA = 2**25
-MOST_GROUPS = 8192
-LEAST_GROUPS = 64
+MAX_GROUPS = 8192
+MIN_GROUPS = 64
 
 # value slices from which on the affinity is written out: three objects of 512 channels that share their keys
 STAGED_SLICES = 6
 
 # costs of a split, in memory positions that a program reads meanwhile: its start and end, a launch of the merge, and
 # the merge's traffic per value
-LEAST_KEYS_PER_SPLIT = 128
-MOST_SPLITS = 64
+MIN_KEYS_PER_SPLIT = 128
+MAX_SPLITS = 64
 KEYS_PER_START = 100
 KEYS_PER_MERGE = 200
 KEYS_PER_MERGED_VALUE = 1e-4
@@ -137,8 +137,8 @@ def forward_tiles(
         architecture: as `architecture_of` names it.
         dtype: of the inputs.
         C, V: key and value channels.
-        skips: whether values may be left out.
-        descriptors: whether the inputs lie so that the copy engine can fetch them.
+        skips: whether values may be dropped.
+        descriptors: whether the layout of the inputs allows TMA.
     """
     block_v = padded(V)
     if architecture == INTERPRETER:
@@ -157,7 +157,7 @@ def forward_tiles(
 
 def affinity_tiles(architecture: str, dtype: torch.dtype, C: int, *, skips: bool = False) -> AffinityTiles:
     """Choose the tile of a written affinity; `architecture` as `architecture_of` names it, C key channels, `skips`
-    where blocks of it may be left out.
+    where blocks of it may be dropped.
     """
     if architecture == INTERPRETER:
         return AffinityTiles(32, 32, 32, 4, 1)
@@ -193,7 +193,7 @@ def group_tiles(architecture: str, dtype: torch.dtype, C: int) -> GroupTiles:
 
 def select_tiles(architecture: str, width: int) -> SelectTiles:
     """Choose the tile of a selection among `width` columns: as many rows as fill the program's registers."""
-    block = min(MOST_GROUPS, padded(width))
+    block = min(MAX_GROUPS, padded(width))
     if architecture == INTERPRETER:
         return SelectTiles(32, block, 4)
     return SelectTiles(max(1, 2048 // block), block, max(4, block // 512))
@@ -201,12 +201,12 @@ def select_tiles(architecture: str, width: int) -> SelectTiles:
 
 def groups_per_chunk(queries: int) -> int:
     """Groups of memory positions whose maxima with all `queries` (B · M) are kept at once."""
-    return min(MOST_GROUPS, max(LEAST_GROUPS, KEPT_MAXIMA // queries))
+    return min(MAX_GROUPS, max(MIN_GROUPS, KEPT_MAXIMA // queries))
 
 
 def keys_per_chunk(queries: int) -> int:
     """Memory positions whose affinity with all `queries` (B · M) is written out at once."""
-    return max(LEAST_KEYS_PER_CHUNK, WRITTEN_LOGITS // queries // 128 * 128)
+    return max(MIN_KEYS_PER_CHUNK, WRITTEN_LOGITS // queries // 128 * 128)
 
 
 def padded(channels: int) -> int:
@@ -230,7 +230,7 @@ def forward_splits(tiles: ForwardTiles, B: int, M: int, N: int, V: int, multipro
     programs = triton.cdiv(V, tiles.block_v) * triton.cdiv(M, tiles.block_m) * B
     blocks = triton.cdiv(N, tiles.block_n)
     best = (math.inf, 1, blocks)
-    for splits in range(1, max(1, min(blocks * tiles.block_n // LEAST_KEYS_PER_SPLIT, MOST_SPLITS)) + 1):
+    for splits in range(1, max(1, min(blocks * tiles.block_n // MIN_KEYS_PER_SPLIT, MAX_SPLITS)) + 1):
         blocks_per_split = triton.cdiv(blocks, splits)
         splits = triton.cdiv(blocks, blocks_per_split)
         waves = triton.cdiv(programs * splits, multiprocessors)

@@ -159,7 +159,7 @@ class PagedMemory:
         """
         pages = self._pages.held()
         if pages and pages[-1][0].shape[1] < self.page_size:
-            # whoever writes a view writes all that it is a view of
+            # torch.save writes the whole storage of a view
             key, value = pages[-1]
             pages[-1] = (key.clone(), value.clone())
         return {"pages": pages, "on_device": len(self._pages.on_device)}
@@ -243,7 +243,7 @@ class PagedMemory:
         if not pages:
             return read_checked(options, query_key, *nothing)
         if options.implementation == "reference":
-            # a page from the host is lent for one turn only
+            # a page from the host is overwritten by a later one
             keys, values = zip(*((key.clone(), value.clone()) for key, value in self._pages.stream()))
             return read_checked(options, query_key, *autocast_inputs(torch.cat(keys, 1), torch.cat(values, 1)))
         if options.top_k is not None and pages > 1:
@@ -272,7 +272,7 @@ class PagedMemory:
         pages = self._pages.on_device
         addresses = [[tensor.data_ptr() for tensor in tensors] for tensors in zip(*pages)]
         if addresses != self._addresses:
-            # a kernel that followed the addresses of pages given back would read what is another's now
+            # a kernel must not follow the addresses of pages that were freed
             self._addresses, self._table = addresses, torch.tensor(addresses, device=self.device)
         keys, values = self._table
         table = PageTable(keys, values, self.page_size, min(len(self), len(pages) * self.page_size))
@@ -281,9 +281,9 @@ class PagedMemory:
         return ReadResult(*triton_read(affinity, value, options.dropped, table)[:3])
 
     def _read_top_k(self, query_key: Tensor, options: ReadOptions) -> ReadResult:
-        """The read of the `top_k` best positions of all pages, which are gone through twice.
+        """The read of the `top_k` best positions of all pages, in two passes over the pages.
 
-        Each page selects; the best of all selections are the best of all, and are weighed page by page.
+        Each page selects its best; the best of these are the best of all, and are read page by page.
         """
         if query_key.requires_grad and torch.is_grad_enabled():
             raise ValueError("query_key: expected no gradients of top_k in several pages, got requires_grad=True")
@@ -292,7 +292,7 @@ class PagedMemory:
         positions = logits.int()
         for key, _ in self._pages.stream():
             page_positions, page_logits, shift = select(options, query_key, *autocast_inputs(key))
-            # the earlier of two equal ones stands first, and a stable sort keeps it there
+            # ties go to the earlier position, which stands first in a stable sort
             logits, order = torch.cat([logits, page_logits], 2).sort(dim=2, descending=True, stable=True)
             positions = torch.cat([positions, page_positions + start], 2).gather(2, order[..., :k])
             logits, start = logits[..., :k], start + key.shape[1]

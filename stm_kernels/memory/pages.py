@@ -68,15 +68,16 @@ class Pages:
     def stream(self, first_page: int = 0) -> Iterator[Page]:
         """What is held from a page on, page by page, on the device.
 
-        A page from the host is copied while the caller reads the one before, and lent until the next one is asked for.
+        A page from the host is copied while the caller reads the one before, and overwritten after the next one.
         """
         parts, devices = self.held(), len(self.on_device)
         yield from parts[first_page:devices]
         host = parts[max(first_page, devices) :]
         if host and self.device.type == "cuda":
             self._staging = self._staging or Staging([self.new_page() for _ in range(2)])
-            host = self._staging.stream(host)
-        yield from host
+            yield from self._staging.stream(host)
+        else:
+            yield from host
 
     def truncate(self, length: int) -> None:
         """Forget the positions from `length` on; their pages stay for the next ones."""
@@ -143,9 +144,9 @@ class Staging:
         self.read = [torch.cuda.Event() for _ in buffers]
 
     def stream(self, parts: list[Page]) -> Iterator[Page]:
-        """The parts of host pages, one after the other, each in one of the buffers until the next is asked for."""
+        """The parts of host pages, one after the other, each valid until the next one is asked for."""
         reader = torch.cuda.current_stream(self.device)
-        # what read the buffers last must be done with them
+        # earlier reads of the buffers must be done
         self.copies.wait_stream(reader)
         staged = [self._copy(0, parts[0])]
         for index in range(len(parts)):

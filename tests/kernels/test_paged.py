@@ -222,6 +222,44 @@ def test_one_launch_walks_over_the_pages(monkeypatch, device, skip, parts):
     assert (out - expected).abs().amax() <= slack
 
 
+def test_the_dropped_mass_of_pages_is_a_share_of_all(device):
+    problem = make_problem(1, 40, 300, 32, 48, dtype=torch.float64, peak=5.0)
+    query_key = problem.query_key[:, :1].repeat(1, 40, 1)
+    memory = PagedMemory(1, 32, 48, page_size=100, dtype=torch.float64)
+    memory.append(problem.memory_key, problem.memory_value)
+    options = {"skip": 0.3, "return_lse": True, "return_skipped": True}
+    _, lse, skipped = memory.read(query_key, **options)
+    parts = zip(problem.memory_key.split(100, 1), problem.memory_value.split(100, 1))
+    reads = [memory_read(query_key, key, value, **options) for key, value in parts]
+    expected = sum((part_lse - lse).exp() * part for _, part_lse, part in reads)
+    assert all(part.max() > 0 for *_, part in reads)
+    torch.testing.assert_close(skipped.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_a_kernel_never_follows_the_addresses_of_freed_pages(device):
+    problem = make_problem(1, 20, 384, 32, 48, device=device)
+    memory = PagedMemory(1, 32, 48, page_size=128, device=device)
+
+    def read_everything() -> None:
+        out = memory.read(problem.query_key, implementation="triton")
+        keys, values = held_by(memory)
+        expected = memory_read(problem.query_key, keys.to(device), values.to(device), implementation="reference")
+        torch.testing.assert_close(out, expected)
+
+    memory.append(problem.memory_key, problem.memory_value)
+    read_everything()
+    # held on to, so that new pages get other addresses
+    freed = list(memory._pages.on_device)
+    memory.drop(383)
+    memory.free_unused()
+    for page in freed[1:]:
+        for tensor in page:
+            tensor.fill_(torch.nan)
+    # as many pages as before
+    memory.append(problem.memory_key[:, 1:].flip(1), problem.memory_value[:, 1:].flip(1))
+    read_everything()
+
+
 def test_gradients_by_the_query_are_read_page_by_page(device):
     problem = make_problem(1, 20, 300, 32, 48, device=device)
     memory = PagedMemory(1, 32, 48, page_size=128, device=device)

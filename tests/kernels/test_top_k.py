@@ -142,6 +142,20 @@ def test_a_query_that_sees_nothing_reads_nothing(implementation):
         assert not any(found[f"grad_{name}"][item].any() for name in ("query_key", "memory_key", "memory_value"))
 
 
+@pytest.mark.parametrize("width", [4, 40], ids=["a whole tile", "several tiles"])
+@pytest.mark.parametrize("first, second", [(-0.0, 0.0), (0.0, -0.0)])
+def test_the_kernel_holds_minus_zero_equal_to_zero(monkeypatch, width, first, second):
+    kernels, tuning = pytest.importorskip("stm_kernels.gpu.top_k"), pytest.importorskip("stm_kernels.gpu.tuning")
+    monkeypatch.setattr(tuning, "MAX_GROUPS", 16)
+    device = device_of("triton")
+    values = torch.full((3, width), -1.0, device=device)
+    values[:, 1], values[:, -1] = first, second
+    best, chosen = torch.empty(3, 1, device=device), torch.empty(3, 1, dtype=torch.int32, device=device)
+    architecture = pytest.importorskip("stm_kernels.gpu.launch").architecture_of(values.device)
+    kernels.select_launch(values, None, best, chosen, architecture).run(values.device)
+    assert (chosen == 1).all() and not best.any()
+
+
 @each_implementation
 def test_key_that_is_no_number_shows(implementation):
     problem = replace(make_problem(1, 4, 130, 16, 8, device=device_of(implementation)), top_k=3)
@@ -179,7 +193,7 @@ def test_chunks_and_long_rows(monkeypatch, implementation):
     if implementation == "triton":
         kernels, tuning = pytest.importorskip("stm_kernels.gpu.top_k"), pytest.importorskip("stm_kernels.gpu.tuning")
         monkeypatch.setattr(kernels, "groups_per_chunk", lambda queries: 3)
-        monkeypatch.setattr(tuning, "MOST_GROUPS", 16)
+        monkeypatch.setattr(tuning, "MAX_GROUPS", 16)
     problem = make_problem(2, 4, 110, 16, 8, device=device_of(implementation))
     for k in (4, 60):
         assert_chosen(whole_numbered(problem, k), implementation)

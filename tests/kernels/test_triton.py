@@ -8,7 +8,7 @@ import torch
 
 import stm_kernels.gpu.backward as backward
 import stm_kernels.gpu.forward as forward
-from bench.tiles import affinity_candidates, forward_candidates, read_with
+from bench.gpu_checks import backward_tiles_of, chosen, tiles_of
 from stm_kernels import memory_read
 from stm_kernels.gpu.launch import architecture_of
 from stm_kernels.gpu.merge import triton_merge
@@ -62,17 +62,20 @@ def test_the_affinity_is_written_out_for_many_values(monkeypatch, device, dtype,
 
 @pytest.mark.parametrize("skip", [0.0, 1e-3])
 @pytest.mark.parametrize("positions_per_split", [32, 64, 4096])
-def test_every_candidate_and_every_split_is_exact(monkeypatch, device, skip, positions_per_split):
-    monkeypatch.setattr(
-        forward, "forward_splits", lambda *arguments: (-(-70 // positions_per_split), positions_per_split)
-    )
+def test_tiles_worth_measuring_are_exact_with_any_split(device, skip, positions_per_split):
     problem = make_problem(1, 40, 70, 16, 24, dtype=torch.float16, device=device)
-    architecture = architecture_of(torch.device(device))
-    for tiles in forward_candidates(architecture, torch.float16, 16, 24, skip > 0, True):
-        if positions_per_split % tiles.block_n == 0:
-            assert_exact(problem, read_with(tiles, skip=skip), gradients=False)
-    for tiles in affinity_candidates(architecture, torch.float16, 16, skip > 0):
-        assert_exact(problem, read_with(backward=tiles, skip=skip))
+    for tiles in tiles_of(problem.query_key.device, torch.float16, 16, 24):
+        if not skip or tiles.kind == "portable":
+            with chosen(forward=tiles, positions_per_split=positions_per_split):
+                assert_exact(problem, read_by("triton", skip=skip), gradients=False)
+
+
+@pytest.mark.parametrize("skip", [0.0, 1e-3])
+def test_tiles_of_the_backward_worth_measuring_are_exact(device, skip):
+    problem = make_problem(1, 40, 70, 16, 24, dtype=torch.float16, device=device)
+    for tiles in backward_tiles_of(problem.query_key.device, torch.float16, 16):
+        with chosen(backward=tiles):
+            assert_exact(problem, read_by("triton", skip=skip))
 
 
 @pytest.mark.parametrize("channel_major", [False, True], ids=["token_major", "channel_major"])
