@@ -1,6 +1,6 @@
 """The read, its backward and the usage as PyTorch operators: what compile, autograd, autocast and vmap see of them.
 
-An operator of torch.library takes tensors and numbers, no dataclass: `read`, `select` and `usage` flatten the options,
+An operator of torch.library takes tensors and numbers, no dataclass: `read` and `usage` flatten the options,
 `_affinity_of` restores the affinity.
 """
 
@@ -31,8 +31,12 @@ def read(options: ReadOptions, query_key: Tensor, memory_key: Tensor, memory_val
 def select(options: ReadOptions, query_key: Tensor, memory_key: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """The positions that a top-k read weighs, their logits, and what `shift_back` takes from their log-sum-exp."""
     key_bias, lengths, scale, shift = _flat(options, query_key, memory_key)
-    settings = (scale, options.top_k or 0, options.implementation)
-    return *select_operator(query_key, memory_key, key_bias, lengths, *settings), shift
+    affinity, k = _affinity_of(query_key, memory_key, key_bias, lengths, scale), options.top_k or 0
+    if not query_key.numel():
+        nothing = query_key.new_zeros(*query_key.shape[:2], min(k, memory_key.shape[1]))
+        return nothing.int(), nothing.to(wide_dtype(query_key.dtype)), shift
+    on_gpu = resolve_implementation(options.implementation, query_key) == "triton"
+    return *_select_of(on_gpu)(affinity, k), shift
 
 
 def usage(options: ReadOptions, lse: Tensor | None, query_key: Tensor, memory_key: Tensor) -> Tensor:
@@ -218,34 +222,6 @@ def _refuse(ctx, *grads):
 
 read_operator.register_autograd(_differentiate, setup_context=_save)
 backward_operator.register_autograd(_refuse)
-
-
-@torch.library.custom_op("stm_kernels::memory_select", mutates_args=())
-def select_operator(
-    query_key: Tensor,
-    memory_key: Tensor,
-    key_bias: Optional[Tensor],  # noqa: UP045
-    lengths: Optional[Tensor],  # noqa: UP045
-    scale: float,
-    top_k: int,
-    implementation: str,
-) -> tuple[Tensor, Tensor]:
-    """The positions `[B, M, min(top_k, N)]` that a top-k read weighs, and their logits, as `topk.Select` has them."""
-    affinity = _affinity_of(query_key, memory_key, key_bias, lengths, scale)
-    if min(*query_key.shape, *memory_key.shape) == 0:
-        indices, logits = _empty_selection(query_key, memory_key, top_k)
-        return indices.zero_(), logits.fill_(float("-inf"))
-    return _select_of(resolve_implementation(implementation, query_key) == "triton")(affinity, top_k)
-
-
-@select_operator.register_fake
-def _(query_key, memory_key, key_bias, lengths, scale, top_k, implementation):
-    return _empty_selection(query_key, memory_key, top_k)
-
-
-def _empty_selection(query_key: Tensor, memory_key: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    shape = *query_key.shape[:2], torch.sym_min(top_k, memory_key.shape[1])
-    return query_key.new_empty(shape, dtype=torch.int32), query_key.new_empty(shape, dtype=wide_dtype(query_key.dtype))
 
 
 @torch.library.custom_op("stm_kernels::memory_usage", mutates_args=())

@@ -91,7 +91,8 @@ def append_and_read(rank, ranks):
     problem = make_problem(B, M, N, C, V, peak=3.0)
     memory = DistributedMemory(B, C, V, page_size=8)
     lengths = []
-    for key, value in zip(problem.memory_key.split(7, 1), problem.memory_value.split(7, 1)):
+    # of as many positions as a multiple of the ranks: frames are dealt out, not positions
+    for key, value in zip(problem.memory_key.split(6, 1), problem.memory_value.split(6, 1)):
         memory.append(key, value)
         lengths.append((len(memory), len(memory.shard)))
     return memory.read(problem.query_key, return_lse=True), lengths
@@ -103,8 +104,8 @@ def test_frames_are_dealt_out(tmp_path):
     expected = memory_read(problem.query_key, problem.memory_key, problem.memory_value, return_lse=True)
     for result, lengths in found:
         torch.testing.assert_close(result, expected)
-        assert [whole for whole, _ in lengths] == [*range(7, 60, 7), 60]
-    assert [lengths[-1][1] for _, lengths in found] == [21, 21, 18]
+        assert [whole for whole, _ in lengths] == [*range(6, 61, 6)]
+    assert [lengths[-1][1] for _, lengths in found] == [24, 18, 18]
 
 
 def read_until_one_dies(rank, ranks):

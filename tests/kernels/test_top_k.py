@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import stm_kernels.cpu.top_k as cpu_top_k
 from stm_kernels import PagedMemory, memory_read, memory_usage
 from stm_kernels.affinity import Affinity
-from stm_kernels.operator import backward_operator, read_operator, select_operator
+from stm_kernels.operator import backward_operator, read_operator
 from stm_kernels.testing import assert_exact, extra_memory, make_problem, make_tie_problem, read_by, results
 
 CHUNKED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -273,8 +273,6 @@ def test_opcheck(implementation):
     out, lse, skipped, choice = read_operator(*inputs, lengths, *settings)
     grads = (torch.randn_like(out), torch.randn_like(lse))
     torch.library.opcheck(backward_operator, (*grads, *inputs, lengths, out, lse, skipped, choice, *settings))
-    query_key, memory_key, _, key_bias = inputs
-    torch.library.opcheck(select_operator, (query_key, memory_key, key_bias, lengths, 0.3, 4, implementation))
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -375,6 +373,12 @@ def test_pages_are_read_as_one_memory(implementation, dtype, page_size):
         assert (one - true).abs().max() <= (other - true).abs().max() + roundings * true.abs().max()
     gathered = memory.read(problem.query_key, implementation="reference", **options)
     assert gathered[0].equal(memory_read(*tensors, implementation="reference", **options)[0])
+
+
+def test_no_queries_read_nothing_of_pages():
+    problem = make_problem(2, 0, 12, 4, 3)
+    out, lse = in_pages(problem, 5).read(problem.query_key, top_k=3, return_lse=True)
+    assert out.shape == (2, 0, 3) and lse.shape == (2, 0)
 
 
 def test_pages_are_not_differentiated():
