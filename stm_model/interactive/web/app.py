@@ -111,7 +111,8 @@ def _add_actions(app: FastAPI, workbench: Workbench) -> None:
             raise Refused(f"unknown action {action!r}; expected one of {', '.join(ACTIONS)}")
         arguments = [_field(content, name, kind) for name, kind in ACTIONS[action].items()]
         await run_in_threadpool(getattr(workbench, action), tab, *arguments)
-        return JSONResponse(workbench.status(tab))
+        # status waits for the session: not in the event loop, which serves pictures meanwhile
+        return JSONResponse(await run_in_threadpool(workbench.status, tab))
 
 
 def _add_files(app: FastAPI, workbench: Workbench) -> None:
@@ -135,7 +136,7 @@ def _add_files(app: FastAPI, workbench: Workbench) -> None:
                         raise Refused(f"upload: expected at most {workbench.upload_bytes >> 20} MiB")
                     file.write(chunk)
             await run_in_threadpool(take, tab, path, name)
-        return JSONResponse(workbench.status(tab))
+        return JSONResponse(await run_in_threadpool(workbench.status, tab))
 
 
 def _tab(request: Request) -> str:

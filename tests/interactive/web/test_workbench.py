@@ -236,6 +236,43 @@ def test_rounds_over_the_wire(client, workbench, clip):
     assert np.array_equal(workbench.session.masks(), masks)
 
 
+def test_pictures_are_served_while_a_request_waits_for_the_session(server, workbench, monkeypatch):
+    import anyio
+    from httpx2 import ASGITransport, AsyncClient
+
+    app, current = server
+    current.workbench = workbench
+    tab = {"x-stm-tab": "one"}
+    # an action that does not wait itself: the status after it does
+    monkeypatch.setattr(workbench, "leave", lambda tab: None)
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold():
+        with workbench._editing("one", changes=False):
+            held.set()
+            go_on.wait(60)
+
+    async def ask():
+        async with AsyncClient(transport=ASGITransport(app), base_url="http://testserver") as client:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(lambda: client.post("/stm/do/leave", headers=tab))
+                await anyio.sleep(0.2)
+                answer = await client.get("/stm/frame/0")
+                assert not go_on.is_set()
+                go_on.set()
+        return answer
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(60)
+    # without an answer the session is let go in the end, and the assertion in `ask` fails
+    timer = threading.Timer(10, go_on.set)
+    timer.start()
+    assert anyio.run(ask).status_code == 200
+    timer.cancel()
+    thread.join()
+
+
 def test_another_video_can_be_opened(client, workbench, video):
     client.post("/stm/do/scribble", json={"frame": 1, "object": 1, "path": STROKE})
     name = "../../etc/my walk?.mp4"
