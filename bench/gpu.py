@@ -100,7 +100,7 @@ class Report:
         ceiling = self.content["ceilings"].get(f"matmul {result.get('dtype')}", {}).get("tflops")
         if ceiling and "tflops" in result:
             result["share_of_matmul"] = result["tflops"] / ceiling
-        naive = self.content["reads"].get(name.rsplit(", ", 1)[0] + ", naive", {})
+        naive = self.content["reads"].get(", ".join([*name.split(", ")[:2], "naive"]), {})
         if section == "reads" and "seconds" in naive and "seconds" in result:
             result["times_naive_speed"] = naive["seconds"] / result["seconds"]
             result["share_of_naive_extra_memory"] = result["extra_bytes"] / max(1, naive["extra_bytes"])

@@ -139,9 +139,9 @@ def _checks(device: torch.device, dtype: torch.dtype, tiny: bool) -> dict[str, C
         checks[f"{splits} splits"] = lambda splits=splits: _with_splits(make(odd), splits)
     # channels of whole 16 bytes: tiles that need descriptors get them
     whole = (*odd[:3], odd[3] // 8 * 8, odd[4] // 8 * 8)
-    for index in range(1, len(tiles_of(device, dtype, *sizes[3:]))):
+    for index in range(1, len(tiles_of(device, dtype, *whole[3:]))):
         checks[f"tile {index}"] = lambda index=index: _with_tiles(make(whole), index, "forward")
-    for index in range(1, len(backward_tiles_of(device, dtype, sizes[3]))):
+    for index in range(1, len(backward_tiles_of(device, dtype, odd[3]))):
         checks[f"backward tile {index}"] = lambda index=index: _with_tiles(make(odd), index, "backward")
     return checks
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -141,14 +141,18 @@ class Reads:
         each other; readers that take long to compile come last.
         """
         quickly = [reader for reader in PEERS if reader not in SLOW_TO_COMPILE]
-        first, tasks = sizes(self.tiny, True), {}
-        for measured, readers in ((first, quickly), (None, ()), (first, SLOW_TO_COMPILE),
-                                  (sizes(self.tiny, quick), [*quickly, *SLOW_TO_COMPILE])):  # fmt: skip
-            tasks |= self._tile_tasks(first) if measured is None else {
+        first, every = sizes(self.tiny, True), sizes(self.tiny, quick)
+
+        def cells(measured: list[Size], readers: Sequence[str]) -> dict[str, Task]:
+            return {
                 f"{direction}, {size}, {reader}": partial(self.cell, size, direction, reader)
-                for size in measured for direction in DIRECTIONS for reader in readers
-            }  # fmt: skip
-        return tasks
+                for size in measured
+                for direction in DIRECTIONS
+                for reader in readers
+            }
+
+        tasks = cells(first, quickly) | self._tile_tasks(first) | cells(first, SLOW_TO_COMPILE)
+        return tasks | cells(every, quickly) | cells(every, SLOW_TO_COMPILE)
 
     def _tile_tasks(self, first: list[Size]) -> dict[str, Task]:
         tasks: dict[str, Task] = {}
@@ -168,6 +172,8 @@ class Reads:
         where = {"M": size.M, "T": size.T, "B": size.B, "direction": direction, "reader": reader}
         where["dtype"] = name_of(self.dtype)
         if not self.tiny:
+            # what is held of another size is let go first
+            held("size", (size, self, False), lambda: None)
             needed = size.needed_bytes(self.dtype, direction, read is naive)
             free = torch.cuda.get_device_properties(self.device).total_memory - torch.cuda.memory_allocated(self.device)
             if needed > 0.95 * free:

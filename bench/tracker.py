@@ -23,7 +23,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -131,9 +131,8 @@ def agreement(device: str, objects: int, size: tuple[int, int]) -> float:
     frames, labels = procedural_clip(12, size, objects, seed=0)
     masks = {}
     for version in VERSIONS:
-        tracker = build_tracker(
-            version, network_of("default"), device, "every:5", size=network_size(None, None, frames.shape[1:3])
-        )
+        own = network_size(None, None, frames.shape[1:3])
+        tracker = build_tracker(version, network_of("default"), device, "every:5", size=own)
         masks[version] = [result.labels for result in tracker.track(frames, {0: labels[0]})]
     return min(
         region_similarity(ours == label, naive == label)
@@ -171,7 +170,6 @@ class Clock:
     def timed(self, name: str, function: Callable) -> Callable:
         """The function, what it takes counted."""
 
-        @wraps(function)
         def call(*arguments: Any, **settings: Any) -> Any:
             with self.stage(name):
                 return function(*arguments, **settings)
