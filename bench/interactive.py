@@ -35,7 +35,7 @@ from stm_model.interactive.web.workbench import Workbench
 from stm_model.io.images import resize_frame
 from stm_model.io.video import VideoWriter, open_video
 from stm_model.network import STM
-from stm_model.network.weights import DEFAULT_INTERACTIVE_WEIGHTS, network_size
+from stm_model.network.weights import DEFAULT_INTERACTIVE_WEIGHTS, chosen_side
 
 MAX_FRAMES = 300
 SCRUBBED = 60
@@ -168,7 +168,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"interactive: {error}", file=sys.stderr)
         return 2
-    size = network_size(None, None, footage.size)
+    size = chosen_side(None, None, footage.size)
     workbench = Workbench(
         footage,
         lambda footage: ScribbleSession(model, footage.frames, size=size),

@@ -46,11 +46,11 @@ from stm_kernels import PagedMemory
 from stm_kernels.testing import make_problem
 from stm_model import STM, STMConfig
 from stm_model.data.synthetic import procedural_clip
-from stm_model.io.images import write_mask
+from stm_model.io.masks import write_mask
 from stm_model.io.video import VideoWriter
 from stm_model.network.weights import write_tensors
-from stm_model.tracking.budget import EVICTIONS, MemoryBudget, budget_page
-from stm_model.tracking.memory import MemoryBank, MemoryRule
+from stm_model.tracking.budget import EVICTIONS, MemoryBudget, MemoryRule, budget_page
+from stm_model.tracking.memory import MemoryBank
 from stm_model.training.state import initialize
 
 SECTIONS = ("frames", "exact", "run")
@@ -211,7 +211,7 @@ def our_memory(
     @torch.inference_mode()
     def append(key: Tensor, value: Tensor, query: Tensor) -> None:
         index = next(indices)
-        bank.remember(index, [index == 0], [True], bank.wanted(index, [index == 0], [True]), key, value)
+        bank.remember(index, bank.wanted(index, [index == 0], [True]), key, value)
 
     @torch.inference_mode()
     def step(key: Tensor, value: Tensor, query: Tensor) -> None:

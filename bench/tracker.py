@@ -43,13 +43,14 @@ from stm_kernels import PagedMemory
 from stm_model import STM, Tracker
 from stm_model.data.synthetic import procedural_clip
 from stm_model.evaluation.metrics import region_similarity
-from stm_model.io.images import overlay, write_mask
-from stm_model.io.threads import Ahead, Behind
+from stm_model.io.images import overlay
+from stm_model.io.masks import write_mask
+from stm_model.io.threads import Prefetch, Writer
 from stm_model.io.video import VideoWriter, open_video
 from stm_model.network import Query
-from stm_model.network.weights import network_size
+from stm_model.network.weights import chosen_side
 from stm_model.runtime import default_dtype
-from stm_model.tracking.memory import MemoryRule
+from stm_model.tracking.budget import MemoryRule
 from stm_model.tracking.tracker import FrameResult
 from stm_model.training.state import initialize
 
@@ -131,7 +132,7 @@ def agreement(device: str, objects: int, size: tuple[int, int]) -> float:
     frames, labels = procedural_clip(12, size, objects, seed=0)
     masks = {}
     for version in VERSIONS:
-        own = network_size(None, None, frames.shape[1:3])
+        own = chosen_side(None, None, frames.shape[1:3])
         tracker = build_tracker(version, network_of("default"), device, "every:5", size=own)
         masks[version] = [result.labels for result in tracker.track(frames, {0: labels[0]})]
     return min(
@@ -230,7 +231,7 @@ class Pipeline:
 
     def side_by_side(self) -> Iterator[None]:
         """Track with decoding and writing in threads of their own; every step is one frame."""
-        with Ahead(self.source) as ahead, Behind(self.write) as behind:
+        with Prefetch(self.source) as ahead, Writer(self.write) as behind:
             for frame in ahead:
                 self.waiting.append(frame)
                 result = next(self.track)

@@ -1,40 +1,44 @@
-"""Work spread over the processes that torchrun starts."""
+"""The processes that torchrun starts: which one this is, where it runs, and what they tell each other."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import distributed
+
+from stm_model.runtime import OtherRankFailed
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
 
 TIMEOUT = timedelta(days=1)
-"""Longest wait of a rank for one with longer videos."""
-
-
-class OtherRankFailed(Exception):
-    """Raised in a rank that waits for one that ended; that one says why."""
+"""How long a rank waits for one with longer videos."""
 
 
 class Ranks:
-    """This process among those of a run; alone unless torchrun started it."""
+    """This process among those of a run; alone unless torchrun started it. A context manager.
 
-    def __init__(self):
+    Args:
+        backend: `nccl` where GPUs share gradients.
+        timeout: how long a rank waits for another; None is the backend's default.
+    """
+
+    def __init__(self, backend: str = "gloo", timeout: timedelta | None = TIMEOUT):
+        self.backend, self.timeout = backend, timeout
         self.count = int(os.environ.get("WORLD_SIZE", 1))
         self.index = int(os.environ.get("RANK", 0))
         self.own_group = self.count > 1 and not distributed.is_initialized()
 
     def __enter__(self) -> Ranks:
         if self.own_group:
-            distributed.init_process_group("gloo", timeout=TIMEOUT)
+            distributed.init_process_group(self.backend, timeout=self.timeout)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.own_group:
             distributed.destroy_process_group()
 
@@ -44,8 +48,8 @@ class Ranks:
         return self.index == 0
 
     def device(self, asked: str | None) -> str | None:
-        """Where this rank runs: as asked, else on the GPU of its own number on this machine, if there are any."""
-        if asked is None and self.count > 1 and torch.cuda.is_available():
+        """Where this rank runs: as asked; where no GPU is named, on the one of its own number, if there are any."""
+        if asked in (None, "cuda") and self.count > 1 and torch.cuda.is_available():
             return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
         return asked
 
@@ -79,4 +83,4 @@ class Ranks:
 
     def on_first(self, work: Callable[[], Result]) -> Result:
         """Run `work` in the first process alone and return its result in all of them; raises as `each`."""
-        return self.each(lambda: work() if self.first else None)[0]
+        return cast(Result, self.each(lambda: work() if self.first else None)[0])

@@ -1,20 +1,55 @@
-"""Where the network runs and with which numbers, unless the caller says otherwise; what its process holds."""
+"""Where the network runs and in which number format; what its process holds; errors as one line."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-import torch
+# torch is imported where it is used: the commands' options are read without it
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions:
+    """Which network runs, where and how: options that several commands share."""
+
+    checkpoint: Path | None = None
+    """A released .pth or our .safetensors; None takes the weights that come with the package."""
+    size: int | None = None
+    """Shorter side in pixels at which the network runs. None takes the video's own; with the package's weights at most
+    240, the size they were trained on. Masks always have the video's size."""
+    device: str | None = None
+    """Where to run, like cpu or cuda:0; None takes the GPU if there is one."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Number format of the network; None takes bfloat16 where the device computes it natively, else float32."""
 
 
 def default_device() -> torch.device:
     """The GPU if there is one, else the CPU."""
+    import torch
+
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """A device by its name, the default one for None. Raises a ValueError where it cannot be used."""
+    import torch
+
+    try:
+        found = default_device() if device is None else torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {device} cannot be used here ({one_line(error)})") from error
+    return found
 
 
 def default_dtype(device: str | torch.device) -> torch.dtype:
     """bfloat16 where the device computes it natively, else float32."""
+    import torch
+
     device = torch.device(device)
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -23,6 +58,11 @@ def default_dtype(device: str | torch.device) -> torch.dtype:
     else:
         native = False
     return torch.bfloat16 if native else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def held_process_memory() -> int | None:
@@ -49,3 +89,19 @@ def _status_bytes(field_name: str) -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field_name + ":")), None)
+
+
+class OtherRankFailed(Exception):
+    """Raised in a process of torchrun's that waits for one that ended; that one says why."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of the process or of a GPU ran out."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, as one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).strip().partition("\n")[0].split()) or type(error).__name__

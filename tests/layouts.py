@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from stm_model.io import images
+from stm_model.io.masks import write_mask
 
 
 def write_video(
@@ -22,7 +23,7 @@ def write_video(
     for index, (frame, mask) in enumerate(zip(frames, labels)):
         images.write_image(frames_folder / f"{name.format(index)}.jpg", frame)
         if masks is None or index in masks:
-            images.write_mask(masks_folder / f"{name.format(index)}.png", mask)
+            write_mask(masks_folder / f"{name.format(index)}.png", mask)
 
 
 def write_davis(root: Path, clips: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Path:

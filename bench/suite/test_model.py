@@ -15,7 +15,7 @@ from stm_model import STM
 from stm_model.data.synthetic import procedural_clip
 from stm_model.evaluation.metrics import region_similarity
 from stm_model.network import fold_batch_norm
-from stm_model.network.weights import network_size
+from stm_model.network.weights import chosen_side
 from stm_model.runtime import default_dtype
 
 OBJECTS = 2
@@ -78,7 +78,7 @@ def test_tracked_frame(race: Callable, quick: bool) -> None:
     masks, tracks = {}, {}
     for version in ("naive", "default"):
         # at the size that these weights were trained on, as `stm track` runs them
-        size = network_size(None, None, frames.shape[1:3])
+        size = chosen_side(None, None, frames.shape[1:3])
         tracker = build_tracker(version, network_of("default"), "cpu", "every:5", size=size)
         masks[version] = [result.labels for result in tracker.track(frames[:4], {0: labels[0]})]
         steady = build_tracker(version, network_of("default"), "cpu", steady_memory(5))

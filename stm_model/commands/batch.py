@@ -1,9 +1,10 @@
-"""Many videos tracked by one command, spread over the processes that torchrun starts: `stm track LIST`."""
+"""`stm track LIST`: many videos by one command, spread over the processes that torchrun starts."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 import shlex
 import traceback
@@ -15,11 +16,13 @@ from typing import Any
 from tqdm import tqdm
 
 from stm_model import STM
-from stm_model.commands.track import finished, load_model, make_tracker, track_video
+from stm_model.commands.exits import BAD_INPUT, fail
+from stm_model.commands.track import TrackConfig, finished, make_tracker, track_video
 from stm_model.distributed import Ranks
 from stm_model.io.files import write_json
 from stm_model.io.video import open_video
-from stm_model.tracking.run import INTERRUPTED, is_out_of_memory, is_output_of, one_line, plain_settings
+from stm_model.runtime import is_out_of_memory, one_line
+from stm_model.tracking.folder import INTERRUPTED, SUMMARY, is_output_of, plain_settings
 
 COMMAND = "track list"
 
@@ -41,7 +44,7 @@ class Job:
     """One video with all settings."""
 
     name: str
-    config: Any
+    config: TrackConfig
     """The settings of the command, for this video alone."""
     earlier: dict[str, Any] | None = None
     """Summary of an earlier run that finished it with the same settings."""
@@ -85,17 +88,31 @@ def _listed(words: list[str], folder: Path) -> ListedVideo:
         raise ValueError(f"expected VIDEO MASK [NAME] (quotes around spaces), got {len(words)} words")
     video, mask = ((folder / word).resolve() for word in words[:2])
     name = words[2] if len(words) == 3 else video.name if video.is_dir() else video.stem
-    if Path(name).name != name or name in ("", "..", "summary.json"):
+    if Path(name).name != name or name in ("", "..", SUMMARY):
         raise ValueError(f"expected the name of a folder among the results, got {name!r}")
     return ListedVideo(name, video, mask)
 
 
-def track_list(config: Any) -> dict[str, Any]:
+def track_all(config: TrackConfig) -> int:
+    """Track the videos of a list and print what became of each; the exit code.
+
+    Raises:
+        ValueError, OSError, KeyboardInterrupt: as `track_list`.
+    """
+    summary = track_list(config)
+    if Ranks().first:
+        print(json.dumps(summary, indent=2) if config.json else describe(summary))
+        for name, record in summary["videos"].items():
+            if record["state"] == "failed":
+                fail(f"{name}: {record['reason']}", BAD_INPUT)
+    return BAD_INPUT if summary["failed"] else 0
+
+
+def track_list(config: TrackConfig) -> dict[str, Any]:
     """Track the videos of a list, each into a folder of its own; what an earlier run finished is left as it is.
 
     Args:
-        config: the settings, those of `stm track`; `video` is the list, `out` gets a folder for each video and a
-            summary.json.
+        config: the settings; `video` is the list, `out` gets a folder for each video and a summary.json.
 
     Returns:
         What summary.json holds, in every process: the state of each video (done, failed, unfinished), why it failed,
@@ -105,12 +122,12 @@ def track_list(config: Any) -> dict[str, Any]:
         ValueError: the list or the settings make no sense, or the results of an earlier run had others.
         KeyboardInterrupt: also after the video at hand was interrupted; what is done is kept.
     """
-    load = functools.cache(load_model)
     with Ranks() as ranks:
+        device = ranks.device(config.device)
+        load = functools.cache(lambda: STM.load(config.checkpoint, device=device, dtype=config.dtype))
         jobs = ranks.on_first(lambda: _prepare(config, load))
         records = {job.name: _record(job.earlier) | {"earlier": True} for job in jobs if job.earlier}
         mine = ranks.share([job for job in jobs if not job.earlier], lambda job: max(job.frames, 1))
-        device = ranks.device(config.device)
 
         def work() -> dict[str, dict[str, Any]]:
             for number, job in enumerate(mine, 1):
@@ -124,24 +141,25 @@ def track_list(config: Any) -> dict[str, Any]:
                 records |= others
         except KeyboardInterrupt:
             if ranks.first:
-                _write_summary(config, jobs, records, "interrupted")
+                _write_summary(config, jobs, records, INTERRUPTED)
             raise
         return ranks.on_first(lambda: _write_summary(config, jobs, records, None))
 
 
-def _prepare(config: Any, load: Callable[..., STM]) -> list[Job]:
+def _prepare(config: TrackConfig, load: Callable[[], STM]) -> list[Job]:
     """Refuse what can be refused before anything is written, and see what is left to do."""
     listed = read_list(config.video)
     if config.out.exists() and not config.out.is_dir():
         raise ValueError(f"--out {config.out}: is a file; expected a folder")
     if not config.overwrite and not is_output_of(COMMAND, config.out):
-        raise ValueError(f"--out {config.out}: holds something else than results of a list; choose another folder")
+        raise ValueError(f"--out {config.out}: holds something other than results of a list; choose another folder")
     jobs = []
     for entry in listed:
-        own = {"video": entry.video, "mask": entry.mask, "out": config.out / entry.name}
-        own = dataclasses.replace(config, **own, resume=not config.overwrite)
+        own = dataclasses.replace(
+            config, video=entry.video, mask=entry.mask, out=config.out / entry.name, resume=not config.overwrite
+        )
         jobs.append(Job(entry.name, own, None if config.overwrite else finished(own)))
-    make_tracker(config, load)
+    make_tracker(config, load())
     jobs = [
         job if job.earlier else dataclasses.replace(job, frames=_length(job.config.video))
         for job in tqdm(jobs, desc="open", unit="video", delay=1, disable=None)
@@ -158,31 +176,29 @@ def _length(video: Path) -> int:
         return 0  # it fails in its turn, and says why
 
 
-def _track(config: Any, load: Callable[..., STM], title: str | None) -> dict[str, Any]:
+def _track(config: TrackConfig, load: Callable[[], STM], title: str | None) -> dict[str, Any]:
     """Track one video; its record, whatever becomes of it."""
     try:
-        run, code = track_video(config, load, title, announce=False)
+        run = track_video(config, load(), title, announce=False)
         run.write_summary()
     except Exception as error:
         if not isinstance(error, (ValueError, OSError)) and not is_out_of_memory(error):
             traceback.print_exc()  # a bug of ours
-        return {"state": "failed", "reason": one_line(error), "frames": 0, "fps": None}
-    if code == INTERRUPTED:
+        return _record({"stopped": one_line(error), "frames": 0, "fps": None})
+    if run.summary["stopped"] == INTERRUPTED:
         raise KeyboardInterrupt
     return _record(run.summary)
 
 
 def _record(summary: dict[str, Any]) -> dict[str, Any]:
     stopped = summary["stopped"]
-    return {
-        "state": "failed" if stopped else "done",
-        "reason": stopped,
-        "frames": summary["frames"],
-        "fps": summary["fps"],
-    }
+    state = "failed" if stopped else "done"
+    return {"state": state, "reason": stopped, "frames": summary["frames"], "fps": summary["fps"]}
 
 
-def _write_summary(config: Any, jobs: list[Job], records: dict[str, Any], stopped: str | None) -> dict[str, Any]:
+def _write_summary(
+    config: TrackConfig, jobs: list[Job], records: dict[str, Any], stopped: str | None
+) -> dict[str, Any]:
     missing = {"state": "unfinished", "reason": None, "frames": 0, "fps": None}
     videos = {job.name: {"earlier": False, "rank": None} | records.get(job.name, missing) for job in jobs}
     states = [record["state"] for record in videos.values()]
@@ -195,7 +211,7 @@ def _write_summary(config: Any, jobs: list[Job], records: dict[str, Any], stoppe
         "videos": videos,
         "settings": plain_settings(config),
     }
-    write_json(config.out / "summary.json", summary)
+    write_json(config.out / SUMMARY, summary)
     return summary
 
 

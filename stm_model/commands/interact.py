@@ -5,14 +5,18 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, cast
+
+import tyro
+
+from stm_model.runtime import NetworkOptions
 
 
-@dataclass(frozen=True)
-class InteractConfig:
+@dataclass(frozen=True, kw_only=True)
+class InteractConfig(NetworkOptions):
     """Segment a video with scribbles, in a page in the browser."""
 
-    video: Path
+    video: tyro.conf.Positional[Path]
     """A video file, or a folder of frames."""
     checkpoint: Path | None = None
     """A network guided by scribbles; None takes the one in the package."""
@@ -20,13 +24,6 @@ class InteractConfig:
     """A network guided by masks, to track from a frame; None takes the one in the package."""
     session: Path | None = None
     """A saved session of this video to go on from."""
-    size: int | None = None
-    """Shorter side in pixels at which the networks run; None takes the video's own, with the package's weights at most
-    240."""
-    device: str | None = None
-    """Where to run, like cpu or cuda:0; None takes the GPU if there is one."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Number format of the networks; None takes bfloat16 where the device computes it natively, else float32."""
     host: str = "127.0.0.1"
     """Address to listen on. The page is for whoever reaches it: with another than the loopback's, for the network."""
     port: int = 7860
@@ -45,11 +42,11 @@ def interact(config: InteractConfig) -> int:
     Raises:
         ValueError, OSError: the input or a setting makes no sense.
     """
-    from stm_model.commands.track import load_model
     from stm_model.interactive.footage import Footage
     from stm_model.interactive.session import ScribbleSession
     from stm_model.interactive.web.workbench import Workbench
-    from stm_model.network.weights import DEFAULT_INTERACTIVE_WEIGHTS, network_size
+    from stm_model.network import STM
+    from stm_model.network.weights import DEFAULT_INTERACTIVE_WEIGHTS, chosen_side
     from stm_model.tracking.budget import parse_size
 
     try:
@@ -63,17 +60,17 @@ def interact(config: InteractConfig) -> int:
         except ValueError as error:
             raise ValueError(f"--{option.replace('_', '-')}: {error}") from error
     weights = config.checkpoint or DEFAULT_INTERACTIVE_WEIGHTS
-    model = load_model(weights, config.device, config.dtype)
+    model = STM.load(weights, device=config.device, dtype=config.dtype)
     footage = Footage(config.video, config.most_frames)
 
     def make_session(footage: Footage) -> ScribbleSession:
-        size = network_size(config.size, config.checkpoint, footage.size)
-        return ScribbleSession(model, footage.frames, size=size, memory_limit=limits["memory_limit"])
+        size = chosen_side(config.size, config.checkpoint, footage.size)
+        return ScribbleSession(model, cast(Any, footage.frames), size=size, memory_limit=limits["memory_limit"])
 
     workbench = Workbench(
         footage,
         make_session,
-        lambda: load_model(config.tracking_checkpoint, config.device, config.dtype),
+        lambda: STM.load(config.tracking_checkpoint, device=config.device, dtype=config.dtype),
         most_frames=config.most_frames,
         upload_bytes=limits["upload_limit"],
     )

@@ -1,87 +1,168 @@
-"""What `stm track` does with one video: look at what it was given, load the network, track into a folder."""
+"""`stm track` on one video: what was given is checked, the network loaded, the video tracked into a folder."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import warnings
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+import tyro
 
-from stm_model import STM, Tracker
-from stm_model.io.images import resize_mask
-from stm_model.io.video import FrameFolder, VideoFile, open_video, read_masks
-from stm_model.network.weights import network_size
-from stm_model.tracking.budget import MemoryBudget, parse_size
-from stm_model.tracking.resume import Checkpoint
-from stm_model.tracking.run import CHECKPOINT, OUTPUTS, Run, is_output_of, one_line, plain_settings
+from stm_model.commands.exits import BAD_INPUT, INTERRUPTED, fail
+from stm_model.runtime import NetworkOptions
 
-SAME_RESULTS = frozenset({"out", "device", "overwrite", "json", "resume", "checkpoint_every"})
+# torch, PyAV and the model are imported where they are used: `stm track --help` answers at once
+if TYPE_CHECKING:
+    import numpy as np
+
+    from stm_model import STM, Tracker
+    from stm_model.io.video import FrameFolder, VideoFile
+    from stm_model.tracking.folder import FolderRun
+
+
+@dataclass(frozen=True)
+class TrackConfig(NetworkOptions):
+    """Track the objects of a mask through a video.
+
+    Writes masks/00000.png … (labels as in the mask), overlay.mp4 and summary.json into the --out folder.
+    """
+
+    video: tyro.conf.Positional[Path]
+    """A video file, or a folder of frames. Without --mask a text file that lists videos, VIDEO MASK [NAME] on each
+    line."""
+    out: Path
+    """Folder for the results; for those of a list a folder of folders."""
+    mask: Path | None = None
+    """Labels of the first frame as a palette or grey PNG, or a folder of such masks named by frame number. 0 is
+    background, 255 void (unknown); objects may enter by a mask of a later frame."""
+    memory: str = "every:5"
+    """Which frames are remembered: first, previous, first+previous, every:N or uniform:K."""
+    compile: bool = False
+    """Compile the network first: a minute or more, then less time for each frame."""
+    memory_budget: str | None = None
+    """How much may be remembered on the device, like 2GiB; None keeps everything, on the host where the device is
+    full."""
+    host_budget: str | None = None
+    """How much may be remembered beyond that in the host's memory, like 16GiB; None is nothing beyond a
+    --memory-budget."""
+    eviction: Literal["fifo", "importance"] = "fifo"
+    """What is evicted where the budget is full: the oldest frame, or the one that reads weigh least. Frames with a
+    given mask stay."""
+    skip_uncertain: bool = False
+    """Don't remember frames for good in which an object is likely lost."""
+    top_k: int | None = None
+    """Read only so many remembered positions for each pixel of the feature map, the best; None reads all."""
+    skip: float = 0.0
+    """Softmax mass that each pixel's read of the memory may drop to be faster, from 0 (exact) to below 1."""
+    binary: bool = False
+    """The mask is black and white: what is bright is one object, label 1."""
+    resize_mask: bool = False
+    """Resize masks that are not of the video's size, instead of refusing them."""
+    overlay: bool = True
+    """Write overlay.mp4, the video with the objects colored; --no-overlay does not."""
+    overwrite: bool = False
+    """Replace earlier results in a folder that is not empty; other files in it stay. Without it a list goes on with the
+    videos that are not done."""
+    resume: bool = False
+    """Go on with a run that was stopped, from its last saved state in the --out folder; without one it starts anew. A
+    list always does."""
+    save_every: float = 60.0
+    """Seconds from one saved state to the next, more where writing takes over 2 % of them; 0 saves none."""
+    json: bool = False
+    """Print the summary as JSON, alone on stdout."""
+
+
+SAME_RESULTS = frozenset({"out", "device", "overwrite", "json", "resume", "save_every"})
 """Settings that a result does not depend on."""
 
 
+def track(config: TrackConfig) -> int:
+    """Track one video and print its summary; the exit code.
+
+    Raises:
+        ValueError, OSError: as `track_video`.
+    """
+    if config.resume and not config.overwrite and (summary := finished(config)):
+        done = f"{summary['frames']} frames are tracked and in {config.out}: nothing is left to do"
+        print(json.dumps(summary, indent=2) if config.json else done)
+        return 0
+    return report(track_video(config), config.json)
+
+
 def track_video(
-    config: Any, load: Callable[..., STM] | None = None, title: str | None = "track", announce: bool = True
-) -> tuple[Run, int]:
+    config: TrackConfig, model: STM | None = None, title: str | None = "track", announce: bool = True
+) -> FolderRun:
     """Track one video into its folder.
 
     Args:
-        config: the settings, those of `stm track`.
-        load: gives the network; None is `load_model`.
-        title: stands before the bar of progress; None shows no bar.
+        config: the settings.
+        model: the network; None loads the one of the settings.
+        title: stands before the progress bar; None shows no bar.
         announce: print beforehand what will be remembered.
 
     Returns:
-        The run, still to be reported, and its exit code.
+        The run, whose summary is still to be written.
 
     Raises:
         ValueError, OSError: the input or a setting makes no sense; nothing was written.
     """
+    from stm_model.io.video import open_video
+    from stm_model.network.weights import chosen_side
+    from stm_model.tracking.folder import RESUME_FILE, FolderRun
+    from stm_model.tracking.resume import ResumeFile
+
     check_output(config)
     video = open_video(config.video)
     masks = _given_masks(config, video)
-    config = dataclasses.replace(config, size=network_size(config.size, config.checkpoint, video.size))
-    tracker = make_tracker(config, load)
-    run = Run("track", config.out, tracker, config)
-    checkpoint = Checkpoint(config.out / CHECKPOINT, config.checkpoint_every, config.video)
-    saved = checkpoint.read() if config.resume else None
+    config = dataclasses.replace(config, size=chosen_side(config.size, config.checkpoint, video.size))
+    tracker = make_tracker(config, model)
+    run = FolderRun("track", config.out, tracker, config)
+    resume_file = ResumeFile(config.out / RESUME_FILE, config.save_every, config.video)
+    saved = resume_file.read() if config.resume else None
     # a video of unknown length is tracked all the same
     plan = None if video.frame_count is None else tracker.plan(video.size, video.frame_count, masks)
-    beforehand = [f"remembers   {plan}"] if plan else []
-    beforehand += [f"goes on     after {saved['summary']['frames']} frames"] if saved else []
-    code = run.track(
+    lines = [f"remembers   {plan}"] if plan else []
+    lines += [f"goes on     after {saved['summary']['frames']} frames"] if saved else []
+    run.track(
         video,
         masks,
-        count=video.frame_count,
-        fps=video.fps,
-        write_overlay=config.overlay,
+        frame_count=video.frame_count,
+        overlay_fps=video.fps if config.overlay else None,
         title=title,
-        beforehand=beforehand if announce and not config.json else (),
-        checkpoint=checkpoint,
+        announce=lines if announce and not config.json else (),
+        resume_file=resume_file,
         saved=saved,
     )
-    bank = tracker.bank
-    run.summary["memory"] = {"planned": plan and str(plan), "most_bytes": bank.most, "evicted": bank.evicted}
-    return run, code
+    assert tracker.bank is not None
+    memory = {"planned": plan and str(plan), "most_bytes": tracker.bank.most, "evicted": tracker.bank.evicted}
+    run.summary["memory"] = memory
+    return run
 
 
-def finished(config: Any) -> dict[str, Any] | None:
+def finished(config: TrackConfig) -> dict[str, Any] | None:
     """The summary of an earlier run that finished this video with these settings; None if none did.
 
     Raises:
-        ValueError: the folder holds something else, or what other settings gave; the message names the first that
-            differs.
+        ValueError: the folder holds something else, or what another version or other settings gave; the message names
+            the first setting that differs.
     """
+    from stm_model.network.weights import chosen_side
+    from stm_model.tracking.folder import RESUME_FILE, SUMMARY, is_output_of, plain_settings
+    from stm_model.tracking.resume import check_format
+
     if not is_output_of("track", config.out):
-        raise ValueError(f"{config.out}: holds something else than results; choose another --out, or add --overwrite")
-    file = config.out / "summary.json"
-    summary = json.loads(file.read_text()) if file.is_file() else {"stopped": "unfinished"}
+        raise ValueError(f"{config.out}: holds something other than results; choose another --out, or add --overwrite")
+    file = config.out / SUMMARY
+    if not file.is_file():
+        return None
+    summary = json.loads(file.read_text())
+    check_format(config.out, summary.get("format"))
     if summary["stopped"] is not None:
         return None
-    asked = plain_settings(config) | {"size": network_size(config.size, config.checkpoint, summary["size"])}
+    asked = plain_settings(config) | {"size": chosen_side(config.size, config.checkpoint, summary["size"])}
     for name, value in asked.items():
         if name not in SAME_RESULTS and (found := summary["settings"].get(name)) != value:
             raise ValueError(
@@ -89,21 +170,21 @@ def finished(config: Any) -> dict[str, Any] | None:
                 "--out, or add --overwrite"
             )
     # a run that is killed at its very end leaves it
-    (config.out / CHECKPOINT).unlink(missing_ok=True)
+    (config.out / RESUME_FILE).unlink(missing_ok=True)
     return summary
 
 
-def make_tracker(config: Any, load: Callable[..., STM] | None = None) -> Tracker:
-    """A tracker with the settings of `stm track`. Raises a ValueError that names the one that makes no sense."""
-    budget = MemoryBudget(
-        _bytes("--memory-budget", config.memory_budget), _bytes("--host-budget", config.host_budget), config.eviction
-    )
-    model = (load or load_model)(config.checkpoint, config.device, config.dtype)
+def make_tracker(config: TrackConfig, model: STM | None = None) -> Tracker:
+    """A tracker with these settings. Raises a ValueError that names the one that makes no sense."""
+    from stm_model import STM, Tracker
+    from stm_model.tracking.budget import MemoryBudget
+
+    device, host = _bytes("--memory-budget", config.memory_budget), _bytes("--host-budget", config.host_budget)
     return Tracker(
-        model,
+        model or STM.load(config.checkpoint, device=config.device, dtype=config.dtype),
         memory=config.memory,
         size=config.size,
-        budget=budget,
+        budget=MemoryBudget(device, host, config.eviction),
         skip_uncertain=config.skip_uncertain,
         compiled=config.compile,
         top_k=config.top_k,
@@ -111,18 +192,19 @@ def make_tracker(config: Any, load: Callable[..., STM] | None = None) -> Tracker
     )
 
 
-def load_model(checkpoint: Path | None, device: str | None, dtype: str | None) -> STM:
-    """The network of a checkpoint on a device. Raises a ValueError where the device cannot be used."""
-    if device is not None:
-        try:
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {device}: cannot be used here ({one_line(error)})") from error
-    return STM.load(checkpoint, device=device, dtype=getattr(torch, dtype) if dtype else None)
+def _bytes(option: str, text: str | None) -> int | None:
+    from stm_model.tracking.budget import parse_size
+
+    try:
+        return None if text is None else parse_size(text)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
 
 
-def check_output(config: Any) -> None:
+def check_output(config: TrackConfig) -> None:
     """Raise a ValueError where results would replace something they should not."""
+    from stm_model.tracking.folder import OUTPUTS
+
     if config.out.exists() and not config.out.is_dir():
         raise ValueError(f"--out {config.out}: is a file; expected a folder")
     if config.resume and config.overwrite:
@@ -138,23 +220,62 @@ def check_output(config: Any) -> None:
             raise ValueError(f"--out {config.out}: the results would overwrite the {name}; choose another folder")
 
 
-def _given_masks(config: Any, video: VideoFile | FrameFolder) -> dict:
+def _given_masks(config: TrackConfig, video: VideoFile | FrameFolder) -> dict[int, np.ndarray]:
+    from stm_model.io.images import width_by_height
+    from stm_model.io.masks import read_masks, resize_mask
+
+    assert config.mask is not None
     masks = read_masks(config.mask, video, binary=config.binary)
-    height, width = video.size
     for index, labels in masks.items():
-        if labels.shape != video.size and not config.resize_mask:
+        if labels.shape == video.size:
+            continue
+        if not config.resize_mask:
             raise ValueError(
-                f"{config.mask}: the mask of frame {index} is {labels.shape[1]}x{labels.shape[0]} pixels, the video "
-                f"{width}x{height}; add --resize-mask to resize it"
+                f"{config.mask}: the mask of frame {index} is {width_by_height(labels.shape)} pixels, the video "
+                f"{width_by_height(video.size)}; add --resize-mask to resize it"
             )
-        masks[index] = resize_mask(labels, video.size) if labels.shape != video.size else labels
+        masks[index] = resize_mask(labels, video.size)
     if len(masks) == video.frame_count:
         warnings.warn("every frame has a given mask: nothing is left to track", stacklevel=1)
     return masks
 
 
-def _bytes(option: str, text: str | None) -> int | None:
-    try:
-        return None if text is None else parse_size(text)
-    except ValueError as error:
-        raise ValueError(f"{option}: {error}") from error
+def report(run: FolderRun, as_json: bool) -> int:
+    """Write and print a run's summary and, if it stopped early, why; the exit code."""
+    from stm_model.tracking import folder
+
+    run.write_summary()
+    summary = run.summary
+    print(json.dumps(summary, indent=2) if as_json else describe(summary))
+    if summary["stopped"] is None:
+        return 0
+    kept = f"the masks of {summary['frames']} frames are kept in {run.out}"
+    if (run.out / folder.RESUME_FILE).exists():
+        kept += "; --resume goes on"
+    code = INTERRUPTED if summary["stopped"] == folder.INTERRUPTED else BAD_INPUT
+    return fail(f"{summary['stopped']}; {kept}", code)
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """A summary as the lines that the command prints."""
+    from stm_model.io.images import width_by_height
+
+    memory = [f"{size / 2**20:.0f} MiB ({kind})" for kind, size in summary["peak_memory_bytes"].items() if size]
+    labels = ", ".join(map(str, summary["objects"])) or "none yet"
+    lines = [
+        f"frames      {summary['frames']} of {width_by_height(summary['size'])} pixels",
+        f"objects     {len(summary['objects'])} (labels {labels})",
+    ]
+    for label, noted in summary["signals"].items():
+        if frames := noted["uncertain"]:
+            lines.append(f"lost?       object {label} in {len(frames)} frames from {frames[0]} on")
+    return "\n".join(
+        [
+            *lines,
+            f"speed       {summary['fps']:.2f} frames a second tracking; {summary['seconds']['wall']:.1f} s in all",
+            f"ran on      {summary['device']} in {summary['dtype']}",
+            f"peak memory {', '.join(memory) or 'unknown'}",
+            *(f"{name:11} {value:.3f}" for name, value in summary.get("scores", {}).items()),
+            *(f"{name.replace('_', ' '):13} {path}" for name, path in summary["files"].items()),
+        ]
+    )

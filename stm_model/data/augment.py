@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stm_model.data.clips import Clip
-from stm_model.io.images import VOID
+from stm_model.labels import VOID
 
 
 def random_view(

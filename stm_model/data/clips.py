@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from stm_model.io.images import VOID, MediaError
+from stm_model.io.images import MediaError
+from stm_model.labels import VOID
 
 
 class Clip(NamedTuple):

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from stm_model.io import images
-from stm_model.io.images import VOID, MediaError
+from stm_model.io.images import MediaError
+from stm_model.labels import VOID
 
 
 class CocoImage(NamedTuple):

@@ -18,7 +18,8 @@ from torch.utils.data import Dataset
 from stm_model.data.augment import random_color, visible_objects
 from stm_model.data.clips import Clip, generator
 from stm_model.data.images import LabelledImage
-from stm_model.io.images import VOID, MediaError
+from stm_model.io.images import MediaError
+from stm_model.labels import VOID
 
 TWIN = 0.5
 """Share of the cut-outs that are twins of a followed object; the rest are instances of images."""

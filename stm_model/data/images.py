@@ -16,7 +16,9 @@ import torch
 from stm_model.data import video
 from stm_model.data.augment import followed_objects, random_color, random_region, random_view, visible_objects
 from stm_model.data.clips import Clip, DrawnClips, clip_of
-from stm_model.io.images import VOID, MediaError, has_palette, picture_files, read_image, read_mask
+from stm_model.io.images import MediaError, picture_files, read_image
+from stm_model.io.masks import has_palette, read_mask
+from stm_model.labels import VOID
 
 _MASK_FOLDER = re.compile(r"mask|gt|ground|annotation|label|segmentation", re.IGNORECASE)
 

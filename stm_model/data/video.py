@@ -14,7 +14,9 @@ import torch
 from stm_model.data.augment import random_color, random_view, visible_objects
 from stm_model.data.clips import Clip, DrawnClips, clip_of
 from stm_model.io import images
-from stm_model.io.images import VOID, MediaError
+from stm_model.io.images import MediaError
+from stm_model.io.masks import read_mask
+from stm_model.labels import VOID
 
 
 class ListedObject(NamedTuple):
@@ -68,13 +70,13 @@ class Video:
     def black_and_white(self) -> bool:
         """Whether 255 marks its one object, as DAVIS-2016 is released: the first mask with anything in it says."""
         for path in self.annotations.values():
-            if found := set(np.unique(images.read_mask(path)).tolist()) - {0}:
+            if found := set(np.unique(read_mask(path)).tolist()) - {0}:
                 return found == {VOID}
         return False
 
     def read_annotation(self, frame: int) -> np.ndarray:
         """Labels of an annotated frame, uint8 `[H, W]`; 255 is void."""
-        labels = images.read_mask(self.annotations[frame])
+        labels = read_mask(self.annotations[frame])
         if self.black_and_white:
             return (labels > 0).astype(np.uint8)
         if self.single_object:
@@ -113,7 +115,8 @@ def same_size(frame: np.ndarray, labels: np.ndarray, mask_path: Path) -> tuple[n
     """A frame and its labels; MediaError where they differ in size."""
     if frame.shape[:2] != labels.shape:
         raise MediaError(
-            f"{mask_path}: the mask is {images.by(labels.shape)} pixels, its frame {images.by(frame.shape)}"
+            f"{mask_path}: the mask is {images.width_by_height(labels.shape)} pixels, "
+            f"its frame {images.width_by_height(frame.shape)}"
         )
     return frame, labels
 
@@ -161,7 +164,7 @@ class VideoClips(DrawnClips):
         pairs = {index: source.load_pair(index) for index in set(indices)}
         sizes = {pairs[index][1].shape for index in indices}
         if len(sizes) > 1:
-            found = " and ".join(images.by(size) for size in sorted(sizes))
+            found = " and ".join(images.width_by_height(size) for size in sorted(sizes))
             raise MediaError(f"video {source.name}: frames differ in size: {found} pixels")
         clip = clip_of(*zip(*(pairs[index] for index in indices), strict=True))
         clip = random_view(clip.frames, clip.labels, self.size, random, jitter=self.motion, bend=self.motion)

@@ -10,14 +10,14 @@ import platform
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from stm_model import __version__
 from stm_model.distributed import Ranks
+from stm_model.evaluation.config import EvaluateConfig
 from stm_model.evaluation.predict import Speed, TrackingSettings, track_videos
 from stm_model.evaluation.protocol import Dataset, open_dataset
 from stm_model.evaluation.scoring import find_results, score
@@ -31,71 +31,10 @@ from stm_model.evaluation.tables import (
 )
 from stm_model.io.files import write_json
 from stm_model.network import STRIDE
-from stm_model.runtime import default_device, default_dtype
-from stm_model.tracking.memory import MemoryRule
+from stm_model.runtime import default_device, default_dtype, usable_device
+from stm_model.tracking.budget import MemoryRule
 
 SUMMARY = "evaluation.json"
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Score the tracker, or a folder of masks, on a benchmark.
-
-    Writes masks/ as the benchmark wants them submitted, tables (CSV), evaluation.json and report.html. torchrun spreads
-    the videos over processes.
-    """
-
-    data: Path
-    """The dataset's folder."""
-    dataset: Literal["davis2016", "davis2017", "youtube_vos", "lvos"] = "davis2016"
-    """The benchmark: its folders, what it gives and what it scores. davis-interactive has options of its own: stm
-    evaluate --dataset davis-interactive --help."""
-    split: str | None = None
-    """List or folder of the split; None is val for DAVIS, valid elsewhere."""
-    resolution: str | None = None
-    """Folder under JPEGImages, DAVIS alone; None takes 480p, or the only one."""
-    videos: tuple[str, ...] = ()
-    """Names of the videos to score; none takes the whole split."""
-    results: Path | None = None
-    """Folder of masks to score, laid out as a submission; None tracks."""
-    binary: bool = False
-    """The masks in --results are black and white: what is bright is the one object."""
-    out: Path = Path("stm-evaluation")
-    """Folder for what is written."""
-    overwrite: bool = False
-    """Replace an earlier evaluation in a folder that is not empty."""
-    study: Literal["memory", "every", "read"] | None = None
-    """Track with several settings instead of one: memory, the paper's four memory rules; every, a remembered frame in
-    1, 2, 5, 10 or 20; read, how the memory is read."""
-    checkpoint: Path | None = None
-    """A released .pth or our .safetensors; None takes the weights that come with the package."""
-    memory: str = "every:5"
-    """Which frames are remembered: first, previous, first+previous, every:N or uniform:K."""
-    size: int | None = None
-    """Shorter side in pixels at which the network runs. None takes the frames' own; with the package's weights at most
-    240, the size they were trained on."""
-    device: str | None = None
-    """Where to run, like cpu or cuda:0; None takes the GPU if there is one."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Number format of the network; None takes bfloat16 where the device computes it natively, else float32."""
-    overlay: bool = False
-    """Write overlays/VIDEO.mp4, the frames with the objects coloured, and link them in the report."""
-    report: bool = True
-    """Write report.html and figures/; --no-report does not."""
-    workers: int | None = None
-    """Processes that score; None takes one a core."""
-    json: bool = False
-    """Print the summary as JSON, alone on stdout."""
-
-    def __post_init__(self) -> None:
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers: expected at least 1, got {self.workers}")
-        if self.results is not None and self.study is not None:
-            raise ValueError("study: tracks with settings of its own and can't score --results; give one of the two")
-        if self.results is not None and self.checkpoint is not None:
-            raise ValueError("checkpoint: the masks in --results are there already; give one of the two")
-        if self.binary and self.results is None:
-            raise ValueError("binary: says how to read --results, which was not given")
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -235,11 +174,7 @@ def check_out(out: Path, overwrite: bool, inputs: Mapping[str, Path | None]) -> 
 
 def check_network(checkpoint: Path | None, device: str | None, size: int | None) -> None:
     """Refuse a device, a size or a file that no network can run with, before hours are spent."""
-    if device is not None:
-        try:
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device: {device} cannot be used here ({str(error).splitlines()[0]})") from error
+    usable_device(device)
     if size is not None and size < STRIDE:
         raise ValueError(f"size: expected at least {STRIDE} pixels, got {size}")
     if checkpoint is not None and not checkpoint.is_file():

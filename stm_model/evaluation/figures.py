@@ -13,7 +13,7 @@ from stm_model.evaluation.scoring import ObjectScore
 from stm_model.evaluation.studies import PERCENTILES, Study
 from stm_model.evaluation.tables import mean_contour, mean_region
 from stm_model.io.files import whole
-from stm_model.io.images import VOID
+from stm_model.labels import VOID
 
 # Okabe & Ito's colors, told apart with any kind of color vision
 FALSE_POSITIVE, FALSE_NEGATIVE, CONFUSED = (213, 94, 0), (0, 114, 178), (204, 121, 167)

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-VOID = 255
+from stm_model.labels import VOID
+
 BOUNDARY_TOLERANCE = 0.008  # of the image's diagonal
 RECALL_THRESHOLD = 0.5
 DECAY_PARTS = 4

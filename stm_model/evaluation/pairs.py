@@ -22,7 +22,8 @@ from stm_model.data.augment import paste_objects, visible_objects
 from stm_model.data.clips import Clip, clip_of, generator
 from stm_model.data.davis import davis_videos
 from stm_model.data.video import Video
-from stm_model.io.images import by, encode_jpeg, write_mask
+from stm_model.io.images import encode_jpeg, width_by_height
+from stm_model.io.masks import write_mask
 
 JPEG_QUALITY = 95
 
@@ -65,7 +66,10 @@ def write_pairs(sequences: list[Video], distances: list[int], root: Path, split:
         names = [sequences[index].name for index in (first, second)]
         sizes = [clips[index].labels.shape[1:] for index in (first, second)]
         if sizes[0] != sizes[1]:
-            raise ValueError(f"{', '.join(names)}: expected frames of one size, got {by(sizes[0])} and {by(sizes[1])}")
+            raise ValueError(
+                f"{', '.join(names)}: expected frames of one size, got "
+                f"{width_by_height(sizes[0])} and {width_by_height(sizes[1])}"
+            )
         made = pair(clips[first], clips[second], seed)
         if made.objects < clips[first].objects + clips[second].objects:
             tqdm.write(f"{', '.join(names)}: an object is hidden at first, left out")

@@ -16,10 +16,12 @@ import torch
 from tqdm import tqdm
 
 from stm_model.evaluation.protocol import Video
-from stm_model.io.images import VOID, MediaError, by, picture_size, read_image, write_mask
+from stm_model.io.images import MediaError, picture_size, read_image, width_by_height
+from stm_model.io.masks import write_mask
+from stm_model.labels import VOID
 from stm_model.network import STM
-from stm_model.network.weights import network_size
-from stm_model.runtime import default_device, held_process_memory, peak_process_memory
+from stm_model.network.weights import chosen_side
+from stm_model.runtime import held_process_memory, peak_process_memory
 from stm_model.tracking.tracker import Tracker
 
 WARM_UP = 5
@@ -83,15 +85,14 @@ def track_videos(videos: list[Video], settings: TrackingSettings, out: Path, qui
         MediaError: a frame or a mask cannot be read, or does not fit its video; the message names it.
         ValueError: the settings make no sense.
     """
-    device = torch.device(settings.device) if settings.device else default_device()
-    dtype = getattr(torch, settings.dtype) if settings.dtype else None
-    model = STM.load(settings.checkpoint, device=device, dtype=dtype)
+    model = STM.load(settings.checkpoint, device=settings.device, dtype=settings.dtype)
+    device = next(model.parameters()).device
     meter = _Meter(device)
     trackers: dict[int | None, Tracker] = {}
     total = sum(len(video.frame_paths) for video in videos)
     with tqdm(total=total, desc="track", unit="frame", delay=1, disable=quiet or None) as progress:
         for video in videos:
-            size = network_size(settings.size, settings.checkpoint, picture_size(video.frame_paths[0]))
+            size = chosen_side(settings.size, settings.checkpoint, picture_size(video.frame_paths[0]))
             if size not in trackers:
                 trackers[size] = Tracker(model, size=size, **settings.options)
             if meter.loaded_bytes is None:
@@ -154,7 +155,9 @@ def _given_masks(video: Video) -> dict[int, np.ndarray]:
         size = picture_size(video.frame_paths[frame])
         if mask.shape != size:
             annotation = video.annotations[frame]
-            raise MediaError(f"{annotation}: {by(mask.shape)} pixels; expected {by(size)} like its frame")
+            raise MediaError(
+                f"{annotation}: {width_by_height(mask.shape)} pixels; expected {width_by_height(size)} like its frame"
+            )
         for label in video.entries[frame]:
             if not (mask == label).any():
                 raise MediaError(

@@ -22,7 +22,7 @@ from stm_model.data.davis import Year, davis_videos
 from stm_model.data.lvos import lvos_videos
 from stm_model.data.video import labels_in
 from stm_model.data.youtube_vos import read_meta, youtube_vos_videos
-from stm_model.io.images import VOID
+from stm_model.labels import VOID
 
 SEEN, UNSEEN = "seen", "unseen"
 

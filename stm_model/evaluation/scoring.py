@@ -16,7 +16,9 @@ from tqdm import tqdm
 
 from stm_model.evaluation.metrics import Statistics, contour_accuracy, region_similarity, statistics
 from stm_model.evaluation.protocol import Dataset, Video
-from stm_model.io.images import VOID, MediaError, by, read_mask
+from stm_model.io.images import MediaError, width_by_height
+from stm_model.io.masks import read_mask
+from stm_model.labels import VOID
 
 CHUNK = 32
 """Frames of a task."""
@@ -142,7 +144,9 @@ def read_result(path: Path, video: Video, size: tuple[int, ...], binary: bool = 
     if binary:
         labels = labels * np.uint8(video.objects[0])
     if labels.shape != size:
-        raise ResultError(f"{path}: {by(labels.shape)} pixels; expected {by(size)} like its ground truth")
+        raise ResultError(
+            f"{path}: {width_by_height(labels.shape)} pixels; expected {width_by_height(size)} like its ground truth"
+        )
     found = {int(label) for label in np.unique(labels)} - {0}
     if found == {VOID} and video.black_and_white:
         return (labels > 0).astype(np.uint8)

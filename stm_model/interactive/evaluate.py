@@ -7,67 +7,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from stm_model.distributed import Ranks
 from stm_model.evaluation.evaluate import SUMMARY, begin, check_network, check_out, facts
 from stm_model.evaluation.protocol import Dataset, Video, open_dataset
 from stm_model.evaluation.tables import format_table, write_csv
-from stm_model.interactive.protocol import INTERACTIONS, Sample, run_rounds, summarize_samples
+from stm_model.interactive.config import EvaluateInteractiveConfig
+from stm_model.interactive.protocol import Sample, run_rounds, summarize_samples
 from stm_model.interactive.scribbles import Scribble, ScribbleError, read_scribbles
 from stm_model.interactive.session import ScribbleSession
 from stm_model.io.files import write_json
-from stm_model.io.images import VOID, MediaError, read_image, write_mask
+from stm_model.io.images import MediaError, read_image
+from stm_model.io.masks import write_mask
+from stm_model.labels import VOID
 from stm_model.network import STM
-from stm_model.network.weights import DEFAULT_INTERACTIVE_WEIGHTS, network_size
-from stm_model.runtime import default_device
-
-
-@dataclass(frozen=True)
-class EvaluateInteractiveConfig:
-    """Score the interactive network on DAVIS: a robot scribbles on the worst frame, again and again.
-
-    Writes masks/ (after the last round), rounds.csv, samples.csv, curve.png, evaluation.json and report.html. torchrun
-    spreads the videos over processes.
-    """
-
-    data: Path
-    """The dataset's folder, as DAVIS 2017 or 2016 is released."""
-    split: str | None = None
-    """Name of the list under ImageSets; None is val."""
-    resolution: str | None = None
-    """Folder under JPEGImages; None takes 480p, or the only one."""
-    videos: tuple[str, ...] = ()
-    """Names of the videos; none takes the whole split."""
-    scribbles: Path | None = None
-    """Folder of first scribbles by people, VIDEO/NAME.json, each a sample; None lets the robot begin."""
-    interactions: int = INTERACTIONS
-    """Rounds of scribbling."""
-    out: Path = Path("stm-evaluation")
-    """Folder for what is written."""
-    overwrite: bool = False
-    """Replace an earlier evaluation in a folder that is not empty."""
-    checkpoint: Path | None = None
-    """Our .safetensors of a network guided by scribbles; None takes the weights that come with the package."""
-    size: int | None = None
-    """Shorter side in pixels at which the network runs. None takes the frames' own; with the package's weights at most
-    240, the size they were trained on."""
-    device: str | None = None
-    """Where to run, like cpu or cuda:0; None takes the GPU if there is one."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Number format of the network; None takes bfloat16 where the device computes it natively, else float32."""
-    json: bool = False
-    """Print the summary as JSON, alone on stdout."""
-
-    def __post_init__(self) -> None:
-        if self.interactions < 1:
-            raise ValueError(f"interactions: expected at least 1, got {self.interactions}")
+from stm_model.network.weights import DEFAULT_INTERACTIVE_WEIGHTS, chosen_side
 
 
 class _Start(NamedTuple):
@@ -147,9 +106,8 @@ def _starts(video: Video, folder: Path | None) -> list[_Start]:
 def _run(config: EvaluateInteractiveConfig, starts: Sequence[_Start], quiet: bool) -> list[Sample]:
     if not starts:
         return []
-    device = torch.device(config.device) if config.device else default_device()
-    dtype = getattr(torch, config.dtype) if config.dtype else None
-    model = STM.load(config.checkpoint or DEFAULT_INTERACTIVE_WEIGHTS, device=device, dtype=dtype)
+    weights = config.checkpoint or DEFAULT_INTERACTIVE_WEIGHTS
+    model = STM.load(weights, device=config.device, dtype=config.dtype)
     samples: list[Sample] = []
     total = len(starts) * config.interactions
     with tqdm(total=total, desc="interact", unit="round", disable=quiet or None) as progress:
@@ -168,7 +126,7 @@ def _run_sample(config: EvaluateInteractiveConfig, model: STM, start: _Start, pr
     if any(truth.shape != frame.shape[:2] for frame, truth in zip(frames, truths)):
         raise MediaError(f"{video.name}: frames and annotations differ in size")
     try:
-        size = network_size(config.size, config.checkpoint, frames[0].shape[:2])
+        size = chosen_side(config.size, config.checkpoint, frames[0].shape[:2])
         session = ScribbleSession(model, frames, size=size)
         rounds, masks = [], np.zeros((len(frames), *truths[0].shape), np.uint8)
         results = run_rounds(session, truths, video.objects, first=start.first, interactions=config.interactions)

@@ -18,14 +18,13 @@ from typing import Any
 import numpy as np
 
 from stm_model.evaluation.metrics import contour_accuracy, region_similarity
+from stm_model.interactive.config import INTERACTIONS
 from stm_model.interactive.robot import first_frame, robot_scribbles
 from stm_model.interactive.scribbles import Scribble, parse_scribbles
 from stm_model.interactive.session import ScribbleSession
-from stm_model.io.images import VOID
+from stm_model.labels import VOID
 from stm_model.network import STM
 
-INTERACTIONS = 8
-"""Rounds of scribbling."""
 SECONDS = 30.0
 """Time budget of each round for each object."""
 THRESHOLD = 60.0

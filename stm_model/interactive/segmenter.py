@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
-from torch.nn import functional as F
 
 from stm_kernels import memory_read
 from stm_model.network import STM, STRIDE, Query, as_positions, fold_batch_norm, soft_aggregate
 from stm_model.network.encoders import FrameFeatures
-from stm_model.tracking.tracker import check_frame, network_size, pad_to_stride
+from stm_model.tracking.frames import check_frame, check_side, pad_to_stride, prepare_frame, scaled_size
 
 BATCH_BYTES = 64 * 2**20
 """Rough limit of the decoder's maps for the frames that are segmented together."""
@@ -56,11 +55,10 @@ class Segmenter:
         model.expect_guidance("scribbles")
         if not len(frames):
             raise ValueError("frames: expected at least one, got none")
-        if size is not None and size < STRIDE:
-            raise ValueError(f"size: expected at least {STRIDE} pixels, got {size}")
+        check_side(size)
         self.model, self.frames, self.memory_limit = fold_batch_norm(model), frames, memory_limit
         self.frame_size = check_frame(frames[0], 0, None).shape[:2]
-        self.size = network_size(self.frame_size, size)
+        self.size = scaled_size(self.frame_size, size)
         self.device = next(self.model.parameters()).device
         self.encoded_frames = 0
         """How often a frame was encoded as a query."""
@@ -138,13 +136,8 @@ class Segmenter:
 
     def _prepare(self, index: int) -> Tensor:
         """A frame as float32 `[1, 3, h, w]` in 0…1 at the network's size, not yet padded."""
-        # a copy: PyTorch has no read-only tensors, and frames mapped from a file are read-only
-        frame = check_frame(np.array(self.frames[index]), index, self.frame_size)
-        pixels = torch.from_numpy(frame).to(self.device)
-        image = pixels.permute(2, 0, 1)[None].contiguous().float() / 255
-        if self.size != self.frame_size:
-            image = F.interpolate(image, self.size, mode="bilinear", align_corners=False, antialias=True).clamp_(0, 1)
-        return image
+        frame = check_frame(np.asarray(self.frames[index]), index, self.frame_size)
+        return prepare_frame(frame, self.size, self.device)
 
 
 def _part(query: Query, place: int) -> Query:

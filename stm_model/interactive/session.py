@@ -248,7 +248,8 @@ class ScribbleSession:
             ValueError: the folder is not empty.
         """
         # imported here, so that a session runs without PyAV
-        from stm_model.io.images import overlay, write_mask
+        from stm_model.io.images import overlay
+        from stm_model.io.masks import write_mask
         from stm_model.io.video import VideoWriter
 
         folder = Path(folder)

@@ -15,7 +15,7 @@ import numpy as np
 from stm_model.interactive.scribbles import MAX_LABEL, check_scribbles
 from stm_model.interactive.state import FrameMasks, State, unpack_bits
 from stm_model.io.files import whole
-from stm_model.io.images import by
+from stm_model.io.images import width_by_height
 
 VERSION = 1
 MAX_BYTES = 2 * 2**30
@@ -106,7 +106,8 @@ def _check_video(path: str | os.PathLike, content: Any, video: Mapping[str, Any]
         raise SessionFileError(f"{path}: its video has {saved['frames']} frames, this one {video['frames']}")
     for name, what in (("pixels", "its video"), ("network pixels", "its network")):
         if list(saved[name]) != list(video[name]):
-            raise SessionFileError(f"{path}: {what} has {by(saved[name])} pixels, this one {by(video[name])}")
+            sizes = f"{width_by_height(saved[name])} pixels, this one {width_by_height(video[name])}"
+            raise SessionFileError(f"{path}: {what} has {sizes}")
     different = [place for place, checksum in video["checksums"].items() if saved["checksums"].get(place) != checksum]
     if different:
         raise SessionFileError(f"{path}: of another video: frames {', '.join(different)} differ")

@@ -7,7 +7,7 @@ import torch
 from scipy import ndimage
 
 from stm_model.interactive.scribbles import polyline, thin
-from stm_model.io.images import VOID
+from stm_model.labels import VOID
 
 MAX_STROKES = 3
 """Strokes of one scribble: one for each of the region's largest components."""

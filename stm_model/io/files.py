@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files written whole or not at all: to a temporary name, then renamed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from typing import Any
 
 @contextmanager
 def whole(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary name beside `path` that becomes `path` only when the block ends well; an OSError names `path`."""
+    """A temporary name beside `path`, renamed to `path` when the block ends without an error.
+
+    Raises:
+        OSError: with `path` as its file name where it has none.
+    """
     path = Path(path)
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
@@ -21,7 +25,7 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
-        # of a file that is open: a full disk does not say where
+        # writing to an open file on a full disk does not name it
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
@@ -33,20 +37,19 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def write_checkpoint(path: str | os.PathLike, content: Any) -> None:
-    """Write what `torch.save` takes, whole or not at all, and on the disk when it returns.
+def write_torch(path: str | os.PathLike, content: Any) -> None:
+    """Write what `torch.save` takes, whole or not at all; it is on the disk when this returns.
 
     Raises:
-        OSError: as when the disk is full; what was there before stays.
+        OSError: it cannot be written, as on a full disk; what was there before stays.
     """
-    # here alone: `stm --help` answers at once
     import torch
 
     with whole(path) as partial, open(partial, "wb") as file:
         try:
             torch.save(content, file)
         except RuntimeError as error:
-            # where a file can't be written on, it fails once more as it ends the file
+            # where writing fails, torch.save fails once more as it closes the archive
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from error
             raise

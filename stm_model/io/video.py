@@ -1,4 +1,4 @@
-"""Video in and out: files read and written through FFmpeg, folders of frames, and the masks given for a video."""
+"""Video in and out: files through FFmpeg, and folders of frames."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ import numpy as np
 
 from stm_model.io.images import (
     IMAGE_SUFFIXES,
-    VOID,
     MediaError,
-    by,
     picture_files,
     picture_size,
     read_image,
-    read_mask,
     reason,
+    width_by_height,
 )
 
 FOLDER_FPS = Fraction(24)
@@ -66,13 +64,15 @@ class FrameFolder:
 
     def __init__(self, path: Path):
         self.path, self.name = path, path.resolve().name
-        self.files = picture_files(path)
+        self.files = tuple(picture_files(path))
         if not self.files:
             raise MediaError(f"{path}: no frames; expected pictures ({' '.join(sorted(IMAGE_SUFFIXES))})")
         self.size = picture_size(self.files[0])
         for file in self.files[1:]:
             if (size := picture_size(file)) != self.size:
-                raise MediaError(f"{file}: {by(size)} pixels, but the frames before it are {by(self.size)}")
+                raise MediaError(
+                    f"{file}: {width_by_height(size)} pixels, but the frames before it are {width_by_height(self.size)}"
+                )
         self.frame_count = len(self.files)
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -86,6 +86,8 @@ class FrameFolder:
 
 class VideoFile:
     """A video file read through FFmpeg; see `open_video`. Rotation noted in the file is applied."""
+
+    files: tuple[Path, ...] = ()
 
     def __init__(self, path: Path):
         self.path, self.name = path, path.stem
@@ -104,7 +106,8 @@ class VideoFile:
         try:
             for frame in self._decoded():
                 if frame.shape[:2] != self.size:
-                    raise _Break(f"its pictures change from {by(self.size)} to {by(frame.shape)} pixels")
+                    sizes = f"{width_by_height(self.size)} to {width_by_height(frame.shape)}"
+                    raise _Break(f"its frames change from {sizes} pixels")
                 yield frame
                 count += 1
         except _Break as stop:
@@ -160,7 +163,7 @@ class _Break(Exception):
 
 
 class _Clock:
-    """Compares where a stream ends with where its file says it ends: FFmpeg takes a cut mkv or avi for a short one."""
+    """Compares where a stream ends with where its file says so: FFmpeg reports nothing where an mkv or avi is cut."""
 
     def __init__(self, container, stream, fps: Fraction):
         self.fps = fps
@@ -192,7 +195,7 @@ class _Clock:
 
 
 def _held_back(stream, bad_packet) -> list:
-    """The pictures that the decoder holds to put them in order, up to the one that cannot be decoded."""
+    """The frames that the decoder holds back to put them in order, up to the one that cannot be decoded."""
     try:
         frames = stream.codec_context.decode(None)
     except (av.error.FFmpegError, OSError):
@@ -206,58 +209,6 @@ def _upright(frame) -> np.ndarray:
     pixels = frame.to_ndarray(format="rgb24")
     quarters = round(frame.rotation / 90) % 4
     return np.ascontiguousarray(np.rot90(pixels, quarters)) if quarters else pixels
-
-
-def read_masks(
-    path: str | os.PathLike, video: VideoFile | FrameFolder | None = None, *, binary: bool = False
-) -> dict[int, np.ndarray]:
-    """Read the given masks of a video by frame index.
-
-    Args:
-        path: one mask (for frame 0), or a folder of masks. In a folder the number that ends a file's name is its frame
-            (`00005.png`, `mask_5.png`); if `video` is a folder with frames of the same names, the mask's name is.
-        video: the source that the masks belong to, if there is one to check against.
-        binary: see `read_mask`.
-
-    Returns:
-        uint8 labels `[H, W]` by frame index, in order.
-
-    Raises:
-        MediaError: what `read_mask` raises, no masks, two for one frame, one of a frame that the video does not have,
-            or no object in any of them.
-    """
-    path = Path(path)
-    files = picture_files(path) if path.is_dir() else [path]
-    if not files:
-        raise MediaError(f"{path}: no masks; expected PNG files named by frame number, like 00000.png")
-    by_index: dict[int, Path] = {}
-    for file, index in zip(files, _frame_indices(files, video) if path.is_dir() else [0]):
-        if index in by_index:
-            raise MediaError(f"{file}: frame {index} already has the mask {by_index[index].name}")
-        by_index[index] = file
-    masks = {index: read_mask(by_index[index], binary=binary) for index in sorted(by_index)}
-    if not any(((labels > 0) & (labels < VOID)).any() for labels in masks.values()):
-        if any((labels == VOID).any() for labels in masks.values()):
-            raise MediaError(f"{path}: its only label is 255, which is void; for a black-and-white mask use --binary")
-        raise MediaError(f"{path}: an empty mask, no pixel belongs to an object")
-    return masks
-
-
-def _frame_indices(files: list[Path], video: VideoFile | FrameFolder | None) -> list[int]:
-    frame_stems = {file.stem: index for index, file in enumerate(getattr(video, "files", []))}
-    by_name = any(file.stem in frame_stems for file in files)
-    count = getattr(video, "frame_count", None)
-    indices = []
-    for file in files:
-        number = re.search(r"(\d+)$", file.stem)
-        index = frame_stems.get(file.stem) if by_name else int(number[1]) if number else None
-        if index is None:
-            wanted = "the name of a frame of the video" if by_name else "a name that ends in the frame's number"
-            raise MediaError(f"{file}: expected {wanted}")
-        if video is not None and count is not None and index >= count:
-            raise MediaError(f"{file}: a mask for frame {index}, but {video.path} has {count} frames, 0 to {count - 1}")
-        indices.append(index)
-    return indices
 
 
 class VideoWriter:
@@ -315,5 +266,5 @@ class VideoWriter:
     def __enter__(self) -> VideoWriter:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -16,7 +16,7 @@ from stm_model.network.decoder import Decoder
 from stm_model.network.encoders import GUIDANCE, KeyValue, MemoryEncoder, Query, QueryEncoder, per_object
 from stm_model.network.shared import SharedDecoder, SharedEncoder, ValueEncoder
 from stm_model.network.weights import DEFAULT_WEIGHTS, check_tensors, read_tensors
-from stm_model.runtime import default_device, default_dtype
+from stm_model.runtime import default_dtype, usable_device
 
 STRIDE = 16
 """Pixels per step of the feature grid on which memory is read."""
@@ -153,22 +153,24 @@ class STM(nn.Module):
         cls,
         path: str | os.PathLike | None = None,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
     ) -> STM:
         """Load a network in eval mode, its shape read off the checkpoint's tensors.
 
         Args:
             path: a released `.pth` (with or without `module.`) or our `.safetensors`; None for the default weights.
             device: where it runs; None for the GPU if there is one, else the CPU.
-            dtype: floating-point type of weights and memory; None for bfloat16 where the device computes it
-                natively, else float32.
+            dtype: floating-point type of weights and memory, or its name; None for bfloat16 where the device computes
+                it natively, else float32.
 
         Raises:
             FileNotFoundError: there is no such file.
             CheckpointError: the file is no checkpoint, or its tensors are not those of an STM.
+            ValueError: the device cannot be used.
         """
         path = DEFAULT_WEIGHTS if path is None else path
-        device = torch.device(device) if device is not None else default_device()
+        device = usable_device(device)
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         tensors = read_tensors(path)
         with torch.device("meta"):
             model = cls(STMConfig.of_tensors(tensors))

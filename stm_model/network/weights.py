@@ -20,7 +20,7 @@ DEFAULT_WEIGHTS_SIZE = 240
 """Shorter side, in pixels, of the frames that the default weights were trained on."""
 
 
-def network_size(size: int | None, checkpoint: str | os.PathLike | None, frame_size: Sequence[int]) -> int | None:
+def chosen_side(size: int | None, checkpoint: str | os.PathLike | None, frame_size: Sequence[int]) -> int | None:
     """Shorter side in pixels at which a network runs on frames `[H, W]` of this size; None is their own.
 
     Args:

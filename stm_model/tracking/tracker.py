@@ -15,11 +15,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stm_kernels import memory_read
-from stm_model.labels import VOID, by, check_frame, check_mask, objects_in
+from stm_model.labels import VOID, objects_in
 from stm_model.network import STM, STRIDE, Query, compile_parts, fold_batch_norm, other_object_masks, soft_aggregate
-from stm_model.tracking.budget import MemoryBudget
-from stm_model.tracking.memory import MemoryBank, MemoryRule
-from stm_model.tracking.plan import MemoryPlan, plan_memory
+from stm_model.tracking.budget import MemoryBudget, MemoryPlan, MemoryRule, plan_memory
+from stm_model.tracking.frames import (
+    check_frame,
+    check_mask,
+    check_side,
+    pad_to_stride,
+    prepare_frame,
+    prepare_mask,
+    scaled_size,
+)
+from stm_model.tracking.memory import MemoryBank
 from stm_model.tracking.resume import array_digest, check_same
 
 UNCERTAIN = 0.8
@@ -83,8 +91,7 @@ class Tracker:
         model.expect_guidance("masks")
         if isinstance(memory, str):
             MemoryRule.parse(memory, frame_count=1)
-        if size is not None and size < STRIDE:
-            raise ValueError(f"size: expected at least {STRIDE} pixels, got {size}")
+        check_side(size)
         self.read_options: dict[str, Any] = {
             "similarity": model.config.similarity,
             "top_k": top_k,
@@ -117,19 +124,19 @@ class Tracker:
             masks: frame index → label map `[H, W]`: 0 says nothing, 1…254 are objects, 255 is void. A label that was
                 not seen before is a new object; one that was replaces the prediction of that object.
             frame_count: number of frames, if known; only the rule `uniform:K` needs it.
-            resume: what `checkpoint` returned, to go on from there: the frames before it are passed over, the results
-                after it are, on a CPU to the bit, those of a run that was never stopped.
+            resume: what `state` returned, to go on from there: the frames before it are passed over, the results after
+                it are, on a CPU to the bit, those of a run that was never stopped.
 
         Yields:
             A result for every frame, in order. Before the first mask everything is background.
 
         Raises:
             ValueError: there are no frames; a frame or mask has the wrong form; no mask names an object; a setting, the
-                weights, the masks or the frames are not those that the checkpoint was made with.
+                weights, the masks or the frames are not those that the state was made with.
         """
         if frame_count is None and isinstance(frames, Sized):
             frame_count = len(frames)
-        rule = MemoryRule.parse(self.memory, frame_count) if isinstance(self.memory, str) else self.memory
+        rule = self._rule(frame_count)
         checked = {int(index): check_mask(mask, index) for index, mask in masks.items()}
         if not any(objects_in(mask) for mask in checked.values()):
             raise ValueError("masks: expected at least one labelled object (1…254), got none")
@@ -141,7 +148,7 @@ class Tracker:
         self.bank, self._video = bank, video
         return self._track(frames, video)
 
-    def checkpoint(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """All that `track` needs to go on after the result that it gave last, for `torch.save`.
 
         What is remembered is not copied: write it before asking for the next result.
@@ -150,12 +157,9 @@ class Tracker:
             ValueError: no frame is tracked yet.
         """
         if self._video is None or self._video.previous is None:
-            raise ValueError("checkpoint: expected a frame to be tracked before, got none")
-        index, _, probabilities, given = self._video.previous
-        return {
-            "made_with": self._made_with(self._video, index),
-            "video": {"index": index, "probabilities": probabilities, "given": sorted(given)} | self._video.state(),
-        }
+            raise ValueError("state: expected a frame to be tracked before, got none")
+        video, index = self._video, self._video.previous.index
+        return {"made_with": self._made_with(video, index), "video": video.state(self._video.previous)}
 
     def _made_with(self, video: _Video, frame_index: int) -> dict[str, Any]:
         """All that the results up to a frame depend on, but the frames."""
@@ -190,23 +194,27 @@ class Tracker:
         Raises:
             ValueError: the budget does not hold the frames with a given mask and the previous one.
         """
-        rule = MemoryRule.parse(self.memory, frame_count) if isinstance(self.memory, str) else self.memory
-        height, width = (side + -side % STRIDE for side in network_size(frame_size, self.size))
+        height, width = (side + -side % STRIDE for side in scaled_size(frame_size, self.size))
         config, dtype = self.model.config, next(self.model.parameters()).dtype
 
         def position_bytes(objects: int) -> int:
             keys = 1 if self.model.shares_keys else objects
             return (keys * config.key_channels + objects * config.value_channels) * dtype.itemsize
 
-        return plan_memory(rule, self.budget, masks, frame_count, (height, width), position_bytes)
+        return plan_memory(self._rule(frame_count), self.budget, masks, frame_count, (height, width), position_bytes)
+
+    def _rule(self, frame_count: int | None) -> MemoryRule:
+        return MemoryRule.parse(self.memory, frame_count) if isinstance(self.memory, str) else self.memory
 
     def _track(self, frames: Iterable[np.ndarray], video: _Video) -> Iterator[FrameResult]:
-        index, done = -1, -1 if video.previous is None else video.previous[0]
+        before = video.previous
+        index, done = -1, -1 if before is None else before.index
         for index, frame in enumerate(frames):
-            if index == done and not np.array_equal(frame, video.frame):
-                raise ValueError(f"frames: frame {index} is not the one that the checkpoint was made at")
+            if before is not None and index == done and not np.array_equal(frame, before.frame):
+                raise ValueError(f"frames: frame {index} is not the one that the state was made at")
             if index <= done:
                 continue
+            before = None
             # entered and left for every frame: a generator must not hold the mode while its caller runs
             with torch.inference_mode():
                 result = video.step(index, check_frame(frame, index, video.frame_size))
@@ -218,129 +226,125 @@ class Tracker:
             warnings.warn(f"masks of frames {late} were not used: the video ended at frame {index}", stacklevel=2)
 
 
+@dataclass(frozen=True)
+class _Previous:
+    """The frame that was segmented last."""
+
+    index: int
+    frame: np.ndarray
+    """uint8 `[H, W, 3]`, as it was given."""
+    image: Tensor
+    """float32 `[1, 3, h, w]`, as the network sees it, not padded."""
+    probabilities: Tensor
+    """`[n + 1, h, w]`, background first."""
+    given: frozenset[int]
+    """Labels of the objects whose mask the user gave."""
+    certainty: list[float]
+    """Of each object."""
+    query: Query | None
+    """What was computed of the frame alone, if it was segmented and its key is shared."""
+
+
 class _Video:
-    """The state of one video being tracked."""
+    """The state of one video being tracked; `shorter_side` is that of the network's frames, None the video's own."""
 
     def __init__(
-        self, model: STM, bank: MemoryBank, masks: dict[int, np.ndarray], size: int | None, skip_uncertain: bool
+        self, model: STM, bank: MemoryBank, masks: dict[int, np.ndarray], shorter_side: int | None, skip_uncertain: bool
     ):
-        self.model, self.masks, self.size, self.skip_uncertain = model, masks, size, skip_uncertain
-        self.device = next(model.parameters()).device
-        self.frame_size: tuple[int, int] | None = None
+        self.model, self.bank, self.masks, self.skip_uncertain = model, bank, masks, skip_uncertain
+        self.shorter_side, self.device = shorter_side, next(model.parameters()).device
         self.objects: list[int] = []
-        self.bank = bank
-        self.previous: tuple[int, Tensor, Tensor, set[int]] | None = None
-        # what was computed of the previous frame alone, if it was segmented
-        self.query: Query | None = None
-        # the last one
-        self.frame = np.empty((0, 0, 3), np.uint8)
-        # of the objects segmented in the last frame
-        self.familiarity: list[float] = []
-        self.certainty: list[float] = []
+        self.previous: _Previous | None = None
 
-    def state(self) -> dict[str, Any]:
-        """All but `previous` that going on after the last frame needs, as `PagedMemory.state`."""
+    @property
+    def frame_size(self) -> tuple[int, int] | None:
+        """Height and width of the frames, once one is known."""
+        return None if self.previous is None else self.previous.frame.shape[:2]
+
+    def state(self, previous: _Previous) -> dict[str, Any]:
+        """All that going on after the last frame needs; what is remembered as `PagedMemory.state`."""
         return {
-            "frame": torch.from_numpy(np.ascontiguousarray(self.frame)),
+            "index": previous.index,
+            "frame": torch.from_numpy(np.ascontiguousarray(previous.frame)),
+            "probabilities": previous.probabilities,
+            "given": sorted(previous.given),
+            "certainty": previous.certainty,
             "objects": list(self.objects),
-            "familiarity": list(self.familiarity),
-            "certainty": list(self.certainty),
             "bank": self.bank.state(),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Be where another one was at its `state`."""
-        self.frame = state["frame"].numpy()
-        self.frame_size = self.frame.shape[:2]
+        frame = state["frame"].numpy()
+        image = prepare_frame(frame, scaled_size(frame.shape[:2], self.shorter_side), self.device)
         probabilities = state["probabilities"].to(self.device, copy=True)
-        self.previous = (state["index"], self._prepare(self.frame), probabilities, set(state["given"]))
-        self.objects, self.familiarity, self.certainty = (
-            list(state[name]) for name in ("objects", "familiarity", "certainty")
-        )
+        given, certainty = frozenset(state["given"]), list(state["certainty"])
+        self.previous = _Previous(state["index"], frame, image, probabilities, given, certainty, None)
+        self.objects = list(state["objects"])
         self.bank.load_state(state["bank"], self.device)
 
     def step(self, index: int, frame: np.ndarray) -> FrameResult:
         """Segment the next frame."""
-        self.frame, self.frame_size, mask = frame, frame.shape[:2], self.masks.get(index)
-        if mask is not None and mask.shape != self.frame_size:
+        frame_size, mask = frame.shape[:2], self.masks.get(index)
+        if mask is not None and mask.shape != frame_size:
             raise ValueError(
-                f"mask of frame {index}: expected {by(self.frame_size)} pixels (height×width) like its frame, "
-                f"got {by(mask.shape)}"
+                f"mask of frame {index}: expected [H, W] = {list(frame_size)} like its frame, got {list(mask.shape)}"
             )
-        image = self._prepare(frame)
-        probabilities = self._segment(image)
-        given: set[int] = set()
+        size = scaled_size(frame_size, self.shorter_side)
+        image = prepare_frame(frame, size, self.device)
+        query, probabilities, familiarity = self._segment(image)
+        given: frozenset[int] = frozenset()
         if mask is not None:
             # of the mask as given: an object too small for the network's size is still an object
-            given = objects_in(mask)
-            probabilities = self._apply_mask(probabilities, self._resize_mask(mask), given)
-        self.certainty = _certainty(probabilities)
-        self.previous = (index, image, probabilities, given)
+            given = frozenset(objects_in(mask))
+            probabilities = self._apply_mask(probabilities, prepare_mask(mask, size, self.device), given)
+        certainty = _certainty(probabilities)
+        encoded = query if self.model.shares_keys else None
+        self.previous = _Previous(index, frame, image, probabilities, given, certainty, encoded)
         full = probabilities
-        if full.shape[-2:] != self.frame_size:
-            full = F.interpolate(full[None], self.frame_size, mode="bilinear", align_corners=False)[0]
+        if size != frame_size:
+            full = F.interpolate(full[None], frame_size, mode="bilinear", align_corners=False)[0]
         values = torch.tensor([0, *self.objects], dtype=torch.uint8, device=self.device)
         # max, not argmax, which takes ten times as long over a strided axis on a CPU
         labels = values[full.max(0).indices].cpu().numpy()
-        if mask is not None and mask.shape != image.shape[-2:]:
+        if mask is not None and size != frame_size:
             # a given mask comes back exactly as it was given, though the network saw it resized
             objects = sorted(given)
             labels = np.where(np.isin(labels, objects) & (mask != VOID), 0, labels)
             labels = np.where(np.isin(mask, objects), mask, labels)
-        entered = [-math.inf] * (len(self.objects) - len(self.familiarity))
-        familiarity = (*self.familiarity, *entered)
-        return FrameResult(index, labels, full, tuple(self.objects), tuple(self.certainty), familiarity)
+        familiarity += [-math.inf] * (len(self.objects) - len(familiarity))
+        return FrameResult(index, labels, full, tuple(self.objects), tuple(certainty), tuple(familiarity))
 
-    def _prepare(self, frame: np.ndarray) -> Tensor:
-        """uint8 `[H, W, 3]` → float32 `[1, 3, h, w]` in 0…1 at the network's size, not yet padded."""
-        pixels = torch.from_numpy(np.ascontiguousarray(frame)).to(self.device)
-        # plain order here, so that the weights alone decide the memory format of the convolutions
-        image = pixels.permute(2, 0, 1)[None].contiguous().float() / 255
-        size = network_size(frame.shape[:2], self.size)
-        if size != image.shape[-2:]:
-            image = F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True).clamp_(0, 1)
-        return image
-
-    def _resize_mask(self, mask: np.ndarray) -> Tensor:
-        labels = torch.from_numpy(np.ascontiguousarray(mask)).to(self.device)
-        size = network_size(mask.shape, self.size)
-        if size == mask.shape:
-            return labels
-        return F.interpolate(labels[None, None].float(), size, mode="nearest-exact")[0, 0].to(torch.uint8)
-
-    def _segment(self, image: Tensor) -> Tensor:
-        """Probabilities `[n + 1, h, w]` of the objects known so far."""
-        if not self.objects:
-            return torch.ones(1, *image.shape[-2:], device=self.device)
-        assert self.previous is not None
-        masks = pad_to_stride(self.previous[2][1:])[0]
+    def _segment(self, image: Tensor) -> tuple[Query | None, Tensor, list[float]]:
+        """The query of a frame, probabilities `[n + 1, h, w]` of the objects known so far, and their familiarity."""
+        if not self.objects or self.previous is None:
+            return None, torch.ones(1, *image.shape[-2:], device=self.device), []
+        masks = pad_to_stride(self.previous.probabilities[1:])[0]
         others = other_object_masks(masks)
-        self._remember_previous(masks, others)
+        self._remember(self.previous, masks, others)
         padded, (top, left) = pad_to_stride(image)
-        self.query = query = self.model.encode_query(padded)
+        query = self.model.encode_query(padded)
         readout, similarity = self.bank.read(query.key)
         objects = self.model.segment(readout, query, [len(self.objects)], (masks, others))
         # of the padded frame, whose cells are whole
-        places = F.avg_pool2d(objects, STRIDE)
-        self.familiarity = ((places * similarity).sum((1, 2)) / places.sum((1, 2)).clamp(min=1e-12)).tolist()
+        cells = F.avg_pool2d(objects, STRIDE)
+        familiarity = ((cells * similarity).sum((1, 2)) / cells.sum((1, 2)).clamp(min=1e-12)).tolist()
         height, width = image.shape[-2:]
-        return torch.softmax(soft_aggregate(objects[:, top : top + height, left : left + width]), 0)
+        found = objects[:, top : top + height, left : left + width]
+        return query, torch.softmax(soft_aggregate(found), 0), familiarity
 
-    def _remember_previous(self, masks: Tensor, others: Tensor) -> None:
+    def _remember(self, previous: _Previous, masks: Tensor, others: Tensor) -> None:
         """Put the previous frame, with its soft masks `[n, H, W]`, into the memories that want it."""
-        assert self.previous is not None
-        index, image, _, labels = self.previous
-        given = [label in labels for label in self.objects]
-        certain = [not self.skip_uncertain or value >= UNCERTAIN for value in self.certainty]
-        wanted = self.bank.wanted(index, given, certain)
-        if not any(wanted):
+        given = [label in previous.given for label in self.objects]
+        certain = [not self.skip_uncertain or value >= UNCERTAIN for value in previous.certainty]
+        entries = self.bank.wanted(previous.index, given, certain)
+        if not entries:
             return
-        encoded = self.query if self.model.shares_keys else None
-        frame = encoded if encoded is not None else pad_to_stride(image)[0]
+        frame = pad_to_stride(previous.image)[0] if previous.query is None else previous.query
         key, value = self.model.memorize(frame, masks, others, [len(masks)])
-        self.bank.remember(index, given, certain, wanted, key, value)
+        self.bank.remember(previous.index, entries, key, value)
 
-    def _apply_mask(self, probabilities: Tensor, labels: Tensor, given: set[int]) -> Tensor:
+    def _apply_mask(self, probabilities: Tensor, labels: Tensor, given: frozenset[int]) -> Tensor:
         """Overwrite predictions by a given mask and take in new objects; void pixels keep their prediction."""
         new = sorted(given - set(self.objects))
         if new:
@@ -368,23 +372,3 @@ def _certainty(probabilities: Tensor) -> list[float]:
     most, winners = probabilities.max(0)
     found = [most[winners == channel] for channel in range(1, len(probabilities))]
     return [values.mean().item() if len(values) else 0.0 for values in found]
-
-
-def network_size(frame_size: tuple[int, int], shorter_side: int | None) -> tuple[int, int]:
-    """Height and width at which the network sees frames of a size, not yet padded."""
-    height, width = frame_size
-    if shorter_side is None:
-        return height, width
-    factor = shorter_side / min(height, width)
-    return max(1, round(height * factor)), max(1, round(width * factor))
-
-
-def pad_to_stride(maps: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Zero-pad `[…, H, W]` to multiples of 16 on both sides, the odd pixel below and right.
-
-    Returns:
-        The padded maps and the rows and columns added at the top and at the left.
-    """
-    rows, columns = (-maps.shape[-2]) % STRIDE, (-maps.shape[-1]) % STRIDE
-    top, left = rows // 2, columns // 2
-    return F.pad(maps, (left, columns - left, top, rows - top)), (top, left)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from stm_model.network import STRIDE, STMConfig
-from stm_model.network.weights import DEFAULT_WEIGHTS
+# the network is imported where it is used: `stm train --help` answers without torch
+if TYPE_CHECKING:
+    from stm_model.network import STMConfig
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,8 @@ class TrainConfig:
     """Where to train; None for the GPU if there is one."""
 
     def __post_init__(self) -> None:
+        from stm_model.network import STRIDE
+
         least = {"steps": 1, "batch": 1, "accumulate": 1, "frames": 2, "crop": STRIDE, "workers": 0, "most_objects": 1}
         least |= dict.fromkeys(("validate_every", "save_every", "log_every"), 1) | {"picture_every": 0, "warmup": 0}
         least["rounds"] = 0
@@ -192,7 +195,9 @@ class TrainConfig:
     @property
     def network_shape(self) -> STMConfig:
         """The shape of the network to train, unless it starts from weights, which have their own."""
-        guidance = "scribbles" if self.rounds else "masks"
+        from stm_model.network import STMConfig
+
+        guidance: Literal["masks", "scribbles"] = "scribbles" if self.rounds else "masks"
         shapes = {"shared": STMConfig.shared, "lite": STMConfig.lite, "small": STMConfig.small, "released": STMConfig}
         return dataclasses.replace(shapes[self.network](guidance=guidance), **self._shape)
 
@@ -288,6 +293,12 @@ class PaperConfig(TrainConfig):
     workers: int = 4
 
 
+def _default_weights() -> Path:
+    from stm_model.network.weights import DEFAULT_WEIGHTS
+
+    return DEFAULT_WEIGHTS
+
+
 @dataclass(frozen=True)
 class InteractiveConfig(TrainConfig):
     """Train a network guided by scribbles, for `stm interact`, from the weights of one that tracks.
@@ -297,7 +308,7 @@ class InteractiveConfig(TrainConfig):
 
     split: str = "fit"
     validation_split: str | None = "held"
-    init: Path | None = DEFAULT_WEIGHTS
+    init: Path | None = field(default_factory=_default_weights)
     freeze_first_stage: bool = True
     trunk_rate: float = 0.5
     freeze_batch_norm: float = 0.0

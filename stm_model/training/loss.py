@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stm_kernels import space_time_memory_read
 from stm_model.data.clips import Clip, generator
-from stm_model.io.images import VOID
+from stm_model.labels import VOID
 from stm_model.network import STM, Query, other_object_masks, soft_aggregate
 from stm_model.network.encoders import FrameFeatures
 

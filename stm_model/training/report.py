@@ -18,7 +18,8 @@ from stm_model.data.video import Video
 from stm_model.evaluation.metrics import sequence_scores
 from stm_model.io.images import contact_sheet, overlay, write_image
 from stm_model.network import STM
-from stm_model.tracking.tracker import Tracker, pad_to_stride
+from stm_model.tracking.frames import pad_to_stride
+from stm_model.tracking.tracker import Tracker
 from stm_model.training.config import TrainConfig
 from stm_model.training.rounds import segment_rounds
 

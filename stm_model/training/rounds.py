@@ -14,7 +14,7 @@ from stm_model.data.clips import Clip, generator
 from stm_model.evaluation.metrics import region_similarity
 from stm_model.interactive.scribbles import NONE, scribble_maps
 from stm_model.interactive.synthesis import corrective, synthesize, synthesize_background
-from stm_model.io.images import VOID
+from stm_model.labels import VOID
 from stm_model.network import STM, Query, soft_aggregate
 from stm_model.training.loss import called, frame_loss, recomputed
 

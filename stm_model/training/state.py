@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from stm_model.io.files import write_checkpoint
+from stm_model.io.files import write_torch
 from stm_model.network import STM, STMConfig, scribble_tensors
 from stm_model.network.decoder import ResBlock
 from stm_model.network.efficientnet import InvertedResidual
@@ -86,7 +86,7 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
             "random": torch.get_rng_state(),
         }
-        write_checkpoint(self.path, state)
+        write_torch(self.path, state)
 
     @property
     def weights_path(self) -> Path:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from stm_model.data.clips import Clip
-from stm_model.runtime import default_device, default_dtype
+from stm_model.distributed import Ranks
+from stm_model.runtime import default_dtype, usable_device
 from stm_model.training.config import TrainConfig
 from stm_model.training.datasets import batches, training_clips, validation_sequences
 from stm_model.training.loss import ClipLoss
@@ -43,13 +43,17 @@ def train(config: TrainConfig) -> Path:
         ValueError: the run in `out` was started with other settings, frames and masks of a dataset don't match, it has
             nothing that can be read, the batch cannot be shared out, or the loss is no number any more.
     """
-    with _processes(config) as (rank, processes, device):
-        _check_shares(config, processes)
+    device = usable_device(Ranks().device(config.device))
+    on_gpu = device.type == "cuda"
+    with Ranks("nccl" if on_gpu else "gloo", timeout=None) as ranks:
+        if on_gpu:
+            torch.cuda.set_device(device)
+        _check_shares(config, ranks.count)
         dataset, held_out = training_clips(config), validation_sequences(config)
         config.out.mkdir(parents=True, exist_ok=True)
         state = TrainState(config, device)
-        report = Report(config, state.step, first_process=rank == 0)
-        _Training(config, state, report, rank, processes).run(dataset, held_out)
+        report = Report(config, state.step, first_process=ranks.first)
+        _Training(config, state, report, ranks.index, ranks.count).run(dataset, held_out)
     return config.out / "weights.safetensors"
 
 
@@ -159,33 +163,6 @@ class _Training:
 
 def _on(device: torch.device, clip: Clip) -> Clip:
     return clip._replace(frames=clip.frames.to(device), labels=clip.labels.to(device))
-
-
-@contextlib.contextmanager
-def _processes(config: TrainConfig):
-    """This process's rank, the number of processes and the device, as torchrun says."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    device = _usable(config.device)
-    if processes == 1:
-        yield 0, 1, device
-        return
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield dist.get_rank(), processes, device
-    finally:
-        dist.destroy_process_group()
-
-
-def _usable(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name) if name else default_device()
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: {name} cannot be used here ({str(error).splitlines()[0]})") from error
-    return device
 
 
 def _check_shares(config: TrainConfig, processes: int) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from stm_model.commands.main import main
 from stm_model.data.synthetic import procedural_clip
-from stm_model.io import images
+from stm_model.io.masks import write_mask
 from stm_model.io.video import VideoWriter
 
 
@@ -20,8 +20,8 @@ def clip(tmp_path_factory):
             writer.write(frame)
     (folder / "true").mkdir()
     for index, mask in enumerate(labels):
-        images.write_mask(folder / "true" / f"{index:05d}.png", mask)
-    images.write_mask(folder / "mask.png", labels[0])
+        write_mask(folder / "true" / f"{index:05d}.png", mask)
+    write_mask(folder / "mask.png", labels[0])
     return folder
 
 

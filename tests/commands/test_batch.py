@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from answers import refused
 
 from stm_model import STM, STMConfig
 from stm_model.commands.batch import read_list
 from stm_model.commands.main import main
 from stm_model.data.synthetic import procedural_clip
-from stm_model.io import images
+from stm_model.io.masks import read_mask, write_mask
 from stm_model.io.video import VideoWriter, open_video
 from stm_model.network.weights import write_tensors
 
@@ -36,7 +37,7 @@ def folder(tmp_path_factory):
         with VideoWriter(folder / "clips" / f"{name}.mp4") as writer:
             for frame in frames:
                 writer.write(frame)
-        images.write_mask(folder / f"{name}.png", labels[0])
+        write_mask(folder / f"{name}.png", labels[0])
     lines = [f"clips/{name}.mp4 {name}.png" for name in LENGTHS]
     (folder / "list.txt").write_text("# VIDEO MASK\n\n" + "  # of an animal\n".join(lines) + "\n")
     return folder
@@ -146,6 +147,18 @@ def test_another_video_of_the_name_is_refused(track, folder, tmp_path):
     assert code == 2 and "ant: was tracked with --video" in err and "bee.mp4" in err
 
 
+def test_results_of_an_earlier_version_are_refused_by_name(track, tmp_path):
+    assert track()[0] == 0
+    file = tmp_path / "out" / "bee" / "summary.json"
+    file.write_text(
+        json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name != "format"})
+    )
+    before = _written(tmp_path / "out")
+    assert refused(track(), f"{tmp_path / 'out' / 'bee'}: was written by another version (format 1 instead of 2)")
+    assert _written(tmp_path / "out") == before
+    assert track("--overwrite")[0] == 0
+
+
 def test_the_size_of_the_default_weights_is_the_same_setting(tmp_path, folder, monkeypatch):
     """Asked for nothing, larger frames run at the size of the weights; that is no other setting the next time."""
     monkeypatch.setattr("stm_model.network.stm.DEFAULT_WEIGHTS", folder / "tiny.safetensors")
@@ -161,10 +174,10 @@ def test_a_folder_with_something_else_is_refused(track, tmp_path):
     (tmp_path / "out" / "bee").mkdir(parents=True)
     (tmp_path / "out" / "bee" / "notes.txt").write_text("mine")
     code, out, err = track()
-    assert (code, out) == (2, "") and "holds something else than results of a list" in err
+    assert (code, out) == (2, "") and "holds something other than results of a list" in err
     (tmp_path / "out" / "summary.json").write_text('{"command": "track list"}')
     code, out, err = track()
-    assert (code, out) == (2, "") and "bee: holds something else than results" in err
+    assert (code, out) == (2, "") and "bee: holds something other than results" in err
     assert track("--overwrite")[0] == 0
     assert (tmp_path / "out" / "bee" / "notes.txt").read_text() == "mine"
 
@@ -257,9 +270,7 @@ def test_a_run_that_was_stopped_goes_on(track, folder, tmp_path, name):
     assert track(out=tmp_path / "unbroken")[0] == 0
     assert not list((tmp_path / "out").rglob(".*")) and after.keys() == _written(tmp_path / "unbroken").keys()
     for file in after:
-        np.testing.assert_array_equal(
-            images.read_mask(tmp_path / "out" / file), images.read_mask(tmp_path / "unbroken" / file)
-        )
+        np.testing.assert_array_equal(read_mask(tmp_path / "out" / file), read_mask(tmp_path / "unbroken" / file))
 
 
 def test_two_ranks_share_a_list(track, folder, tmp_path):

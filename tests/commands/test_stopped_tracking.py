@@ -15,8 +15,9 @@ import torch
 
 from stm_model import Tracker
 from stm_model.data.synthetic import procedural_clip
-from stm_model.io import images
+from stm_model.io.masks import write_mask
 from stm_model.io.video import VideoWriter, open_video
+from stm_model.tracking import folder
 
 FRAMES = 8
 
@@ -82,7 +83,7 @@ def test_whatever_stops_a_run_keeps_what_was_tracked(track, tmp_path, monkeypatc
 @pytest.mark.parametrize("written", [0, 3, FRAMES - 1])
 def test_a_disk_that_is_full_ends_the_run(track, tmp_path, monkeypatch, written):
     """What fails in the writing thread ends the tracking, with the same line."""
-    write, names = images.write_mask, []
+    write, names = write_mask, []
 
     def until_full(path, labels):
         if len(names) == written:
@@ -90,7 +91,7 @@ def test_a_disk_that_is_full_ends_the_run(track, tmp_path, monkeypatch, written)
         names.append(path.name)
         write(path, labels)
 
-    monkeypatch.setattr(images, "write_mask", until_full)
+    monkeypatch.setattr(folder, "write_mask", until_full)
     code, out, err = track()
     assert code == 2 and err.count("\n") == 1
     assert err.startswith("stm: error: ") and f"{written:05d}.png: No space left on device" in err
@@ -115,7 +116,7 @@ def test_ctrl_c_keeps_what_was_tracked(weights, tmp_path):
     with VideoWriter(tmp_path / "clip.mp4") as writer:
         for frame in np.concatenate([frames, frames[::-1]] * 8):
             writer.write(frame)
-    images.write_mask(tmp_path / "mask.png", labels[0])
+    write_mask(tmp_path / "mask.png", labels[0])
     out = tmp_path / "out"
     command = [sys.executable, "-m", "stm_model", "track", "clip.mp4", "--mask", "mask.png", "--out", "out"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}

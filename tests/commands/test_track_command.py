@@ -12,7 +12,7 @@ from answers import refused
 from stm_model import STM, Tracker
 from stm_model.commands.main import main
 from stm_model.evaluation.metrics import sequence_scores
-from stm_model.io import images
+from stm_model.io.masks import read_mask, resize_mask, write_mask
 from stm_model.io.video import VideoFile, open_video
 
 FRAMES = 8
@@ -24,8 +24,8 @@ def test_track_writes_masks_overlay_and_summary(track, clip, tmp_path):
     assert (code, err) == (0, "")
     files = sorted((tmp_path / "out" / "masks").iterdir())
     assert [file.name for file in files] == [f"{index:05d}.png" for index in range(FRAMES)]
-    np.testing.assert_array_equal(images.read_mask(files[0]), images.read_mask(clip / "mask.png"))
-    assert all(set(np.unique(images.read_mask(file))) <= {0, 7, 9} for file in files)
+    np.testing.assert_array_equal(read_mask(files[0]), read_mask(clip / "mask.png"))
+    assert all(set(np.unique(read_mask(file))) <= {0, 7, 9} for file in files)
     overlay = open_video(tmp_path / "out" / "overlay.mp4")
     assert (overlay.frame_count, overlay.size, overlay.fps) == (FRAMES, (48, 80), 24)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -72,20 +72,20 @@ def test_the_masks_are_the_trackers(track, clip, weights, tmp_path):
     assert track("--dtype", "float32")[0] == 0
     frames = list(open_video(clip / "clip.mp4"))
     tracker = Tracker(STM.load(weights, device="cpu", dtype=torch.float32))
-    for result in tracker.track(frames, {0: images.read_mask(clip / "mask.png")}):
-        written = images.read_mask(tmp_path / "out" / "masks" / f"{result.index:05d}.png")
+    for result in tracker.track(frames, {0: read_mask(clip / "mask.png")}):
+        written = read_mask(tmp_path / "out" / "masks" / f"{result.index:05d}.png")
         np.testing.assert_array_equal(written, result.labels)
 
 
 def test_objects_enter_by_a_folder_of_masks(track, clip, tmp_path):
     folder = tmp_path / "given"
     folder.mkdir()
-    truth = images.read_mask(clip / "true" / "00003.png")
-    images.write_mask(folder / "first_0.png", np.where(images.read_mask(clip / "mask.png") == 7, 7, 0))
-    images.write_mask(folder / "later_3.png", np.where(truth == 9, 9, 0))
+    truth = read_mask(clip / "true" / "00003.png")
+    write_mask(folder / "first_0.png", np.where(read_mask(clip / "mask.png") == 7, 7, 0))
+    write_mask(folder / "later_3.png", np.where(truth == 9, 9, 0))
     code, out, _ = track("--json", mask=folder)
     assert code == 0 and json.loads(out)["objects"] == [7, 9]
-    labels = [set(np.unique(images.read_mask(tmp_path / "out" / "masks" / f"{t:05d}.png"))) for t in range(4)]
+    labels = [set(np.unique(read_mask(tmp_path / "out" / "masks" / f"{t:05d}.png"))) for t in range(4)]
     assert all(9 not in seen for seen in labels[:3]) and 9 in labels[3]
 
 
@@ -95,26 +95,26 @@ def test_a_mask_for_every_frame_is_pointed_out(track, clip):
 
 
 def test_a_black_and_white_mask_needs_binary(track, clip, tmp_path):
-    images.write_mask(tmp_path / "mask.png", np.where(images.read_mask(clip / "mask.png") == 7, 255, 0))
+    write_mask(tmp_path / "mask.png", np.where(read_mask(clip / "mask.png") == 7, 255, 0))
     assert refused(track(mask=tmp_path / "mask.png"), "its only label is 255", "--binary")
     code, out, _ = track("--json", "--binary", mask=tmp_path / "mask.png")
     assert code == 0 and json.loads(out)["objects"] == [1]
 
 
 def test_a_mask_of_another_size_is_resized_only_when_asked(track, clip, tmp_path):
-    images.write_mask(tmp_path / "mask.png", images.resize_mask(images.read_mask(clip / "mask.png"), (96, 160)))
+    write_mask(tmp_path / "mask.png", resize_mask(read_mask(clip / "mask.png"), (96, 160)))
     assert refused(track(mask=tmp_path / "mask.png"), "160x96", "80x48", "--resize-mask")
     assert not (tmp_path / "out").exists()
     code, _, _ = track("--resize-mask", mask=tmp_path / "mask.png")
-    assert code == 0 and images.read_mask(tmp_path / "out" / "masks" / "00000.png").shape == (48, 80)
+    assert code == 0 and read_mask(tmp_path / "out" / "masks" / "00000.png").shape == (48, 80)
 
 
 def test_one_mask_of_another_size_among_many(track, clip, tmp_path):
     folder = tmp_path / "given"
     folder.mkdir()
-    labels = images.read_mask(clip / "mask.png")
-    images.write_mask(folder / "00000.png", np.where(labels == 7, 7, 0))
-    images.write_mask(folder / "00003.png", np.where(labels == 9, 9, 0)[:, 1:])
+    labels = read_mask(clip / "mask.png")
+    write_mask(folder / "00000.png", np.where(labels == 7, 7, 0))
+    write_mask(folder / "00003.png", np.where(labels == 9, 9, 0)[:, 1:])
     assert refused(track(mask=folder), "the mask of frame 3 is 79x48", "80x48", "--resize-mask")
     code, out, _ = track("--json", "--resize-mask", mask=folder)
     assert code == 0 and json.loads(out)["objects"] == [7, 9]
@@ -124,7 +124,7 @@ def test_a_full_folder_is_refused_and_only_results_are_overwritten(track, tmp_pa
     out = tmp_path / "out"
     (out / "masks").mkdir(parents=True)
     (out / "notes.txt").write_text("mine")
-    images.write_mask(out / "masks" / "00099.png", np.zeros((4, 4), dtype=np.uint8))
+    write_mask(out / "masks" / "00099.png", np.zeros((4, 4), dtype=np.uint8))
     (out / "masks" / ".00100.partial.png").write_text("left by a run that was killed")
     assert refused(track(), "is not empty", "--overwrite")
     assert (out / "masks" / "00099.png").exists()
@@ -144,7 +144,7 @@ def test_results_never_overwrite_the_input(track, clip, tmp_path):
 def test_what_a_run_will_remember_is_said_before_and_after(track, tmp_path):
     # 3 × 5 positions, 2 objects, 16 + 16 channels of 4 bytes
     kib = 15 * 2 * 32 * 4 / 1024
-    planned = f"7 frames of 48×80 pixels and 2 objects: {7 * kib:.1f} KiB, {kib:.1f} KiB a frame"
+    planned = f"7 frames of 80x48 pixels and 2 objects: {7 * kib:.1f} KiB, {kib:.1f} KiB a frame"
     code, out, _ = track("--memory", "every:1", "--dtype", "float32")
     assert code == 0 and out.startswith(f"remembers   {planned}\n")
     memory = json.loads((tmp_path / "out" / "summary.json").read_text())["memory"]
@@ -169,7 +169,7 @@ def test_the_summary_says_where_an_object_is_likely_lost(track, clip, tmp_path, 
     signals = json.loads((tmp_path / "out" / "summary.json").read_text())["signals"]
     assert signals["7"]["uncertain"] == [FRAMES - 1] and signals["9"]["uncertain"] == [1]
     for label, noted in signals.items():
-        masks = [images.read_mask(tmp_path / "out" / "masks" / f"{index:05d}.png") for index in range(FRAMES)]
+        masks = [read_mask(tmp_path / "out" / "masks" / f"{index:05d}.png") for index in range(FRAMES)]
         assert noted["area"] == [round(float((mask == int(label)).mean()), 6) for mask in masks]
         assert noted["from"] == 0 and len(noted["certainty"]) == FRAMES
         assert noted["familiarity"][0] is None and all(value is not None for value in noted["familiarity"][1:])
@@ -199,7 +199,7 @@ def test_a_budget_that_cannot_work_is_refused_before_the_run(track, tmp_path):
 def test_bad_input_is_one_line(track, clip, weights, tmp_path):
     (tmp_path / "file").write_text("text")
     (tmp_path / "empty").mkdir()
-    images.write_mask(tmp_path / "blank.png", np.zeros((48, 80), dtype=np.uint8))
+    write_mask(tmp_path / "blank.png", np.zeros((48, 80), dtype=np.uint8))
     torch.save({"module.fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pth")
     assert refused(track(video=tmp_path / "gone.mp4"), "gone.mp4: no such video")
     assert refused(track(video=tmp_path / "file"), "file: does not open as a video")
@@ -213,20 +213,20 @@ def test_bad_input_is_one_line(track, clip, weights, tmp_path):
     )
     assert refused(track("--memory", "sometimes"), "memory", "sometimes")
     assert refused(track("--top-k", "0"), "top_k", "at least 1")
-    assert refused(track("--skip", "1"), "skip", "below 1")
+    assert refused(track("--skip", "1"), "skip", "in [0, 1)")
     assert refused(track("--size", "4"), "size", "4")
-    assert refused(track("--device", "cuda:99"), "--device cuda:99: cannot be used here")
-    assert refused(track("--device", "toaster"), "--device toaster: cannot be used here")
+    assert refused(track("--device", "cuda:99"), "device: cuda:99 cannot be used here")
+    assert refused(track("--device", "toaster"), "device: toaster cannot be used here")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(not CLIP.is_dir(), reason="the bear clip is not here")
 def test_a_real_video_end_to_end(tmp_path):
     """The default weights on a real H.264 video, through the command, scored against its ground truth."""
-    truths = [images.read_mask(file) for file in sorted((CLIP / "Annotations").iterdir())]
+    truths = [read_mask(file) for file in sorted((CLIP / "Annotations").iterdir())]
     arguments = [CLIP / "bear.mp4", "--mask", CLIP / "Annotations" / "00000.png", "--out", tmp_path]
     assert main(["track", *map(str, arguments), "--no-overlay"]) == 0
-    predictions = [images.read_mask(file) for file in sorted((tmp_path / "masks").iterdir())]
+    predictions = [read_mask(file) for file in sorted((tmp_path / "masks").iterdir())]
     assert json.loads((tmp_path / "summary.json").read_text())["settings"]["size"] == 240
     region, _ = sequence_scores(predictions, truths)[1]
     assert region >= 0.5

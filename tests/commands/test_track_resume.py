@@ -17,8 +17,10 @@ from stm_model import STM, STMConfig, Tracker
 from stm_model.commands.main import main
 from stm_model.data.synthetic import procedural_clip
 from stm_model.io import images
+from stm_model.io.masks import write_mask
 from stm_model.io.video import VideoWriter, open_video
 from stm_model.network.weights import write_tensors
+from stm_model.tracking import folder as folder_run
 
 ROOT = Path(__file__).parents[2]
 FRAMES = 10
@@ -40,21 +42,21 @@ def clip(tmp_path_factory):
         for index, frame in enumerate(frames):
             writer.write(frame)
             images.write_image(folder / "frames" / f"{index:05d}.png", frame)
-    images.write_mask(folder / "masks" / "00000.png", np.where(labels[0] == 1, 1, 0))
-    images.write_mask(folder / "masks" / "00006.png", labels[6])
+    write_mask(folder / "masks" / "00000.png", np.where(labels[0] == 1, 1, 0))
+    write_mask(folder / "masks" / "00006.png", labels[6])
     return folder
 
 
 def arguments(clip, out, *extra, video="clip.mp4"):
     # every frame has its checkpoint, where writing one may take as long as it takes
-    settings = ["--checkpoint", clip / "tiny.safetensors", "--device", "cpu", "--checkpoint-every", "1e-9"]
+    settings = ["--checkpoint", clip / "tiny.safetensors", "--device", "cpu", "--save-every", "1e-9"]
     return ["track", *map(str, [clip / video, "--mask", clip / "masks", "--out", out, *settings, *extra])]
 
 
 @pytest.fixture
 def track(clip, tmp_path, capsys, monkeypatch):
     """Run `stm track`; the exit code, stdout and stderr."""
-    monkeypatch.setattr(resume, "WRITING_SHARE", float("inf"))
+    monkeypatch.setattr(resume, "MAX_WRITING_SHARE", float("inf"))
 
     def run(*extra, out=tmp_path / "out", **options):
         code = main(arguments(clip, out, *extra, **options))
@@ -68,7 +70,7 @@ import os, signal, sys
 import stm_model.tracking.resume
 from stm_model import Tracker
 from stm_model.commands.main import main
-stm_model.tracking.resume.WRITING_SHARE = float("inf")
+stm_model.tracking.resume.MAX_WRITING_SHARE = float("inf")
 track, last = Tracker.track, int(sys.argv[1])
 def dying(frames):
     for index, frame in enumerate(frames):
@@ -127,7 +129,7 @@ def summary(folder: Path) -> dict:
 
 def at(out: Path) -> int:
     """How many frames the checkpoint knows."""
-    return torch.load(out / "checkpoint.pt", weights_only=True)["summary"]["frames"]
+    return torch.load(out / "resume.pt", weights_only=True)["summary"]["frames"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
@@ -192,11 +194,11 @@ def unbroken(clip, tmp_path_factory):
 
 def test_times_are_those_of_all_runs(track, tmp_path, monkeypatch):
     stopped_at(6, monkeypatch, track)
-    earlier = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["seconds"]
+    earlier = torch.load(tmp_path / "out" / "resume.pt", weights_only=True)["seconds"]
     assert all(value > 0 for value in earlier.values())
     earlier["wall"] += 1000
-    content = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
-    torch.save(content | {"seconds": earlier}, tmp_path / "out" / "checkpoint.pt")
+    content = torch.load(tmp_path / "out" / "resume.pt", weights_only=True)
+    torch.save(content | {"seconds": earlier}, tmp_path / "out" / "resume.pt")
     assert track("--resume")[0] == 0
     now = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert 1000 < now["seconds"]["wall"] < 1100
@@ -207,7 +209,7 @@ def test_times_are_those_of_all_runs(track, tmp_path, monkeypatch):
 def test_what_is_finished_is_left_as_it_is(track, tmp_path):
     assert track("--resume")[0] == 0  # with nothing to go on from it starts
     before = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in files(tmp_path / "out")}
-    (tmp_path / "out" / "checkpoint.pt").write_bytes(b"left by a run that was killed at its very end")
+    (tmp_path / "out" / "resume.pt").write_bytes(b"left by a run that was killed at its very end")
     code, out, err = track("--resume")
     assert (code, err) == (0, "") and out.startswith(f"{FRAMES} frames are tracked and in {tmp_path / 'out'}: nothing")
     code, out, err = track("--resume", "--json")
@@ -217,8 +219,72 @@ def test_what_is_finished_is_left_as_it_is(track, tmp_path):
     assert code == 2 and "was tracked with --memory every:5, now it is first" in err and err.count("\n") == 1
 
 
+OTHER_RESULTS = {
+    "memory": "first",
+    "size": "32",
+    "dtype": "float16",
+    "compile": None,
+    "memory-budget": "1MiB",
+    "host-budget": "1MiB",
+    "eviction": "importance",
+    "skip-uncertain": None,
+    "top-k": "5",
+    "skip": "0.1",
+    "binary": None,
+    "resize-mask": None,
+}
+
+
+def test_a_finished_run_is_no_result_of_other_settings(track, clip, tmp_path):
+    assert track("--no-overlay")[0] == 0
+    before = files(tmp_path / "out")
+
+    def refused(name, *extra, **options):
+        code, out, err = track("--resume", *extra, **options)
+        assert (code, out) == (2, "") and err.count("\n") == 1
+        assert err.startswith(f"stm: error: {tmp_path / 'out'}: was tracked with --{name} ") and "--overwrite" in err
+
+    for name, value in OTHER_RESULTS.items():
+        refused(name, "--no-overlay", f"--{name}", *([value] if value else []))
+    refused("overlay")
+    refused("mask", "--no-overlay", "--mask", clip / "masks" / "00006.png")
+    refused("checkpoint", "--no-overlay", "--checkpoint", clip / "other.safetensors")
+    refused("video", "--no-overlay", video="frames")
+    assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("stopped", ["unfinished", "interrupted", None])
+def test_a_folder_of_an_earlier_version_is_refused(track, tmp_path, stopped):
+    """Its masks and its state stay as they are, whether or not it was finished."""
+    assert track("--no-overlay")[0] == 0
+    file = tmp_path / "out" / "summary.json"
+    old = json.loads(file.read_text()) | {"stopped": stopped}
+    del old["format"]
+    file.write_text(json.dumps(old))
+    (tmp_path / "out" / "checkpoint.pt").write_bytes(b"as it was called")
+    before = files(tmp_path / "out")
+    code, out, err = track("--resume", "--no-overlay")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith(f"stm: error: {tmp_path / 'out'}: was written by another version (format 1 instead of 2)")
+    assert "--overwrite" in err and files(tmp_path / "out") == before
+    assert track("--overwrite", "--no-overlay")[0] == 0 and json.loads(file.read_text())["format"] == 2
+
+
+@pytest.mark.parametrize("change", [{"format": None}, {"format": 1}, {"format": 3}])
+def test_a_state_of_another_version_is_refused(track, tmp_path, monkeypatch, capsys, change):
+    stopped_at(4, monkeypatch, track)
+    capsys.readouterr()
+    file = tmp_path / "out" / "resume.pt"
+    torch.save(torch.load(file, weights_only=True) | change, file)
+    before = files(tmp_path / "out")
+    code, out, err = track("--resume")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith(f"stm: error: {file}: was written by another version (format {change['format'] or 1} instead")
+    assert files(tmp_path / "out") == before
+
+
 OTHER = {
-    "memory": (["--memory", "first"], "memory: first instead of the every:5 that the checkpoint was made with"),
+    "memory": (["--memory", "first"], "memory: first instead of the every:5 that the saved state was made with"),
     "size": (["--size", "32"], "size: 32 instead of the None"),
     "skip": (["--skip", "0.1"], "skip: 0.1 instead of the 0.0"),
     "budget": (["--memory-budget", "1MiB"], "device budget: 1048576 instead of the None"),
@@ -239,7 +305,7 @@ def test_a_run_with_other_settings_is_refused_by_name(track, clip, tmp_path, mon
 
     for settings, words in OTHER.values():
         refused(*settings, words=words)
-    refused(video="frames", words="video: not those that the checkpoint was made with")
+    refused(video="frames", words="video: not those that the saved state was made with")
     model = STM(STMConfig("resnet18", key_channels=16, value_channels=16, decoder_channels=16))
     write_tensors(model.state_dict(), tmp_path / "other.safetensors")
     refused("--checkpoint", tmp_path / "other.safetensors", words="weights: not those that")
@@ -251,28 +317,32 @@ def test_a_run_with_other_settings_is_refused_by_name(track, clip, tmp_path, mon
     refused(words=f"{mask}: is gone, without it the run can't go on")
     (tmp_path / "mask.png").rename(mask)
     # what the result does not depend on may change
-    assert track("--resume", "--no-overlay", "--checkpoint-every", "0")[0] == 0
+    assert track("--resume", "--no-overlay", "--save-every", "0")[0] == 0
     assert not (tmp_path / "out" / "overlay.mp4").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"text", None])
-def test_what_is_no_checkpoint_is_refused(track, tmp_path, monkeypatch, content):
+@pytest.mark.parametrize("content", [b"", b"text", "cut", "list"])
+def test_what_is_no_state_is_refused(track, tmp_path, monkeypatch, content):
     stopped_at(4, monkeypatch, track)
-    file = tmp_path / "out" / "checkpoint.pt"
-    file.write_bytes(file.read_bytes()[:-5000] if content is None else content)
+    file = tmp_path / "out" / "resume.pt"
+    if content == "list":
+        torch.save([1, 2], file)
+    else:
+        file.write_bytes(file.read_bytes()[:-5000] if content == "cut" else content)
     code, _, err = track("--resume")
-    assert code == 2 and err.startswith(f"stm: error: {file}: can't be read as a checkpoint") and err.count("\n") == 1
-    assert track("--overwrite", "--checkpoint-every", "0")[0] == 0 and not file.exists()
+    assert code == 2 and err.count("\n") == 1
+    assert err.startswith(f"stm: error: {file}: can't be read as a state to resume from")
+    assert track("--overwrite", "--save-every", "0")[0] == 0 and not file.exists()
 
 
 def test_a_folder_with_something_else_is_refused(track, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     code, out, err = track("--resume")
-    assert (code, out) == (2, "") and "holds something else than results" in err and err.count("\n") == 1
+    assert (code, out) == (2, "") and "holds something other than results" in err and err.count("\n") == 1
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["notes.txt"]
-    code, _, err = track("--checkpoint-every", "-1", out=tmp_path / "other")
-    assert code == 2 and err == "stm: error: checkpoint_every: expected at least 0 seconds, got -1.0\n"
+    code, _, err = track("--save-every", "-1", out=tmp_path / "other")
+    assert code == 2 and err == "stm: error: save_every: expected at least 0 seconds, got -1.0\n"
 
 
 @contextlib.contextmanager
@@ -290,9 +360,9 @@ def files_of_at_most(size: int):
 def test_a_disk_that_is_full_leaves_the_checkpoint_before(track, tmp_path, monkeypatch):
     settings = ("--memory", "every:1", "--dtype", "float32")
     stopped_at(5, monkeypatch, track, *settings, out=tmp_path / "measured")
-    with files_of_at_most((tmp_path / "measured" / "checkpoint.pt").stat().st_size):
+    with files_of_at_most((tmp_path / "measured" / "resume.pt").stat().st_size):
         code, out, err = track(*settings)
-    assert code == 2 and err.startswith(f"stm: error: {tmp_path / 'out' / 'checkpoint.pt'}: File too large"), err
+    assert code == 2 and err.startswith(f"stm: error: {tmp_path / 'out' / 'resume.pt'}: File too large"), err
     assert err.endswith(f"; the masks of 6 frames are kept in {tmp_path / 'out'}; --resume goes on\n")
     assert err.count("\n") == 1 and at(tmp_path / "out") == 5 and not list((tmp_path / "out").glob(".*"))
     assert track("--resume", *settings)[0] == 0 and track(*settings, out=tmp_path / "unbroken")[0] == 0
@@ -301,28 +371,28 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(track, tmp_path, monke
 
 def test_wherever_writing_a_checkpoint_fails_the_one_before_stays(tmp_path):
     (tmp_path / "video").write_bytes(b"video")
-    checkpoint = resume.Checkpoint(tmp_path / "checkpoint.pt", 1, tmp_path / "video")
+    checkpoint = resume.ResumeFile(tmp_path / "resume.pt", 1, tmp_path / "video")
     checkpoint.write({"number": 1})
-    before = (tmp_path / "checkpoint.pt").read_bytes()
+    before = (tmp_path / "resume.pt").read_bytes()
     content = {"number": 2, "tensors": [torch.zeros(size) for size in (30000, 3, 5000)]}
     torch.save(content, tmp_path / "whole.pt")
     for size in range(100, (tmp_path / "whole.pt").stat().st_size, 10000):
         with files_of_at_most(size), pytest.raises(OSError, match=f"File too large: '{checkpoint.path}'"):
             checkpoint.write(content)
-        assert (tmp_path / "checkpoint.pt").read_bytes() == before and not list(tmp_path.glob(".*"))
+        assert (tmp_path / "resume.pt").read_bytes() == before and not list(tmp_path.glob(".*"))
     checkpoint.write(content)
     assert checkpoint.read()["number"] == 2
 
 
 def test_a_disk_that_is_full_of_masks_leaves_a_checkpoint_of_whole_masks(track, tmp_path, monkeypatch):
-    write = images.write_mask
+    write = write_mask
 
     def until_full(path, labels):
         with files_of_at_most(50) if path.name == "00005.png" else contextlib.nullcontext():
             write(path, labels)
 
     with monkeypatch.context() as patch:
-        patch.setattr(images, "write_mask", until_full)
+        patch.setattr(folder_run, "write_mask", until_full)
         code, _, err = track()
     full = tmp_path / "out" / "masks" / "00005.png"
     assert code == 2 and err.startswith(f"stm: error: {full}: File too large; the masks of 5 frames are kept")
@@ -334,7 +404,7 @@ def test_a_disk_that_is_full_of_masks_leaves_a_checkpoint_of_whole_masks(track, 
 def test_a_list_goes_on_with_a_video_that_is_half_done(track, clip, tmp_path, monkeypatch, capsys):
     listed = tmp_path / "list.txt"
     listed.write_text(f"{clip}/clip.mp4 {clip}/masks one\n")
-    settings = ["--checkpoint", clip / "tiny.safetensors", "--device", "cpu", "--checkpoint-every", "1e-9"]
+    settings = ["--checkpoint", clip / "tiny.safetensors", "--device", "cpu", "--save-every", "1e-9"]
     command = ["track", *map(str, [listed, "--out", tmp_path / "out", *settings])]
     stopped_at(7, monkeypatch, lambda: main(command))
     capsys.readouterr()
@@ -359,21 +429,21 @@ def test_writing_takes_its_share_of_the_time_at_most(tmp_path, monkeypatch):
     now, took = [0.0], 3.0
     monkeypatch.setattr(resume.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(torch, "save", lambda content, file: now.__setitem__(0, now[0] + took))
-    checkpoint = resume.Checkpoint(tmp_path / "checkpoint.pt", 60, tmp_path / "video")
+    checkpoint = resume.ResumeFile(tmp_path / "resume.pt", 60, tmp_path / "video")
     written = []
     while now[0] < 2000:
         if checkpoint.due():
             written.append(now[0])
             checkpoint.write({})
         now[0] += 1
-    assert written[0] == 60 and set(np.diff(written)) == {took + took / resume.WRITING_SHARE}
+    assert written[0] == 60 and set(np.diff(written)) == {took + took / resume.MAX_WRITING_SHARE}
     took = 0.0
     checkpoint.write({})
     now[0] += 59
     assert not checkpoint.due()
     now[0] += 1
     assert checkpoint.due()
-    never = resume.Checkpoint(tmp_path / "checkpoint.pt", 0, tmp_path / "video")
+    never = resume.ResumeFile(tmp_path / "resume.pt", 0, tmp_path / "video")
     now[0] += 10**6
     assert not never.due()
 

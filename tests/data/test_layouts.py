@@ -12,7 +12,8 @@ from stm_model.data.images import ImageClips, folder_images, voc_images
 from stm_model.data.synthetic import procedural_clip
 from stm_model.data.video import VideoClips
 from stm_model.data.youtube_vos import youtube_vos_videos
-from stm_model.io.images import MediaError, write_mask
+from stm_model.io.images import MediaError
+from stm_model.io.masks import write_mask
 
 FRAMES, LABELS = procedural_clip(frames=6, size=(48, 64), objects=2, seed=5)
 

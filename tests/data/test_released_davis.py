@@ -10,7 +10,8 @@ import pytest
 
 from stm_model.commands.main import main
 from stm_model.evaluation import pairs
-from stm_model.io.images import write_image, write_mask
+from stm_model.io.images import write_image
+from stm_model.io.masks import write_mask
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "stm_model/weights").glob("*.md"))]

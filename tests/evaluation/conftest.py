@@ -7,7 +7,7 @@ import pytest
 from layouts import write_video
 
 from stm_model.commands.main import main
-from stm_model.io import images
+from stm_model.io.masks import write_mask
 
 YOUTUBE_EVERY = 2
 ENTRIES = {"ant": {1: 0, 2: 4}, "bee": {1: 2}}
@@ -75,7 +75,7 @@ def copy_truth():
             target.mkdir(parents=True)
             for frame in video.asked:
                 if frame in video.annotations:
-                    images.write_mask(target / video.mask_name(frame), change(video.read_annotation(frame)))
+                    write_mask(target / video.mask_name(frame), change(video.read_annotation(frame)))
         return folder
 
     return copy

@@ -24,6 +24,7 @@ from stm_model.evaluation.protocol import open_dataset
 from stm_model.evaluation.scoring import ObjectScore
 from stm_model.evaluation.studies import STUDIES
 from stm_model.io import images
+from stm_model.io.masks import read_mask, write_mask
 
 HELD = Path(__file__).parents[3] / "shared" / "data" / "davis2016-train"
 
@@ -44,7 +45,7 @@ def test_a_split_is_tracked_scored_and_reported(evaluate, davis, weights, clips,
         frames = [images.read_image(path) for path in video.frame_paths]
         masks = [result.labels for result in tracker.track(frames, {0: labels[0]})]
         for index, mask in enumerate(masks):
-            np.testing.assert_array_equal(images.read_mask(folder / "masks" / name / f"{index:05d}.png"), mask)
+            np.testing.assert_array_equal(read_mask(folder / "masks" / name / f"{index:05d}.png"), mask)
         expected |= {f"{name}_{label}": score for label, score in sequence_scores(masks, labels).items()}
     rows = _table(folder / "per-sequence_results-val.csv")
     assert {row["Sequence"]: (float(row["J-Mean"]), float(row["F-Mean"])) for row in rows} == {
@@ -90,14 +91,14 @@ def test_results_of_others_are_scored(evaluate, davis, tmp_path, copy_truth):
 def test_davis_2016_is_written_as_it_is_annotated(evaluate, davis, tmp_path):
     root = shutil.copytree(davis, tmp_path / "davis")
     for path in root.glob("Annotations/480p/*/*.png"):
-        images.write_mask(path, np.where(images.read_mask(path) > 0, 255, 0))
+        write_mask(path, np.where(read_mask(path) > 0, 255, 0))
     scores = []
     for data in (davis, root):
         code, out, err = evaluate("--json", data=data, dataset="davis2016", out=tmp_path / data.name / "out")
         assert (code, err) == (0, "")
         scores.append(json.loads(out)["scores"])
     assert scores[0] == scores[1]
-    labels = [images.read_mask(data / "out/masks/ant/00000.png") for data in (tmp_path / davis.name, root)]
+    labels = [read_mask(data / "out/masks/ant/00000.png") for data in (tmp_path / davis.name, root)]
     np.testing.assert_array_equal(labels[0] * np.uint8(255), labels[1])
     assert set(np.unique(labels[0])) == {0, 1}
 
@@ -107,7 +108,7 @@ def test_a_broken_submission_ends_with_one_line(evaluate, davis, tmp_path, copy_
     (tmp_path / "results/bee/00002.png").unlink()
     assert refused(evaluate("--results", tmp_path / "results", checkpoint=None), "bee/00002.png is missing")
     assert not (tmp_path / "out").exists()
-    images.write_mask(tmp_path / "results/bee/00002.png", np.full((48, 80), 7))
+    write_mask(tmp_path / "results/bee/00002.png", np.full((48, 80), 7))
     assert refused(evaluate("--results", tmp_path / "results", checkpoint=None), "bee/00002.png: label 7 is no object")
 
 
@@ -117,10 +118,10 @@ def test_youtube_vos_writes_the_asked_frames(evaluate, youtube_vos, tmp_path):
     masks = tmp_path / "out" / "masks" / "Annotations"
     assert sorted(path.name for path in (masks / "ant").iterdir()) == [f"{frame:05d}.png" for frame in (0, 2, 4, 6, 8)]
     assert sorted(path.name for path in (masks / "bee").iterdir()) == ["00002.png", "00004.png"]
-    assert set(np.unique(images.read_mask(masks / "ant/00002.png"))) <= {0, 1}
-    truth = images.read_mask(youtube_vos / "valid/Annotations/ant/00004.png")
+    assert set(np.unique(read_mask(masks / "ant/00002.png"))) <= {0, 1}
+    truth = read_mask(youtube_vos / "valid/Annotations/ant/00004.png")
     # the object that enters comes back as it was given
-    np.testing.assert_array_equal(images.read_mask(masks / "ant/00004.png") == 2, truth == 2)
+    np.testing.assert_array_equal(read_mask(masks / "ant/00004.png") == 2, truth == 2)
     (row,) = _table(tmp_path / "out" / "global_results-valid.csv")
     assert list(row) == ["Overall", "J_seen", "J_unseen", "F_seen", "F_unseen"]
     assert float(row["Overall"]) == pytest.approx(np.mean([float(row[key]) for key in list(row)[1:]]), abs=2e-6)
@@ -316,10 +317,10 @@ def test_results_are_never_overwritten(evaluate, davis, tmp_path, copy_truth):
             lambda root: images.write_image(
                 root / "JPEGImages/480p/bee/00003.jpg", np.zeros((40, 80, 3), dtype=np.uint8)
             ),
-            "bee: frame 3: expected 48×80",
+            "bee: frame 3: expected [H, W] = [48, 80]",
         ),
         (
-            lambda root: images.write_mask(root / "Annotations/480p/bee/00000.png", np.ones((40, 80))),
+            lambda root: write_mask(root / "Annotations/480p/bee/00000.png", np.ones((40, 80))),
             "bee/00000.png: 80x40 pixels; expected 80x48",
         ),
     ],

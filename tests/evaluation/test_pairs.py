@@ -12,6 +12,7 @@ from stm_model.data.clips import Clip
 from stm_model.data.davis import davis_videos
 from stm_model.evaluation.pairs import main, pair
 from stm_model.io import images
+from stm_model.io.masks import write_mask
 
 SIZE = (40, 64)
 
@@ -39,7 +40,7 @@ def davis_2016(tmp_path) -> Path:
             (root / kind / "480p" / name).mkdir(parents=True)
         for index in range(len(frames)):
             images.write_image(root / "JPEGImages/480p" / name / f"{index:05d}.jpg", frames[index])
-            images.write_mask(root / "Annotations/480p" / name / f"{index:05d}.png", labels[index])
+            write_mask(root / "Annotations/480p" / name / f"{index:05d}.png", labels[index])
     (root / "ImageSets/2016").mkdir(parents=True)
     (root / "ImageSets/2016/held.txt").write_text("left\ntoo\nright\n")
     return root
@@ -94,7 +95,7 @@ def test_videos_of_two_sizes_are_named_and_leave_nothing(run, davis_2016, tmp_pa
     for kind, suffix in (("JPEGImages", "jpg"), ("Annotations", "png")):
         for path in (davis_2016 / kind / "480p/right").iterdir():
             picture = np.zeros((48, 64, 3) if suffix == "jpg" else (48, 64), np.uint8)
-            (images.write_image if suffix == "jpg" else images.write_mask)(path, picture)
+            (images.write_image if suffix == "jpg" else write_mask)(path, picture)
     assert run() == "pairs: too, right: expected frames of one size, got 64x40 and 64x48"
     assert [path.name for path in tmp_path.iterdir()] == ["davis"]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from stm_model.evaluation.protocol import open_dataset
-from stm_model.io import images
+from stm_model.io.masks import read_mask, write_mask
 
 
 def test_davis_gives_the_first_mask_and_scores_all_but_the_ends(davis, clips):
@@ -29,7 +29,7 @@ def test_davis_2016_has_one_object(davis, clips, tmp_path):
     # as released its annotations are black and white
     root = shutil.copytree(davis, tmp_path / "davis")
     for path in (root / "Annotations/480p/bee").iterdir():
-        images.write_mask(path, np.where(images.read_mask(path) > 0, 255, 0))
+        write_mask(path, np.where(read_mask(path) > 0, 255, 0))
     white = open_dataset("davis2016", root, videos=["bee"]).videos[0]
     assert white.objects == (1,)
     np.testing.assert_array_equal(white.read_annotation(2), video.read_annotation(2))
@@ -39,9 +39,9 @@ def test_davis_2016_has_one_object(davis, clips, tmp_path):
 def test_void_pixels_stay_void(davis, tmp_path, name, objects):
     root = shutil.copytree(davis, tmp_path / "davis")
     path = root / "Annotations/480p/bee/00000.png"
-    labels = images.read_mask(path)
+    labels = read_mask(path)
     labels[:4] = 255
-    images.write_mask(path, labels)
+    write_mask(path, labels)
     (video,) = open_dataset(name, root, videos=["bee"]).videos
     for mask in (video.read_annotation(0), video.given_masks()[0]):
         assert (mask[:4] == 255).all() and set(np.unique(mask[4:])) == objects
@@ -120,7 +120,7 @@ def _remove(path):
         ("davis2016", lambda root: (root / "ImageSets/2016/val.txt").write_text(""), "names no video"),
         (
             "davis2017",
-            lambda root: images.write_mask(root / "Annotations/480p/ant/00000.png", np.zeros((48, 80))),
+            lambda root: write_mask(root / "Annotations/480p/ant/00000.png", np.zeros((48, 80))),
             "ant/00000.png: expected an object in the first frame",
         ),
     ],

@@ -10,7 +10,7 @@ from stm_model.evaluation.metrics import contour_accuracy, region_similarity, se
 from stm_model.evaluation.protocol import Dataset, Video, open_dataset
 from stm_model.evaluation.scoring import ResultError, score
 from stm_model.evaluation.tables import summarize, write_score_tables
-from stm_model.io import images
+from stm_model.io.masks import read_mask, write_mask
 
 
 def _shifted(labels):
@@ -71,7 +71,7 @@ def test_the_floor_takes_a_later_mask_from_its_own_frame_on(tmp_path):
     second = first.copy()
     second[5:25, 20:30], second[5:25, 10:12] = 2, 255
     for index, mask in enumerate((first, first, second, first)):
-        images.write_mask(tmp_path / f"{index:05d}.png", mask)
+        write_mask(tmp_path / f"{index:05d}.png", mask)
     masks = {index: tmp_path / f"{index:05d}.png" for index in range(4)}
     given, scored = {0: (1,), 2: (2,)}, {1: (1,), 2: (1,), 3: (1,)}
     video = Video("late", tuple(frames), masks, entries=given, asked=tuple(range(4)), scored=scored)
@@ -114,7 +114,7 @@ def test_black_and_white_results_of_one_object(davis, tmp_path, copy_truth):
 def test_black_and_white_results_beside_such_annotations(davis, tmp_path, copy_truth):
     root = shutil.copytree(davis, tmp_path / "davis")
     for path in root.glob("Annotations/480p/*/*.png"):
-        images.write_mask(path, np.where(images.read_mask(path) > 0, 255, 0))
+        write_mask(path, np.where(read_mask(path) > 0, 255, 0))
     dataset = open_dataset("davis2016", root)
     copy_truth(dataset, tmp_path / "results", lambda labels: np.where(labels == 1, 255, 0).astype(np.uint8))
     assert [row.region_statistics.mean for row in score(dataset, tmp_path / "results", workers=1)] == [1.0] * 3
@@ -125,9 +125,9 @@ def test_void_pixels_count_for_nothing(davis, tmp_path, copy_truth):
     copy_truth(dataset, tmp_path / "results", lambda labels: np.maximum(labels, np.arange(80) < 20).astype(np.uint8))
     root = shutil.copytree(davis, tmp_path / "davis")
     for path in root.glob("Annotations/480p/bee/*.png"):
-        labels = images.read_mask(path)
+        labels = read_mask(path)
         labels[:, :20] = 255
-        images.write_mask(path, labels)
+        write_mask(path, labels)
     spilled = score(dataset, tmp_path / "results", workers=1)
     ignored = score(open_dataset("davis2017", root, videos=["bee"]), tmp_path / "results", workers=1)
     assert spilled[0].region_statistics.mean < 0.9 and ignored[0].region_statistics.mean == 1.0
@@ -140,12 +140,12 @@ def test_a_sequence_of_300_frames(tmp_path):
     truth = np.zeros((30, 40), dtype=np.uint8)
     truth[5:25, 5:20] = 1
     (tmp_path / "results" / "long").mkdir(parents=True)
-    images.write_mask(tmp_path / "truth.png", truth)
+    write_mask(tmp_path / "truth.png", truth)
     lost = [min(index * 300 // 302, 299) for index in range(302)]
     for index, path in enumerate(frames):
         kept = np.zeros_like(truth)
         kept[5:25, 5:20] = (np.arange(300) >= lost[index]).reshape(20, 15)
-        images.write_mask(tmp_path / "results" / "long" / f"{path.stem}.png", kept)
+        write_mask(tmp_path / "results" / "long" / f"{path.stem}.png", kept)
     video = Video(
         "long",
         tuple(frames),
@@ -164,9 +164,9 @@ def test_a_sequence_of_300_frames(tmp_path):
 
 
 def _with_label(path, label):
-    labels = images.read_mask(path)
+    labels = read_mask(path)
     labels[0, 0] = label
-    images.write_mask(path, labels)
+    write_mask(path, labels)
 
 
 @pytest.mark.parametrize(
@@ -179,11 +179,11 @@ def _with_label(path, label):
         (lambda folder: _with_label(folder / "bee/00003.png", 9), r"bee/00003.png: label 9 is no object.*0, 1, 2"),
         (lambda folder: _with_label(folder / "bee/00003.png", 255), r"bee/00003.png: label 255 is no object"),
         (
-            lambda folder: images.write_mask(folder / "bee/00003.png", np.zeros((47, 80))),
+            lambda folder: write_mask(folder / "bee/00003.png", np.zeros((47, 80))),
             r"bee/00003.png: 80x47 pixels; expected 80x48",
         ),
         (
-            lambda folder: images.write_mask(folder / "bee/00003.png", np.full((48, 80), 255)),
+            lambda folder: write_mask(folder / "bee/00003.png", np.full((48, 80), 255)),
             r"bee/00003.png: black and white .0 and 255.; expected labels 0, 1, 2$",
         ),
         (lambda folder: (folder / "bee/00003.png").write_bytes(b"no"), r"bee/00003.png: cannot be read"),

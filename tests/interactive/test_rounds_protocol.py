@@ -25,6 +25,7 @@ from stm_model.interactive.protocol import (
 )
 from stm_model.interactive.session import ScribbleSession
 from stm_model.io import images
+from stm_model.io.masks import read_mask
 from stm_model.network.weights import write_tensors
 
 
@@ -180,7 +181,7 @@ def test_a_split_is_corrected_scored_and_reported(evaluate, davis, clips, tmp_pa
     assert [row["sample"] for row in summary["samples"]] == sorted(clips)
     for row in summary["samples"]:
         frames, truth = clips[row["sample"]]
-        masks = [images.read_mask(folder / "masks" / row["sample"] / f"{t:05d}.png") for t in range(len(frames))]
+        masks = [read_mask(folder / "masks" / row["sample"] / f"{t:05d}.png") for t in range(len(frames))]
         scores = sequence_scores(masks, truth, [1, 2], skip_ends=False)
         assert len(row["rounds"]) == 2 and row["objects"] == 2
         # the masks that lie there are those of the last round

@@ -9,7 +9,7 @@ from drawing import everything, same, stroke
 
 from stm_model.interactive.session import ScribbleSession
 from stm_model.interactive.state import LEVELS
-from stm_model.io.images import read_mask
+from stm_model.io.masks import read_mask
 
 
 def test_a_saved_session_comes_back_with_all_its_steps(two_rounds, scribble_model, clip, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stm_model.io.files import write_checkpoint
+from stm_model.io.files import write_torch
 
 resource = pytest.importorskip("resource")
 
@@ -19,8 +19,8 @@ def small_files():
 
 def test_a_full_disk_is_an_error_of_the_system_and_what_was_there_stays(tmp_path, small_files):
     path = tmp_path / "checkpoint.pt"
-    write_checkpoint(path, {"step": 1})
+    write_torch(path, {"step": 1})
     with pytest.raises(OSError, match="too large"):
-        write_checkpoint(path, {"step": 2, "weights": torch.zeros(100_000)})
+        write_torch(path, {"step": 2, "weights": torch.zeros(100_000)})
     assert torch.load(path) == {"step": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from stm_model.io.threads import HELD, Ahead, Behind
+from stm_model.io.threads import DEPTH, Prefetch, Writer
 
 
 def test_items_come_in_order_and_few_are_held():
@@ -16,12 +16,12 @@ def test_items_come_in_order_and_few_are_held():
             fetched.append(item)
             yield item
 
-    with Ahead(source()) as items:
+    with Prefetch(source()) as items:
         for count, item in enumerate(items):
             assert item == count
             time.sleep(0.01)  # long enough for a source without a bound to run to its end
             # those in the queue, the one in use and the one that waits for room
-            assert len(fetched) <= count + HELD + 2
+            assert len(fetched) <= count + DEPTH + 2
     assert fetched == list(range(20)) and not items._thread.is_alive()
 
 
@@ -31,7 +31,7 @@ def test_what_a_source_raises_comes_after_its_items():
         raise ValueError("broken")
 
     seen = []
-    with pytest.raises(ValueError, match="broken"), Ahead(source()) as items:
+    with pytest.raises(ValueError, match="broken"), Prefetch(source()) as items:
         for item in items:
             seen.append(item)
     assert seen == ["a", "b"] and not items._thread.is_alive()
@@ -47,7 +47,7 @@ def test_a_source_that_is_left_is_closed():
         finally:
             closed.set()
 
-    with Ahead(source()) as items:
+    with Prefetch(source()) as items:
         next(iter(items))
     assert closed.is_set() and not items._thread.is_alive()
 
@@ -60,14 +60,14 @@ def test_the_source_runs_while_its_items_are_used():
         second.set()
         yield 2
 
-    with Ahead(source()) as items:
+    with Prefetch(source()) as items:
         next(iter(items))
         assert second.wait(30), "the source goes on only when it is asked"
 
 
 def test_all_that_was_put_is_used_up_even_after_an_error():
     used = []
-    with pytest.raises(KeyboardInterrupt), Behind(used.extend) as writer:
+    with pytest.raises(KeyboardInterrupt), Writer(used.extend) as writer:
         for item in range(50):
             writer.put(item)
         raise KeyboardInterrupt
@@ -82,11 +82,11 @@ def test_few_wait_to_be_used_up():
             time.sleep(0.005)
             used.append(item)
 
-    with Behind(slowly) as writer:
+    with Writer(slowly) as writer:
         for item in range(20):
             writer.put(item)
             # those in the queue and the one in use
-            assert item - len(used) <= HELD + 1
+            assert item - len(used) <= DEPTH + 1
     assert used == list(range(20))
 
 
@@ -98,11 +98,11 @@ def test_all_that_was_put_is_used_up_when_it_settles():
             time.sleep(0.005)
             used.append(item)
 
-    with Behind(slowly) as writer:
+    with Writer(slowly) as writer:
         for count in (1, 3, 0, 9):
             for item in range(count):
                 writer.put(item)
-            writer.settle()
+            writer.flush()
             assert len(used) == (1, 4, 4, 13)[(1, 3, 0, 9).index(count)]
 
 
@@ -111,10 +111,10 @@ def test_what_the_work_raises_comes_out_when_it_settles():
         next(items)
         raise OSError("full")
 
-    with pytest.raises(OSError, match="full"), Behind(work) as writer:
+    with pytest.raises(OSError, match="full"), Writer(work) as writer:
         writer.put(1)
         with pytest.raises(OSError, match="full"):
-            writer.settle()
+            writer.flush()
 
 
 @pytest.mark.parametrize("put", [1, 50])
@@ -123,7 +123,7 @@ def test_what_the_work_raises_ends_the_block(put):
         next(items)
         raise OSError("full")
 
-    with pytest.raises(OSError, match="full"), Behind(work) as writer:
+    with pytest.raises(OSError, match="full"), Writer(work) as writer:
         for item in range(put):
             writer.put(item)
     assert not writer._thread.is_alive()
@@ -138,6 +138,6 @@ def test_an_interrupted_end_still_uses_up_what_was_put(monkeypatch):
         join(thread, *arguments)
 
     monkeypatch.setattr(threading.Thread, "join", interrupted)
-    with pytest.raises(KeyboardInterrupt), Behind(used.extend) as writer:
+    with pytest.raises(KeyboardInterrupt), Writer(used.extend) as writer:
         writer.put(1)
     assert used == [1] and not interrupts

@@ -186,12 +186,12 @@ def test_a_frame_is_encoded_once_and_its_key_held_once(model):
 
 @pytest.mark.parametrize("given", [{0: 1, 2: 2}, {0: 3}])
 def test_objects_that_enter_later_and_resumed_videos(model, given):
-    """An object that enters later is tracked beside the others; a video goes on from a checkpoint to the bit."""
+    """An object that enters later is tracked beside the others; a video goes on from a state to the bit."""
     frames, labels = procedural_clip(frames=6, size=(64, 96), objects=3, seed=3)
     masks = {index: np.where(labels[index] <= most, labels[index], 0) for index, most in given.items()}
     whole = list(Tracker(model).track(frames, masks))
     tracker = Tracker(model)
-    for _, state in zip(range(4), ((result, tracker.checkpoint()) for result in tracker.track(frames, masks))):
+    for _, state in zip(range(4), ((result, tracker.state()) for result in tracker.track(frames, masks))):
         saved = state[1]
     resumed = list(Tracker(model).track(frames, masks, resume=saved))
     assert [result.index for result in resumed] == [4, 5]

@@ -9,7 +9,8 @@ from stm_model.data.clips import Clip
 from stm_model.interactive.segmenter import Annotation, Segmenter
 from stm_model.network import as_positions, other_object_masks, scribble_tensors, soft_aggregate
 from stm_model.network.weights import CheckpointError, read_tensors, write_tensors
-from stm_model.tracking.memory import MemoryRule, SpaceTimeMemory
+from stm_model.tracking.budget import MemoryRule
+from stm_model.tracking.memory import SpaceTimeMemory
 from stm_model.training.config import SmokeConfig
 from stm_model.training.loss import segment_clips
 from stm_model.training.rounds import segment_rounds

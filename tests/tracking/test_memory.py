@@ -8,8 +8,8 @@ import torch
 
 from stm_kernels import memory_usage
 from stm_model import Tracker
-from stm_model.tracking.budget import MemoryBudget, budget_page, format_size, parse_size
-from stm_model.tracking.memory import MemoryBank, MemoryRule
+from stm_model.tracking.budget import MemoryBudget, MemoryRule, budget_page, format_size, parse_size
+from stm_model.tracking.memory import USAGE_DECAY, MemoryBank
 
 C, V, SIDE = 4, 6, 3
 FRAME = 128 * (C + V) * 4
@@ -30,8 +30,7 @@ def filled(budget: MemoryBudget, frames: int, rule: str = "every:1", objects: in
 
 
 def remember(bank: MemoryBank, index: int, given: list[bool]) -> None:
-    certain = [True] * len(given)
-    bank.remember(index, given, certain, bank.wanted(index, given, certain), *frame(index, len(given)))
+    bank.remember(index, bank.wanted(index, given, [True] * len(given)), *frame(index, len(given)))
 
 
 def held(bank: MemoryBank) -> list[list[int]]:
@@ -84,6 +83,73 @@ def test_use_is_the_share_of_the_reads_weight():
     usage = memory_usage(queries, keys, implementation="reference").sum(0).unflatten(0, (5, 9)).sum(1)
     used = torch.tensor([entry.used for entry in bank.memories[0].frames])
     torch.testing.assert_close(used, usage / usage.sum())
+
+
+def test_use_is_decayed_from_read_to_read():
+    bank = filled(MemoryBudget(device=10 * FRAME, eviction="importance"), 3)
+    expected = torch.zeros(3)
+    for seed in (50, 51, 52):
+        query_key = frame(seed)[0]
+        bank.read(query_key)
+        keys = torch.cat([frame(index)[0].flatten(2) for index in range(3)], 2).mT
+        usage = memory_usage(query_key.flatten(2).mT, keys, implementation="reference").unflatten(1, (3, 9)).sum((0, 2))
+        expected = expected * USAGE_DECAY + usage / usage.sum()
+    torch.testing.assert_close(torch.tensor([entry.used for entry in bank.memories[0].frames]), expected)
+    reads = [entry.reads for entry in bank.memories[0].frames]
+    assert reads == [pytest.approx(1 + USAGE_DECAY + USAGE_DECAY**2)] * 3
+    # a frame that came late is judged by the reads since
+    remember(bank, 3, [False])
+    bank.read(frame(53)[0])
+    late = bank.memories[0].frames[3]
+    assert late.reads == 1 and late.importance == late.used
+
+
+def test_familiarity_is_the_log_of_the_mean_exponential_similarity():
+    for count in (1, 2, 7):
+        bank = filled(MemoryBudget(), count, objects=2)
+        query_key = frame(50)[0]
+        keys = torch.cat([frame(index, 2)[0].flatten(2) for index in range(count)], 2).double()
+        similarity = query_key.flatten(2).mT.double() @ keys * C**-0.5
+        expected = similarity.exp().mean(2).log().unflatten(1, (SIDE, SIDE))
+        torch.testing.assert_close(bank.read(query_key)[1], expected.float())
+
+
+RULE = MemoryRule(kept=1, first=True, previous=False)
+"""Wants no frame for being the previous one."""
+
+
+@pytest.mark.parametrize(
+    "rule, index, given, certain, kept",
+    [
+        # a mask of one of two objects is enough, whether or not the other is certain
+        ("first", 3, [True, False], [True, True], True),
+        ("first", 3, [False, False], [True, True], None),
+        (RULE, 3, [False, False], [True, True], True),
+        (RULE, 3, [False, False], [True, False], None),
+        (RULE, 3, [False, True], [True, False], True),
+        ("every:5", 5, [False, False], [True, False], False),
+        ("every:5", 4, [False, False], [True, True], False),
+        ("previous", 0, [True, True], [True, True], False),
+    ],
+)
+def test_which_frames_enter_and_which_of_them_stay(rule, index, given, certain, kept):
+    bank = MemoryBank(MemoryRule.parse(rule) if isinstance(rule, str) else rule, MemoryBudget())
+    bank.add_objects(2)
+    entries = bank.wanted(index, given, certain)
+    assert [entry.kept for entry in entries] == ([] if kept is None else [kept])
+    if entries:
+        bank.remember(index, entries, *frame(index, 2))
+        assert [entry.given for entry in bank.memories[0].frames] == [any(given)]
+        bank.wanted(index + 1, [False] * 2, [True] * 2)
+        assert len(bank.memories[0].frames) == kept
+
+
+def test_every_memory_asks_for_its_own_objects():
+    bank = MemoryBank(MemoryRule.parse("first"), MemoryBudget())
+    bank.add_objects(1)
+    bank.add_objects(2)
+    (entry,) = bank.wanted(3, [False, False, True], [True] * 3)
+    assert entry.memory is bank.memories[1] and entry.part == slice(1, 3) and entry.given
 
 
 @pytest.mark.parametrize("eviction", ["fifo", "importance"])

@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint gives what one gives that was never stopped, to the bit."""
+"""A run that goes on from a saved state gives what one gives that was never stopped, to the bit."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def same(one, other) -> bool:
 
 
 def saved(tracker, path):
-    torch.save(tracker.checkpoint(), path)
+    torch.save(tracker.state(), path)
     return torch.load(path, weights_only=True)
 
 
@@ -51,19 +51,19 @@ def test_it_goes_on_from_any_frame(small_model, clip, tmp_path, monkeypatch, cas
     (frames, labels), options = clip, SETTINGS[case]
     # between what this network is certain of, so that some frames are kept and some are not
     monkeypatch.setattr(tracker_module, "UNCERTAIN", 0.395)
-    masks, unbroken, checkpoints = masks_of(labels), [], []
+    masks, unbroken, states = masks_of(labels), [], []
     tracker = Tracker(small_model, **options)
     for result in tracker.track(frames, masks):
         unbroken.append(result)
-        checkpoints.append(saved(tracker, tmp_path / "checkpoint.pt"))
+        states.append(saved(tracker, tmp_path / "resume.pt"))
     # from every frame by default, from some with the other settings, other ones each
     first, step = (0, 1) if not options else (list(SETTINGS).index(case) % 3, 3)
     for index in range(first, len(frames), step):
         again = Tracker(small_model, **options)
-        results = list(again.track(iter(frames), masks, frame_count=len(frames), resume=checkpoints[index]))
+        results = list(again.track(iter(frames), masks, frame_count=len(frames), resume=states[index]))
         assert [result.index for result in results] == list(range(index + 1, len(frames)))
         assert all(map(same, results, unbroken[index + 1 :]))
-        ends = [[each.bank.state()[name] for name in ("counts", "evicted", "most")] for each in (again, tracker)]
+        ends = [[each.bank.state()[name] for name in ("evicted", "most")] for each in (again, tracker)]
         assert ends[0] == ends[1]
         for one, other in zip(again.bank.memories, tracker.bank.memories, strict=True):
             assert one.frames == other.frames
@@ -75,19 +75,19 @@ def test_it_goes_on_from_any_frame(small_model, clip, tmp_path, monkeypatch, cas
 
 def test_it_may_be_stopped_again_and_again(small_model, clip, tmp_path):
     frames, labels = clip
-    masks, checkpoint, results = masks_of(labels), None, []
+    masks, state, results = masks_of(labels), None, []
     unbroken = list(Tracker(small_model, memory="every:2").track(frames, masks))
     while len(results) < len(frames):
         tracker = Tracker(small_model, memory="every:2")
-        tracking = tracker.track(frames, masks, resume=checkpoint)
+        tracking = tracker.track(frames, masks, resume=state)
         for result, _ in zip(tracking, range(2)):
             results.append(result)
-            checkpoint = saved(tracker, tmp_path / "checkpoint.pt")
+            state = saved(tracker, tmp_path / "resume.pt")
         # a run that has not gone on yet is where it was
-        tracker.track(frames, masks, resume=checkpoint)
-        again = saved(tracker, tmp_path / "checkpoint.pt")
-        assert again["made_with"] == checkpoint["made_with"] and again["video"].keys() == checkpoint["video"].keys()
-        checkpoint = again
+        tracker.track(frames, masks, resume=state)
+        again = saved(tracker, tmp_path / "resume.pt")
+        assert again["made_with"] == state["made_with"] and again["video"].keys() == state["video"].keys()
+        state = again
     assert all(map(same, results, unbroken))
 
 
@@ -96,11 +96,11 @@ def stopped(model, clip, at=4, **options):
     tracker = Tracker(model, **options)
     for result in tracker.track(frames, masks_of(labels), frame_count=len(frames)):
         if result.index == at:
-            return tracker.checkpoint()
+            return tracker.state()
 
 
 OTHER = {
-    "memory": ({"memory": "every:2"}, "memory: every:2 instead of the every:5 that the checkpoint was made with"),
+    "memory": ({"memory": "every:2"}, "memory: every:2 instead of the every:5 that the saved state was made with"),
     "size": ({"size": 48}, "size: 48 instead of the None that"),
     "skip_uncertain": ({"skip_uncertain": True}, "skip_uncertain: True instead of the False"),
     "budget": ({"budget": MemoryBudget(device=2**20)}, "device budget: 1048576 instead of the None"),
@@ -122,43 +122,43 @@ def test_other_settings_are_refused_by_name(small_model, clip, case):
 
 
 def test_another_dtype_other_weights_and_another_length_are_refused(small_model, clip):
-    frames, masks, checkpoint = clip[0], masks_of(clip[1]), stopped(small_model, clip)
+    frames, masks, state = clip[0], masks_of(clip[1]), stopped(small_model, clip)
     model = type(small_model)(small_model.config).eval()
     model.load_state_dict(small_model.state_dict())
-    assert list(Tracker(model).track(frames, masks, resume=checkpoint))
+    assert list(Tracker(model).track(frames, masks, resume=state))
     with pytest.raises(ValueError, match="^dtype: torch.bfloat16 instead of the torch.float32"):
-        Tracker(model.bfloat16()).track(frames, masks, resume=checkpoint)
+        Tracker(model.bfloat16()).track(frames, masks, resume=state)
     model.load_state_dict(small_model.state_dict())
     model = model.float()
     with torch.no_grad():
         model.Decoder.pred2.bias[0] += 1e-3
-    with pytest.raises(ValueError, match="^weights: not those that the checkpoint was made with"):
-        Tracker(model).track(frames, masks, resume=checkpoint)
+    with pytest.raises(ValueError, match="^weights: not those that the saved state was made with"):
+        Tracker(model).track(frames, masks, resume=state)
     with pytest.raises(ValueError, match="^remembered frames: "):
         even = stopped(small_model, clip, memory="uniform:2")
         Tracker(small_model, memory="uniform:2").track(frames, masks, frame_count=80, resume=even)
 
 
 def test_other_masks_and_frames_are_refused(small_model, clip):
-    (frames, labels), checkpoint = clip, stopped(small_model, clip)
+    (frames, labels), state = clip, stopped(small_model, clip)
     masks, tracker = masks_of(labels), Tracker(small_model)
     for other in ({0: masks[0]}, {**masks, 3: np.roll(labels[3], 1)}, {**masks, 2: labels[2]}):
-        with pytest.raises(ValueError, match="^masks: not those that the checkpoint was made with"):
-            tracker.track(frames, other, resume=checkpoint)
+        with pytest.raises(ValueError, match="^masks: not those that the saved state was made with"):
+            tracker.track(frames, other, resume=state)
     # what is said of later frames is no part of it
-    assert len(list(tracker.track(frames, {**masks, 6: labels[6]}, resume=checkpoint))) == 3
+    assert len(list(tracker.track(frames, {**masks, 6: labels[6]}, resume=state))) == 3
     for other in (frames[::-1], frames[1:], frames[:, ::-1]):
-        with pytest.raises(ValueError, match="^frames: frame 4 is not the one that the checkpoint was made at"):
-            list(tracker.track(other, masks, resume=checkpoint))
+        with pytest.raises(ValueError, match="^frames: frame 4 is not the one that the state was made at"):
+            list(tracker.track(other, masks, resume=state))
     with pytest.raises(ValueError, match="^frames: expected at least 5, got 4"):
-        list(tracker.track(frames[:4], masks, resume=checkpoint))
+        list(tracker.track(frames[:4], masks, resume=state))
     # all was done but the end
-    assert list(tracker.track(frames[:5], masks, resume=checkpoint)) == []
+    assert list(tracker.track(frames[:5], masks, resume=state)) == []
 
 
-def test_there_is_no_checkpoint_before_the_first_frame(small_model, clip):
+def test_there_is_no_state_before_the_first_frame(small_model, clip):
     tracker = Tracker(small_model)
     for _ in range(2):
-        with pytest.raises(ValueError, match="checkpoint: expected a frame to be tracked before, got none"):
-            tracker.checkpoint()
+        with pytest.raises(ValueError, match="state: expected a frame to be tracked before, got none"):
+            tracker.state()
         tracker.track(clip[0], {0: clip[1][0]})

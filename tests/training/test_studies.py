@@ -5,7 +5,8 @@ import json
 import pytest
 
 from stm_model.data.synthetic import procedural_clip
-from stm_model.io.images import write_image, write_mask
+from stm_model.io.images import write_image
+from stm_model.io.masks import write_mask
 from stm_model.training.studies import main
 
 

@@ -13,7 +13,8 @@ from stm_model import STM, STMConfig, Tracker
 from stm_model.data.clips import Clip
 from stm_model.data.synthetic import ProceduralClips, procedural_clip
 from stm_model.evaluation.metrics import region_similarity
-from stm_model.io.images import write_image, write_mask
+from stm_model.io.images import write_image
+from stm_model.io.masks import write_mask
 from stm_model.network import soft_aggregate
 from stm_model.network.weights import read_tensors
 from stm_model.training.config import SmokeConfig, TrainConfig

@@ -20,7 +20,7 @@ import numpy as np
 
 from stm_model.interactive.footage import Footage
 from stm_model.interactive.session import Direction, Progress, ScribbleSession
-from stm_model.io.images import OVERLAY_COLOURS, encode_jpeg, fill_polygons, overlay
+from stm_model.io.images import OVERLAY_COLORS, encode_jpeg, fill_polygons, overlay
 from stm_model.network import STM
 
 
@@ -123,7 +123,7 @@ class Workbench:
                     "damage": footage.damage,
                 },
                 "objects": list(session.objects),
-                "colors": [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in OVERLAY_COLOURS],
+                "colors": [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in OVERLAY_COLORS],
                 "annotated": list(session.annotated_frames),
                 "rounds": session.rounds,
                 "steps": list(steps),

@@ -12,7 +12,7 @@ import pytest
 
 from stm_model.commands.main import main
 from stm_model.data.synthetic import procedural_clip
-from stm_model.io.images import read_mask
+from stm_model.io.masks import read_mask
 from stm_model.io.video import VideoWriter
 from stm_model.network.weights import write_tensors
 

@@ -13,7 +13,8 @@ from drawing import middle
 from stm_model.interactive.footage import Footage
 from stm_model.interactive.session import ScribbleSession
 from stm_model.interactive.web.workbench import Refused, TakenElsewhere, Workbench, safe_name
-from stm_model.io.images import MediaError, read_image, read_mask
+from stm_model.io.images import MediaError, read_image
+from stm_model.io.masks import read_mask
 from stm_model.io.video import VideoWriter
 
 STROKE = [[0.4, 0.4], [0.5, 0.5]]

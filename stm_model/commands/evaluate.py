@@ -1,0 +1,31 @@
+"""`stm evaluate`: the settings are in `stm_model.evaluation.config` and `stm_model.interactive.config`."""
+
+from __future__ import annotations
+
+import json
+from typing import get_args, get_type_hints
+
+from stm_model.evaluation.config import EvaluateConfig
+from stm_model.interactive.config import EvaluateInteractiveConfig
+
+BENCHMARKS: tuple[str, ...] = get_args(get_type_hints(EvaluateConfig)["dataset"])
+"""Datasets with the options of EvaluateConfig."""
+
+
+def evaluate(config: EvaluateConfig | EvaluateInteractiveConfig) -> int:
+    """Run an evaluation and print its summary; the exit code."""
+    from stm_model.distributed import Ranks
+
+    if isinstance(config, EvaluateInteractiveConfig):
+        from stm_model.interactive.evaluate import describe_interactive, evaluate_interactive
+
+        summary = evaluate_interactive(config)
+        text = describe_interactive
+    else:
+        from stm_model.evaluation.evaluate import describe
+        from stm_model.evaluation.evaluate import evaluate as run_evaluation
+
+        summary, text = run_evaluation(config), describe
+    if Ranks().first:
+        print(json.dumps(summary, indent=1) if config.json else text(summary))
+    return 0

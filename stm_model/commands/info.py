@@ -1,0 +1,61 @@
+"""`stm info`: versions, devices and what would run on them."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+
+from stm_model import __version__
+from stm_model.runtime import default_dtype, dtype_name
+
+
+@dataclass(frozen=True)
+class InfoConfig:
+    """Show versions, devices and what would run on them."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+def info(config: InfoConfig) -> int:
+    """Print what is installed and what would run; the exit code."""
+    import torch
+
+    from stm_kernels import default_implementation
+    from stm_model.network.weights import DEFAULT_WEIGHTS
+
+    devices = {f"cuda:{index}": torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
+    devices["cpu"] = platform.processor() or platform.machine()
+    versions: dict[str, str | None] = {
+        "stm-kernels": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    versions["triton"] = _version("triton")
+    weights = str(DEFAULT_WEIGHTS) if DEFAULT_WEIGHTS.is_file() else None
+    rows = {
+        device: {
+            "name": name,
+            "implementation": default_implementation(device),
+            "dtype": dtype_name(default_dtype(device)),
+        }
+        for device, name in devices.items()
+    }
+    if config.json:
+        print(json.dumps({"versions": versions, "devices": rows, "weights": weights}, indent=2))
+        return 0
+    for package, number in versions.items():
+        print(f"{package:12} {number or 'not installed'}")
+    for device, row in rows.items():
+        print(f"{device:12} {row['name']}: reads memory with {row['implementation']}, tracks in {row['dtype']}")
+    print(f"{'weights':12} {weights or 'none in the package'}")
+    return 0
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,136 @@
+"""Label maps in and out: uint8 `[H, W]`, 0 is background, 255 void (unknown), every other value an object's label."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from stm_model.io.files import whole
+from stm_model.io.images import MediaError, open_picture, picture_files
+from stm_model.labels import VOID, objects_in
+
+if TYPE_CHECKING:
+    from stm_model.io.video import FrameFolder, VideoFile
+
+MAX_GREY_LABELS = 64
+"""A grey picture with more values than this is a photograph or has soft edges: it holds no labels."""
+
+
+def read_mask(path: str | os.PathLike, *, binary: bool = False) -> np.ndarray:
+    """Read the labels of a mask picture.
+
+    Args:
+        path: a palette picture (the palette's indices are the labels) or a grey one (the grey values are), usually PNG.
+        binary: take the picture for one object, label 1: every pixel brighter than half of the brightest, or with a
+            palette every index but 0. For black-and-white masks (0 and 255), soft edges and JPEG.
+
+    Returns:
+        uint8 labels `[H, W]`; 255 is void. A 1-bit picture has labels 0 and 1.
+
+    Raises:
+        MediaError: unreadable, in color, labels above 255, JPEG, or a grey picture of more than 64 values.
+    """
+    with open_picture(path) as image:
+        mode, lossy = image.mode, image.format in ("JPEG", "MPO")
+        pixels = np.array(image.convert("L") if binary and mode.startswith(("RGB", "CMYK", "YCbCr")) else image)
+    if mode in ("LA", "PA"):
+        pixels = pixels[..., 0]
+    if binary:
+        return (pixels > (0 if mode in ("P", "PA") else pixels.max() / 2)).astype(np.uint8)
+    if lossy:
+        raise MediaError(f"{path}: JPEG changes labels; expected a palette or grey PNG (or --binary for one object)")
+    if pixels.ndim == 3:
+        if (pixels[..., :3] != pixels[..., :1]).any():
+            raise MediaError(f"{path}: a color picture; expected a palette or grey PNG whose values are labels")
+        pixels = pixels[..., 0]
+    if pixels.min() < 0 or pixels.max() > 255:
+        raise MediaError(f"{path}: label {int(pixels.max())} found; expected labels from 0 to 255")
+    if mode != "P" and (count := len(np.unique(pixels))) > MAX_GREY_LABELS:
+        raise MediaError(
+            f"{path}: {count} grey values are too many for labels (soft edges?); expected a palette PNG, at most "
+            f"{MAX_GREY_LABELS} grey values, or --binary for one object"
+        )
+    return pixels.astype(np.uint8)
+
+
+def has_palette(path: str | os.PathLike) -> bool:
+    """Whether a picture stores indices of a palette, as label maps do. Raises MediaError if it cannot be read."""
+    with open_picture(path) as image:
+        return image.mode in ("P", "PA")
+
+
+def read_masks(
+    path: str | os.PathLike, video: VideoFile | FrameFolder | None = None, *, binary: bool = False
+) -> dict[int, np.ndarray]:
+    """Read the given masks of a video by frame index.
+
+    Args:
+        path: one mask (for frame 0), or a folder of masks. In a folder the number that ends a file's name is its frame
+            (`00005.png`, `mask_5.png`); if `video` is a folder with frames of the same names, the mask's name is.
+        video: the source that the masks belong to, if there is one to check against.
+        binary: see `read_mask`.
+
+    Returns:
+        uint8 labels `[H, W]` by frame index, in order.
+
+    Raises:
+        MediaError: what `read_mask` raises, no masks, two for one frame, one of a frame that the video does not have,
+            or no object in any of them.
+    """
+    path = Path(path)
+    files = picture_files(path) if path.is_dir() else [path]
+    if not files:
+        raise MediaError(f"{path}: no masks; expected PNG files named by frame number, like 00000.png")
+    by_index: dict[int, Path] = {}
+    for file, index in zip(files, _frame_indices(files, video) if path.is_dir() else [0]):
+        if index in by_index:
+            raise MediaError(f"{file}: frame {index} already has the mask {by_index[index].name}")
+        by_index[index] = file
+    masks = {index: read_mask(by_index[index], binary=binary) for index in sorted(by_index)}
+    if not any(map(objects_in, masks.values())):
+        if any((labels == VOID).any() for labels in masks.values()):
+            raise MediaError(f"{path}: its only label is 255, which is void; for a black-and-white mask use --binary")
+        raise MediaError(f"{path}: an empty mask, no pixel belongs to an object")
+    return masks
+
+
+def _frame_indices(files: list[Path], video: VideoFile | FrameFolder | None) -> list[int]:
+    frame_stems = {file.stem: index for index, file in enumerate(video.files)} if video else {}
+    by_name = any(file.stem in frame_stems for file in files)
+    indices = []
+    for file in files:
+        number = re.search(r"(\d+)$", file.stem)
+        index = frame_stems.get(file.stem) if by_name else int(number[1]) if number else None
+        if index is None:
+            expected = "the name of a frame of the video" if by_name else "a name that ends in the frame's number"
+            raise MediaError(f"{file}: expected {expected}")
+        if video and video.frame_count is not None and index >= video.frame_count:
+            last = video.frame_count - 1
+            raise MediaError(f"{file}: a mask for frame {index}, but {video.path} has the frames 0 to {last}")
+        indices.append(index)
+    return indices
+
+
+def write_mask(path: str | os.PathLike, labels: np.ndarray) -> None:
+    """Write uint8 labels `[H, W]` as a PNG with DAVIS' palette. A file of that name is there whole or not at all."""
+    image = Image.fromarray(np.asarray(labels, dtype=np.uint8), mode="P")
+    image.putpalette(davis_palette())
+    with whole(path) as partial:
+        image.save(partial, format="PNG")
+
+
+def davis_palette() -> bytes:
+    """DAVIS' 256 RGB colors: bits 0, 3, 6 of a label make red, highest bit first; the next, green, blue."""
+    labels = np.arange(256)
+    channels = [sum(((labels >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(3)) for channel in range(3)]
+    return np.stack(channels, axis=1).astype(np.uint8).tobytes()
+
+
+def resize_mask(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize uint8 labels `[H, W]` to `size` (H, W) in pixels: each pixel takes its nearest neighbour's label."""
+    return np.array(Image.fromarray(labels).resize((size[1], size[0]), Image.Resampling.NEAREST))

@@ -1,0 +1,250 @@
+"""One video tracked into a folder: masks, overlay, the state to resume from, and the summary of how it went."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from stm_model.io.files import write_json
+from stm_model.io.images import overlay
+from stm_model.io.masks import read_mask, write_mask
+from stm_model.io.threads import Prefetch, Writer
+from stm_model.io.video import BrokenVideo, VideoWriter
+from stm_model.runtime import dtype_name, is_out_of_memory, one_line, peak_process_memory
+from stm_model.tracking.resume import FORMAT, ResumeFile
+from stm_model.tracking.tracker import UNCERTAIN, FrameResult, Tracker
+
+Item = TypeVar("Item")
+Written = tuple[int, np.ndarray, "np.ndarray | None", tuple[int, ...]]
+"""Index, frame, labels and objects."""
+
+INTERRUPTED = "interrupted"
+"""Why a run stopped, in its summary, where the user did it."""
+RESUME_FILE = "resume.pt"
+OVERLAY, SHEET, SUMMARY = "overlay.mp4", "contact_sheet.png", "summary.json"
+OUTPUTS = ("masks", OVERLAY, SHEET, SUMMARY, RESUME_FILE)
+
+
+class FolderRun:
+    """One video tracked into a folder.
+
+    Args:
+        command: what runs, for the summary.
+        out: the folder.
+        tracker: what tracks.
+        settings: a dataclass that the summary records.
+    """
+
+    def __init__(self, command: str, out: Path, tracker: Tracker, settings: Any):
+        self.out, self.tracker = out, tracker
+        self._seconds = dict.fromkeys(("tracking", "waiting", "decoding", "writing", "wall"), 0.0)
+        parameter = next(tracker.model.parameters())
+        self.summary: dict[str, Any] = {
+            "command": command,
+            "format": FORMAT,
+            "frames": 0,
+            "objects": [],
+            "signals": {},
+            "size": None,
+            "fps": None,
+            "seconds": {},
+            "peak_memory_bytes": {},
+            "device": str(parameter.device),
+            "dtype": dtype_name(parameter.dtype),
+            "stopped": "unfinished",
+            "files": {"masks": str(out / "masks"), "summary": str(out / SUMMARY)},
+            "settings": plain_settings(settings),
+        }
+
+    def track(
+        self,
+        frames: Iterable[np.ndarray],
+        masks: Mapping[int, np.ndarray],
+        *,
+        frame_count: int | None,
+        overlay_fps: Fraction | float | None,
+        title: str | None = "track",
+        announce: Sequence[str] = (),
+        resume_file: ResumeFile | None = None,
+        saved: dict[str, Any] | None = None,
+    ) -> None:
+        """Track and write; `summary["stopped"]` says why it ended early, None if it did not.
+
+        Whatever stops it, the masks and the overlay so far stay.
+
+        Args:
+            frames: of the video.
+            masks: those given, by frame index.
+            frame_count: if known.
+            overlay_fps: frame rate of the overlay; None writes none.
+            title: stands before the progress bar; None shows no bar.
+            announce: lines to print once nothing that was given can be refused any more.
+            resume_file: written when it is due.
+            saved: what an earlier run wrote there, to go on from.
+
+        Raises:
+            ValueError, OSError: the input is refused, or nothing was tracked; what else is a bug of ours.
+        """
+        done = self._take_up(saved) if saved else 0
+        spent, started = self._seconds, time.perf_counter() - self._seconds["wall"]
+        prefetch = Prefetch(_timed(frames, spent, "decoding"))
+        writer: Writer[Written] = Writer(lambda items: self._write(items, overlay_fps))
+        bar = tqdm(total=frame_count, desc=title, unit="frame", delay=1, disable=True if title is None else None)
+        frame: np.ndarray = np.empty(0)
+
+        def source() -> Iterator[np.ndarray]:
+            nonlocal frame
+            for index, frame in enumerate(prefetch):
+                if index < done:
+                    writer.put((index, frame, None, ()))
+                    bar.update()
+                yield frame
+
+        # the tracker pulls its frames itself: what it waits for them is not tracking
+        results = self.tracker.track(
+            _timed(source(), spent, "waiting", "tracking"), masks, frame_count, resume=saved and saved["tracker"]
+        )
+        self._clear(done)
+        for line in announce:
+            print(line, flush=True)
+        try:
+            with prefetch, writer, bar:
+                for result in _timed(results, spent, "tracking"):
+                    self._note(result)
+                    writer.put((result.index, frame, result.labels, result.objects))
+                    bar.update()
+                    if resume_file is not None and resume_file.due():
+                        # the state must not name masks that are not written
+                        writer.flush()
+                        spent["wall"] = time.perf_counter() - started
+                        resume_file.write(self._state())
+            self.summary["stopped"] = None
+        except (BrokenVideo, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
+            if not self.summary["frames"] or (isinstance(error, RuntimeError) and not is_out_of_memory(error)):
+                raise
+            self.summary["stopped"] = INTERRUPTED if isinstance(error, KeyboardInterrupt) else one_line(error)
+        spent["wall"] = time.perf_counter() - started
+        if overlay_fps is not None:
+            self.summary["files"]["overlay"] = str(self.out / OVERLAY)
+        self._measure()
+
+    def mask_file(self, index: int) -> Path:
+        """Where the mask of a frame is."""
+        return self.out / "masks" / f"{index:05d}.png"
+
+    def write_summary(self) -> None:
+        """Write summary.json; a run that is finished needs no state to resume from."""
+        write_json(self.out / SUMMARY, self.summary)
+        if self.summary["stopped"] is None:
+            (self.out / RESUME_FILE).unlink(missing_ok=True)
+
+    def _take_up(self, saved: dict[str, Any]) -> int:
+        """Be where an earlier run was when it saved this; how many frames it had tracked."""
+        done = saved["summary"]["frames"]
+        for index in range(done):
+            if not self.mask_file(index).is_file():
+                raise ValueError(f"{self.mask_file(index)}: is gone, without it the run can't go on")
+        self.summary |= saved["summary"]
+        self._seconds |= saved["seconds"]
+        return done
+
+    def _state(self) -> dict[str, Any]:
+        """What `_take_up` needs, and the tracker."""
+        summary = {name: self.summary[name] for name in ("frames", "objects", "size", "signals")}
+        return {"tracker": self.tracker.state(), "summary": summary, "seconds": dict(self._seconds)}
+
+    def _clear(self, done: int) -> None:
+        """Remove what an earlier run wrote, but for its first `done` masks, and nothing else."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        # says at any time whose results these are, and that a run that is killed is unfinished
+        self.write_summary()
+        masks = [file for file in (self.out / "masks").glob("*.png") if file.stem.isdigit() and int(file.stem) >= done]
+        partial = [*self.out.glob(".*.partial.*"), *self.out.glob("masks/.*.partial.*")]
+        others = [self.out / name for name in (OVERLAY, SHEET, *([] if done else [RESUME_FILE]))]
+        for file in [*masks, *partial, *others]:
+            file.unlink(missing_ok=True)
+        (self.out / "masks").mkdir(exist_ok=True)
+
+    def _note(self, result: FrameResult) -> None:
+        """Note the area, certainty and familiarity of each object, and where it is likely lost."""
+        self.summary["size"] = list(result.labels.shape)
+        values = zip(result.objects, result.certainty, result.familiarity, strict=True)
+        for label, certainty, familiarity in values:
+            noted = self.summary["signals"].setdefault(
+                str(label), {"from": result.index, "area": [], "certainty": [], "familiarity": [], "uncertain": []}
+            )
+            noted["area"].append(round(float((result.labels == label).mean()), 6))
+            noted["certainty"].append(round(certainty, 4))
+            # JSON has no infinity
+            noted["familiarity"].append(round(familiarity, 4) if math.isfinite(familiarity) else None)
+            if certainty < UNCERTAIN:
+                noted["uncertain"].append(result.index)
+
+    def _write(
+        self,
+        items: Iterator[Written],
+        overlay_fps: Fraction | float | None,
+    ) -> None:
+        """Write masks and, with a frame rate, the overlay as they come; without labels the mask is there already."""
+        with contextlib.ExitStack() as stack:
+            video = None if overlay_fps is None else stack.enter_context(VideoWriter(self.out / OVERLAY, overlay_fps))
+            for index, frame, labels, objects in items:
+                started = time.perf_counter()
+                if labels is not None:
+                    write_mask(self.mask_file(index), labels)
+                    self.summary["frames"], self.summary["objects"] = index + 1, list(objects)
+                if video is not None:
+                    video.write(overlay(frame, read_mask(self.mask_file(index)) if labels is None else labels))
+                self._seconds["writing"] += time.perf_counter() - started
+
+    def _measure(self) -> None:
+        self.summary["seconds"] = dict(self._seconds)
+        self.summary["fps"] = self.summary["frames"] / max(self._seconds["tracking"], 1e-9)
+        self.summary["peak_memory_bytes"]["process"] = peak_process_memory()
+        if torch.device(self.summary["device"]).type == "cuda":
+            self.summary["peak_memory_bytes"]["device"] = torch.cuda.max_memory_allocated(self.summary["device"])
+
+
+def _timed(items: Iterable[Item], spent: dict[str, float], name: str, within: str | None = None) -> Iterator[Item]:
+    """The items, adding the seconds until each comes to `spent[name]`, and taking them from those of `within`."""
+    iterator = iter(items)
+    while True:
+        started = time.perf_counter()
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        finally:
+            took = time.perf_counter() - started
+            spent[name] += took
+            if within is not None:
+                spent[within] -= took
+        yield item
+
+
+def is_output_of(command: str, out: Path) -> bool:
+    """Whether a folder is missing, empty, or was written by `command`."""
+    # a run that is killed as it begins leaves no more than a file's temporary name
+    if not out.exists() or (out.is_dir() and all(".partial" in file.name for file in out.iterdir())):
+        return True
+    try:
+        return json.loads((out / SUMMARY).read_text())["command"] == command
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def plain_settings(settings: Any) -> dict[str, Any]:
+    """The fields of a dataclass of settings as JSON takes them."""
+    fields = dataclasses.asdict(settings)
+    return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}

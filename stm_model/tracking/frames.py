@@ -1,0 +1,81 @@
+"""Frames and masks as they are given: checked, and brought to the network's size, format and device."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stm_model.network import STRIDE
+
+
+def check_frame(frame: np.ndarray, index: int, size: tuple[int, int] | None) -> np.ndarray:
+    """Raise a ValueError unless a frame is uint8 `[H, W, 3]` of the size of those before it."""
+    if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+        form = f"{frame.dtype} {list(frame.shape)}" if hasattr(frame, "dtype") else type(frame).__name__
+        raise ValueError(f"frame {index}: expected a uint8 array [H, W, 3], got {form}")
+    if 0 in frame.shape:
+        raise ValueError(f"frame {index}: expected at least one pixel, got {list(frame.shape)}")
+    if size is not None and frame.shape[:2] != size:
+        raise ValueError(f"frame {index}: expected [H, W] = {list(size)} like frame 0, got {list(frame.shape[:2])}")
+    return frame
+
+
+def check_mask(mask: np.ndarray | Tensor, index: int) -> np.ndarray:
+    """A label map as uint8 `[H, W]`; raise a ValueError that says what is wrong with it."""
+    array = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
+    if array.ndim != 2:
+        raise ValueError(f"mask of frame {index}: expected [H, W], got {list(array.shape)}")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError(f"mask of frame {index}: expected label values, got NaN or infinity")
+    if array.dtype.kind not in "biuf" or (array.dtype.kind == "f" and (array != np.round(array)).any()):
+        raise ValueError(f"mask of frame {index}: expected whole label values 0…255, got {array.dtype}")
+    if array.size and (array.min() < 0 or array.max() > 255):
+        raise ValueError(f"mask of frame {index}: expected labels 0…255, got {array.min()}…{array.max()}")
+    return array.astype(np.uint8)
+
+
+def check_side(shorter_side: int | None) -> None:
+    """Raise a ValueError unless frames of this shorter side have at least one position in the memory."""
+    if shorter_side is not None and shorter_side < STRIDE:
+        raise ValueError(f"size: expected at least {STRIDE} pixels, got {shorter_side}")
+
+
+def scaled_size(frame_size: tuple[int, int], shorter_side: int | None) -> tuple[int, int]:
+    """Height and width of a frame once its shorter side has so many pixels; None keeps its size."""
+    height, width = frame_size
+    if shorter_side is None:
+        return height, width
+    factor = shorter_side / min(height, width)
+    return max(1, round(height * factor)), max(1, round(width * factor))
+
+
+def prepare_frame(frame: np.ndarray, size: tuple[int, int], device: torch.device) -> Tensor:
+    """uint8 `[H, W, 3]` → float32 `[1, 3, h, w]` in 0…1, resized to `size` (h, w) and not yet padded."""
+    # some frames cannot be written to, which torch warns of
+    pixels = torch.from_numpy(np.require(frame, requirements=["C", "W"])).to(device)
+    # NCHW here, so that the weights alone decide the memory format of the convolutions
+    image = pixels.permute(2, 0, 1)[None].contiguous().float() / 255
+    if size != image.shape[-2:]:
+        image = F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True).clamp_(0, 1)
+    return image
+
+
+def prepare_mask(mask: np.ndarray, size: tuple[int, int], device: torch.device) -> Tensor:
+    """uint8 labels `[H, W]` → uint8 `[h, w]`, each pixel with its nearest neighbour's label."""
+    labels = torch.from_numpy(np.ascontiguousarray(mask)).to(device)
+    if size == mask.shape:
+        return labels
+    return F.interpolate(labels[None, None].float(), size, mode="nearest-exact")[0, 0].to(torch.uint8)
+
+
+def pad_to_stride(maps: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Zero-pad `[…, H, W]` to multiples of 16 on both sides, the odd pixel below and right.
+
+    Returns:
+        The padded maps and the rows and columns added at the top and at the left.
+    """
+    rows, columns = (-maps.shape[-2]) % STRIDE, (-maps.shape[-1]) % STRIDE
+    top, left = rows // 2, columns // 2
+    return F.pad(maps, (left, columns - left, top, rows - top)), (top, left)
