@@ -32,7 +32,7 @@ class ReadResult(NamedTuple):
 
 
 def merge_results(first: ReadResult, second: ReadResult) -> ReadResult:
-    """Combine reads of two disjoint parts of one memory, in float32 or wider: whoever merges many rounds once."""
+    """Combine reads of two disjoint parts of one memory, in float32 or wider: round after the last merge."""
     parts, wide = (first, second), wide_dtype(second.out.dtype)
     lses, skipped = (torch.stack([getattr(part, name) for part in parts]) for name in ("lse", "skipped"))
     out, lse = merge_reads(torch.stack([part.out.to(wide) for part in parts]), lses)

@@ -1,4 +1,4 @@
-"""The read of one memory sharded over processes: each reads its shard, and the parts are merged by log-sum-exp."""
+"""The read of a memory sharded over processes: each reads its shard, and the reads are merged by log-sum-exp."""
 
 import math
 from typing import Any, overload
@@ -15,10 +15,10 @@ from stm_kernels.read import checked_inputs, read_checked
 
 
 class DistributedMemory:
-    """A growing memory whose frames are dealt out over the ranks of a process group.
+    """A growing memory whose frames are distributed round-robin over the ranks of a process group.
 
-    Every rank makes the same calls with the same arguments, as if it held the whole memory; each holds its share. A
-    rank that dies ends the others with the process group's error, at the latest after its timeout.
+    Every rank makes the same calls with the same arguments; each holds its share. If a rank dies, the others raise the
+    process group's error, at the latest after its timeout.
 
     Args:
         batch, key_channels, value_channels, page_size, dtype, device: as in `PagedMemory`, of this rank's shard.
@@ -51,7 +51,7 @@ class DistributedMemory:
         return self._length
 
     def append(self, key: Tensor, value: Tensor) -> None:
-        """Add P positions to the shard of one rank, in turn; arguments and errors as in `PagedMemory.append`."""
+        """Append P positions to the shard of one rank, in turn; arguments and errors as in `PagedMemory.append`."""
         if self._appended % self.ranks == self.rank:
             self.shard.append(key, value)
         else:
@@ -68,7 +68,7 @@ class DistributedMemory:
     def read(
         self, query_key: Tensor, *, scale: float | None = None, return_lse: bool = False, implementation: str = "auto"
     ) -> Tensor | tuple[Tensor, ...]:
-        """Read everything held by all ranks; on every rank the result is the same, as of one memory in one place.
+        """Read the shards of all ranks; every rank gets the same result, that of one whole memory.
 
         Args:
             query_key: `[B, M, C]`, the same on every rank.
@@ -117,7 +117,7 @@ def distributed_memory_read(
     implementation: str = "auto",
     group: dist.ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
-    """Read a memory of which every rank holds a shard, as if it lay in one place.
+    """Read a memory of which every rank holds a shard; every rank gets the read of the whole.
 
     Args:
         query_key: `[B, M, C]`, the same on every rank.
@@ -127,9 +127,9 @@ def distributed_memory_read(
         group: the process group; None is the default one.
 
     Returns:
-        As `memory_read` of all shards, the same on every rank. The gradients are those of the one process that would
-        hold everything, provided that every rank differentiates the same function of the result: by the query the same
-        on every rank, by the memory for the rank's own shard.
+        As `memory_read` of all shards, the same on every rank. Its gradients are those of one process with the whole
+        memory, provided that every rank differentiates the same function of the result: by the query the same on every
+        rank, by the memory those of the rank's own shard.
 
     Raises:
         TypeError, ValueError, ImportError: as in `memory_read`.
@@ -154,7 +154,7 @@ def _merged(part: ReadResult, group: dist.ProcessGroup | None) -> ReadResult:
 
 
 class _Shared(torch.autograd.Function):
-    """The identity, of a tensor that all ranks have: its gradient is the sum of theirs."""
+    """The identity of a tensor that is the same on all ranks: its gradient is summed over them."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -163,14 +163,14 @@ class _Shared(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        # summed in float32: the parts of a gradient are rounded once, not once a rank
+        # summed in float32: rounded once, not once a rank
         total = grad.to(wide_dtype(grad.dtype)).contiguous()
         dist.all_reduce(total, group=ctx.group)
         return total.to(grad.dtype), None
 
 
 class _Merge(torch.autograd.Function):
-    """`merge_reads` of one part a rank: the read of the whole on every rank."""
+    """`merge_reads` over ranks, of one part each."""
 
     @staticmethod
     def forward(ctx, out: Tensor, lse: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:

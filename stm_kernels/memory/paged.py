@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 class PagedMemory:
     """Keys and values of a growing memory, in preallocated token-major pages.
 
-    For inference: what is held carries no gradients, though a read is differentiable by its query.
+    For inference: keys and values carry no gradients; a read is differentiable by its query.
 
     Args:
         batch: B, objects.
         key_channels: C.
         value_channels: V.
         page_size: positions per page.
-        device_pages: how many pages may lie on the device; the others lie in host memory (pinned for a GPU), and
-            stream through two pages on the device while they are read. None is as many as the device can hold.
+        device_pages: the most pages on the device; the others are in host memory (pinned for a GPU) and stream through
+            two pages on the device while they are read. None is as many as the device can hold.
         dtype: floating-point type of keys and values.
         device: where the memory is read.
 
@@ -82,7 +82,7 @@ class PagedMemory:
 
     @property
     def device_pages(self) -> int | None:
-        """How many pages may lie on the device: raised, it brings pages there from the host; lowered, none leave it."""
+        """The most pages on the device. Raising it moves pages there from the host; lowering it moves none."""
         return self._pages.device_pages
 
     @device_pages.setter
@@ -97,18 +97,18 @@ class PagedMemory:
 
     @property
     def host_nbytes(self) -> int:
-        """Bytes of the pages in host memory, for which the device has no room."""
+        """Bytes of the pages in host memory."""
         return len(self._pages.on_host) * self._pages.page_nbytes
 
     def append(self, key: Tensor, value: Tensor) -> None:
-        """Add P positions; only they are copied, never what is already held.
+        """Append P positions; only they are copied.
 
         Args:
             key: `[B, P, C]`, in the memory's dtype and on its device; any strides. P may span pages.
             value: `[B, P, V]`, likewise.
 
         Raises:
-            ValueError: a shape, dtype or device is not this memory's, or gradients would be lost: append under
+            ValueError: a shape, dtype or device is not this memory's, or a tensor requires gradients: append under
                 `torch.no_grad()`, or detached tensors.
         """
         self.check(key, value)
@@ -129,9 +129,9 @@ class PagedMemory:
         self._pages.write(start, key, value)
 
     def drop(self, count: int, start: int | None = None) -> None:
-        """Forget positions; the last ones move into the gap, so that no other is copied, and no read changes.
+        """Remove positions; the last ones move into the gap, so that no others are copied.
 
-        Pages that become empty stay for the next positions, see `free_unused`.
+        Empty pages are kept for later positions, see `free_unused`.
 
         Args:
             count: how many positions.
@@ -150,13 +150,11 @@ class PagedMemory:
         self._pages.truncate(length)
 
     def free_unused(self) -> None:
-        """Give back the pages that hold nothing."""
+        """Free the empty pages."""
         self._pages.free_unused()
 
     def state(self) -> dict[str, Any]:
-        """All that is held, page by page as it is held, for `torch.save`: only the last page is copied, so write it
-        before the memory changes.
-        """
+        """All positions, page by page, for `torch.save`. Only the last page is copied: save before changes."""
         pages = self._pages.held()
         if pages and pages[-1][0].shape[1] < self.page_size:
             # torch.save writes the whole storage of a view
@@ -165,10 +163,10 @@ class PagedMemory:
         return {"pages": pages, "on_device": len(self._pages.on_device)}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Hold what a memory of the same form held at its `state`, to the bit and where it lay, and nothing else.
+        """Replace all positions by those of a `state`, bit-equal and on the same side, device or host.
 
         Raises:
-            ValueError: its form is not this memory's.
+            ValueError: the state is of another batch, dtype or number of channels.
         """
         forms = [(self.batch, channels, self.dtype) for channels in self._pages.channels]
         for page in state["pages"]:
@@ -217,18 +215,18 @@ class PagedMemory:
         return_skipped: bool = False,
         implementation: str = "auto",
     ) -> Tensor | tuple[Tensor, ...]:
-        """Read everything held, page by page, merged as it goes: equal to `memory_read` of all positions at once.
+        """Read all positions, page by page, and merge the reads: equal to `memory_read` of all positions at once.
 
         On a GPU one launch walks over a table of the pages, unless gradients are asked for.
 
         Args:
-            query_key: `[B, M, C]`, in the memory's dtype and on its device.
+            query_key: `[B, M, C]`, of the memory's dtype and device.
             scale, similarity, skip, return_lse, return_skipped: as in `memory_read`.
-            top_k: as in `memory_read`; of several pages a read is not differentiable.
+            top_k: as in `memory_read`; with several pages the read is not differentiable.
             implementation: as in `memory_read`; "reference" gathers the pages first and then holds the whole affinity.
 
         Returns:
-            As `memory_read`; with nothing held the read is zeros, with a log-sum-exp of -inf.
+            As `memory_read`; an empty memory reads zeros, with a log-sum-exp of -inf.
 
         Raises:
             TypeError, ValueError, ImportError: as in `memory_read`.
@@ -319,7 +317,7 @@ class PagedMemory:
         similarity: str = "dot",
         implementation: str = "auto",
     ) -> Tensor:
-        """Sum the softmax mass of each position held over all queries of a read, as `memory_usage` does.
+        """Sum the softmax mass of each position over all queries of a read, as `memory_usage` does.
 
         Args:
             query_key, scale, similarity, implementation: of the read.

@@ -1,4 +1,4 @@
-"""Where the positions of a paged memory lie: pages on the device, and pages on the host that stream through it."""
+"""The storage of a paged memory: pages on the device, and pages on the host that stream through it."""
 
 import warnings
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ class Pages:
 
     Args:
         batch, key_channels, value_channels, page_size, dtype, device: as in `PagedMemory`.
-        device_pages: how many pages may lie on the device; further ones lie in host memory, pinned for a GPU. None is
-            as many as it can hold.
+        device_pages: the most pages on the device; further ones are in host memory, pinned for a GPU. None is as many
+            as the device can hold.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Pages:
             done += count
 
     def held(self, start: int = 0, count: int | None = None) -> list[Page]:
-        """Views of the positions from `start` on, a part a page, wherever they lie."""
+        """Views of the positions from `start` on, one a page, on the device or the host."""
         stop = self.length if count is None else start + count
         parts = []
         for first in range(start - start % self.page_size, stop, self.page_size):
@@ -66,7 +66,7 @@ class Pages:
         return parts
 
     def stream(self, first_page: int = 0) -> Iterator[Page]:
-        """What is held from a page on, page by page, on the device.
+        """All positions from a page on, page by page, on the device.
 
         A page from the host is copied while the caller reads the one before, and overwritten after the next one.
         """
@@ -80,11 +80,11 @@ class Pages:
             yield from host
 
     def truncate(self, length: int) -> None:
-        """Forget the positions from `length` on; their pages stay for the next ones."""
+        """Remove the positions from `length` on; their pages stay for later ones."""
         self.length = length
 
     def free_unused(self) -> None:
-        """Give back the pages that hold nothing, those on the host first."""
+        """Free the empty pages, those on the host first."""
         used = -(-self.length // self.page_size)
         del self.on_host[max(0, used - len(self.on_device)) :]
         del self.on_device[used:]
@@ -92,7 +92,7 @@ class Pages:
             self._staging = None
 
     def move_to_device(self) -> None:
-        """Bring pages from the host to the device while more may lie there, the first ones first."""
+        """Move pages from the host to the device up to `device_pages`, the first ones first."""
         while self.on_host and self.device_pages is not None and len(self.on_device) < self.device_pages:
             page = self.on_host.pop(0)
             if self.device.type != "cpu":
