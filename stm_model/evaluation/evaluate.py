@@ -1,11 +1,12 @@
-"""Score the tracker, or a folder of masks someone else made, on a benchmark: `stm evaluate --data DAVIS`.
+"""Score the tracker, or a folder of masks, on a benchmark: `stm evaluate --data DAVIS`.
 
-From Python, where the command line's libraries are missing: evaluate(EvaluateConfig(Path("DAVIS"))).
+From Python, without the command line's libraries: evaluate(EvaluateConfig(data=Path("DAVIS"))).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 import shutil
 import sys
@@ -18,7 +19,7 @@ import torch
 from stm_model import __version__
 from stm_model.distributed import Ranks
 from stm_model.evaluation.config import EvaluateConfig
-from stm_model.evaluation.predict import Speed, TrackingSettings, track_videos
+from stm_model.evaluation.predict import Speed, track_videos
 from stm_model.evaluation.protocol import Dataset, open_dataset
 from stm_model.evaluation.scoring import find_results, score
 from stm_model.evaluation.studies import STUDIES, run_study
@@ -31,7 +32,7 @@ from stm_model.evaluation.tables import (
 )
 from stm_model.io.files import write_json
 from stm_model.network import STRIDE
-from stm_model.runtime import default_device, default_dtype, usable_device
+from stm_model.runtime import NetworkOptions, default_device, default_dtype, dtype_name, usable_device
 from stm_model.tracking.budget import MemoryRule
 
 SUMMARY = "evaluation.json"
@@ -47,7 +48,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         FileNotFoundError, ValueError: data, results or settings make no sense; the message names the file.
     """
     with Ranks() as ranks:
-        # what can be refused is refused before anything is written
+        # bad input is refused before anything is written
         dataset = ranks.on_first(lambda: _prepare(config))
         config = dataclasses.replace(config, device=ranks.device(config.device))
         return _evaluation(config, dataset, ranks) if config.study is None else _study(config, dataset, ranks)
@@ -58,8 +59,8 @@ def _evaluation(config: EvaluateConfig, dataset: Dataset, ranks: Ranks) -> dict[
     if masks is None:
         masks = config.out / "masks"
         mine = ranks.share(dataset.videos, lambda video: len(video.frame_paths))
-        task = (mine, tracking_settings(config), masks / dataset.submission_folder, not ranks.first)
-        speeds = ranks.each(lambda: track_videos(*task))
+        options, folder = {"memory": config.memory}, masks / dataset.submission_folder
+        speeds = ranks.each(lambda: track_videos(mine, config, options, folder, quiet=not ranks.first))
         speed = sum(speeds[1:], start=speeds[0])
     return ranks.on_first(lambda: _finish(config, dataset, masks, speed))
 
@@ -71,7 +72,7 @@ def _finish(config: EvaluateConfig, dataset: Dataset, masks: Path, speed: Speed 
     summary = facts(config, dataset) | {
         "scores": summarize(dataset.name, scores),
         "floor": summarize(dataset.name, floor),
-        "speed": speed_record(speed) if speed else None,
+        "speed": {"FPS": speed.fps, **dataclasses.asdict(speed)} if speed else None,
         "objects": score_records(scores),
     }
     if scores:
@@ -92,7 +93,7 @@ def _finish(config: EvaluateConfig, dataset: Dataset, masks: Path, speed: Speed 
 
 def _study(config: EvaluateConfig, dataset: Dataset, ranks: Ranks) -> dict[str, Any]:
     study = STUDIES[str(config.study)]
-    rows = run_study(study, dataset, tracking_settings(config), config.out, ranks, config.workers)
+    rows = run_study(study, dataset, config, ranks)
     summary = facts(config, dataset) | {"study": config.study, "variants": rows}
 
     def write() -> None:
@@ -103,16 +104,6 @@ def _study(config: EvaluateConfig, dataset: Dataset, ranks: Ranks) -> dict[str, 
 
     ranks.on_first(write)
     return summary
-
-
-def tracking_settings(config: EvaluateConfig) -> TrackingSettings:
-    """The part of the settings that tracking needs."""
-    return TrackingSettings(config.checkpoint, config.device, config.dtype, config.size, {"memory": config.memory})
-
-
-def speed_record(speed: Speed) -> dict[str, Any]:
-    """A speed for JSON."""
-    return {"FPS": speed.fps, **dataclasses.asdict(speed)}
 
 
 def describe(summary: dict[str, Any]) -> str:
@@ -136,14 +127,15 @@ def describe(summary: dict[str, Any]) -> str:
 
 
 def _prepare(config: EvaluateConfig) -> Dataset:
-    """Find the videos, check what must be right before hours are spent, clear the folder of an earlier evaluation."""
+    """Find the videos, check all settings, clear the folder of an earlier evaluation."""
     out = config.out
     dataset = open_dataset(config.dataset, config.data, config.split, config.resolution, config.videos)
     if (config.study or config.results) and not any(video.scored for video in dataset.videos):
         raise ValueError(f"{config.dataset}: the ground truth of the split {dataset.split} is not here to score by")
     check_out(out, config.overwrite, {"data": config.data, "results": config.results})
     if config.results is None:
-        _check_settings(config)
+        MemoryRule.parse(config.memory, frame_count=1)
+        check_network(config)
     else:
         for video in dataset.videos:
             find_results(dataset, config.results, video)
@@ -156,29 +148,26 @@ def _prepare(config: EvaluateConfig) -> Dataset:
     return dataset
 
 
-def _check_settings(config: EvaluateConfig) -> None:
-    MemoryRule.parse(config.memory, frame_count=1)
-    check_network(config.checkpoint, config.device, config.size)
-
-
 def check_out(out: Path, overwrite: bool, inputs: Mapping[str, Path | None]) -> None:
-    """Refuse a folder for results that holds something, is a file, or holds what is read; `inputs` by argument."""
+    """Refuse an output folder that is a file, is not empty, or holds one of the `inputs`, by argument."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: {out} is a file; expected a folder")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise ValueError(f"out: {out} is not empty; choose another folder, or add --overwrite")
     for name, path in inputs.items():
-        if path is not None and (out.resolve() == path.resolve() or out.resolve() / "masks" in _lineage(path)):
+        if path is None:
+            continue
+        if out.resolve() == path.resolve() or (out / "masks").resolve() in (path.resolve(), *path.resolve().parents):
             raise ValueError(f"out: {out} would overwrite the {name}; choose another folder")
 
 
-def check_network(checkpoint: Path | None, device: str | None, size: int | None) -> None:
+def check_network(options: NetworkOptions) -> None:
     """Refuse a device, a size or a file that no network can run with, before hours are spent."""
-    usable_device(device)
-    if size is not None and size < STRIDE:
-        raise ValueError(f"size: expected at least {STRIDE} pixels, got {size}")
-    if checkpoint is not None and not checkpoint.is_file():
-        raise FileNotFoundError(f"checkpoint: no such file: {checkpoint}")
+    usable_device(options.device)
+    if options.size is not None and options.size < STRIDE:
+        raise ValueError(f"size: expected at least {STRIDE} pixels, got {options.size}")
+    if options.checkpoint is not None and not options.checkpoint.is_file():
+        raise FileNotFoundError(f"checkpoint: no such file: {options.checkpoint}")
 
 
 def begin(out: Path, known: Mapping[str, Any]) -> None:
@@ -189,12 +178,8 @@ def begin(out: Path, known: Mapping[str, Any]) -> None:
     write_json(out / SUMMARY, {**known, "stopped": "unfinished"})
 
 
-def _lineage(path: Path) -> set[Path]:
-    return {path.resolve(), *path.resolve().parents}
-
-
-def facts(config: Any, dataset: Dataset) -> dict[str, Any]:
-    """Where a figure comes from; the settings are a dataclass with at least `device` and `dtype`."""
+def facts(config: NetworkOptions, dataset: Dataset) -> dict[str, Any]:
+    """How a result was made: command, split, device, versions and settings."""
     device = torch.device(config.device) if config.device else default_device()
     on_gpu = device.type == "cuda"
     return {
@@ -204,9 +189,7 @@ def facts(config: Any, dataset: Dataset) -> dict[str, Any]:
         "videos": len(dataset.videos),
         "device": torch.cuda.get_device_name(device) if on_gpu else "CPU",
         "threads": torch.get_num_threads(),
-        "dtype": config.dtype or str(default_dtype(device)).removeprefix("torch."),
+        "dtype": config.dtype or dtype_name(default_dtype(device)),
         "versions": {"stm-kernels": __version__, "python": platform.python_version(), "torch": torch.__version__},
-        "settings": {
-            key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(config).items()
-        },
+        "settings": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
     }

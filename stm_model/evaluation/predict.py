@@ -1,4 +1,4 @@
-"""A split tracked into a folder of masks, its speed and peak memory measured by the field's convention."""
+"""Track a split into a folder of masks, and measure speed and peak memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -21,42 +21,25 @@ from stm_model.io.masks import write_mask
 from stm_model.labels import VOID
 from stm_model.network import STM
 from stm_model.network.weights import chosen_side
-from stm_model.runtime import held_process_memory, peak_process_memory
+from stm_model.runtime import NetworkOptions, held_process_memory, peak_process_memory
 from stm_model.tracking.tracker import Tracker
 
 WARM_UP = 5
-"""Frames tracked once before the clock runs, and thrown away."""
-
-
-@dataclass(frozen=True)
-class TrackingSettings:
-    """With what a split is tracked."""
-
-    checkpoint: Path | None = None
-    """Weights; None takes those in the package."""
-    device: str | None = None
-    """Where to run; None takes the GPU if there is one."""
-    dtype: str | None = None
-    """Number format of the network; None takes what the device computes natively."""
-    size: int | None = None
-    """Shorter side at which the network runs, in pixels; None takes the frames' own, with the package's weights at most
-    the size they were trained on."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of the `Tracker`: the rule of its memory, how it reads."""
+"""Frames tracked before the clock starts; their masks are dropped."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast frames were tracked. Reading and writing files is not counted, objects are not, frames are."""
+    """Tracking speed in frames, however many objects they have; reading and writing files is not counted."""
 
     frames: int
     """Frames timed."""
     seconds: float
-    """Seconds they took, the device synchronised after each."""
+    """Seconds they took, the device synchronized after each."""
     peak_bytes: int | None
-    """Greatest memory held: allocated on a GPU, else of the process; None where the system does not say."""
+    """Peak memory: allocated on a GPU, else of the process; None where the system does not say."""
     loaded_bytes: int | None
-    """Memory held before the first timed frame, the network loaded and warmed up, counted the same way."""
+    """Memory before the first timed frame, after the warm-up, counted the same way."""
 
     @property
     def fps(self) -> float:
@@ -64,37 +47,40 @@ class Speed:
         return self.frames / max(self.seconds, 1e-9)
 
     def __add__(self, other: Speed) -> Speed:
-        """Two runs side by side: frames and seconds add up, the greater memory counts."""
+        """Two runs side by side: frames and seconds add up, the greater peak counts."""
         greater = max((self, other), key=lambda run: run.peak_bytes or 0)
         return Speed(self.frames + other.frames, self.seconds + other.seconds, greater.peak_bytes, greater.loaded_bytes)
 
 
-def track_videos(videos: list[Video], settings: TrackingSettings, out: Path, quiet: bool = False) -> Speed:
+def track_videos(
+    videos: list[Video], network: NetworkOptions, options: Mapping[str, Any], out: Path, quiet: bool = False
+) -> Speed:
     """Track videos one after the other and write the masks that their benchmark asks for.
 
     Args:
-        videos: what to track.
-        settings: with what.
+        videos: the videos.
+        network: the network, and where it runs.
+        options: further arguments of the `Tracker`, as its memory rule.
         out: folder that gets a folder of masks for each video.
         quiet: show no progress.
 
     Returns:
-        The speed over all frames of all videos, but for `WARM_UP` frames tracked beforehand.
+        The speed over all frames of all videos.
 
     Raises:
         MediaError: a frame or a mask cannot be read, or does not fit its video; the message names it.
         ValueError: the settings make no sense.
     """
-    model = STM.load(settings.checkpoint, device=settings.device, dtype=settings.dtype)
+    model = STM.load(network.checkpoint, device=network.device, dtype=network.dtype)
     device = next(model.parameters()).device
     meter = _Meter(device)
     trackers: dict[int | None, Tracker] = {}
     total = sum(len(video.frame_paths) for video in videos)
     with tqdm(total=total, desc="track", unit="frame", delay=1, disable=quiet or None) as progress:
         for video in videos:
-            size = chosen_side(settings.size, settings.checkpoint, picture_size(video.frame_paths[0]))
+            size = chosen_side(network.size, network.checkpoint, picture_size(video.frame_paths[0]))
             if size not in trackers:
-                trackers[size] = Tracker(model, size=size, **settings.options)
+                trackers[size] = Tracker(model, size=size, **options)
             if meter.loaded_bytes is None:
                 for _ in zip(range(WARM_UP), _results(trackers[size], video, _Meter(device))):
                     pass
@@ -103,16 +89,16 @@ def track_videos(videos: list[Video], settings: TrackingSettings, out: Path, qui
     return meter.speed()
 
 
-def track_videos_apart(videos: list[Video], settings: TrackingSettings, out: Path, quiet: bool = False) -> Speed:
-    """`track_videos` in a fresh process, so that its memory is its own."""
+def track_videos_apart(*arguments: Any) -> Speed:
+    """`track_videos` in a new process, so that its peak memory is its own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(track_videos, videos, settings, out, quiet).result()
+        return pool.submit(track_videos, *arguments).result()
 
 
 def _track_video(video: Video, tracker: Tracker, meter: _Meter, out: Path, progress: tqdm) -> None:
     out.mkdir(parents=True, exist_ok=True)
     asked = set(video.asked)
-    # a submission looks like the annotations
+    # masks are written as the annotations are
     white = np.uint8(VOID if video.black_and_white else 1)
     progress.set_postfix_str(video.name)
     for index, labels in _results(tracker, video, meter):
@@ -122,7 +108,7 @@ def _track_video(video: Video, tracker: Tracker, meter: _Meter, out: Path, progr
 
 
 def _results(tracker: Tracker, video: Video, meter: _Meter) -> Iterator[tuple[int, np.ndarray]]:
-    """(frame, labels) of a video, the meter running while the tracker does and at no other time."""
+    """(frame, labels) of a video; the meter runs only while the tracker does."""
     given = _given_masks(video)
     results = tracker.track(_frames(video, meter), given, frame_count=len(video.frame_paths))
     while True:
@@ -141,7 +127,7 @@ def _results(tracker: Tracker, video: Video, meter: _Meter) -> Iterator[tuple[in
 
 
 def _frames(video: Video, meter: _Meter) -> Iterator[np.ndarray]:
-    """The frames as the tracker pulls them, the meter halted while they are read."""
+    """The frames as the tracker pulls them; the meter stops while they are read."""
     for path in video.frame_paths:
         meter.pause()
         frame = read_image(path)
@@ -167,7 +153,7 @@ def _given_masks(video: Video) -> dict[int, np.ndarray]:
 
 
 class _Meter:
-    """Adds up seconds of tracking and finds the peak of the memory."""
+    """Seconds of tracking and peak memory."""
 
     def __init__(self, device: torch.device):
         self.device, self.frames, self.seconds = device, 0, 0.0
@@ -175,7 +161,7 @@ class _Meter:
         self.running_since: float | None = None
 
     def start_counting(self) -> None:
-        """Note what is held now; on a GPU the peak starts anew."""
+        """Note the memory held now; on a GPU the peak starts anew."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)

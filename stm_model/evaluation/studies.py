@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from stm_model.distributed import Ranks
-from stm_model.evaluation.predict import Speed, TrackingSettings, track_videos_apart
+from stm_model.evaluation.config import EvaluateConfig
+from stm_model.evaluation.predict import Speed, track_videos_apart
 from stm_model.evaluation.protocol import Dataset
 from stm_model.evaluation.scoring import ObjectScore, score
 from stm_model.evaluation.tables import summarize, write_csv
@@ -70,18 +70,15 @@ STUDIES = {
 }
 
 
-def run_study(
-    study: Study, dataset: Dataset, settings: TrackingSettings, out: Path, ranks: Ranks, workers: int | None
-) -> dict[str, dict[str, Any]]:
+def run_study(study: Study, dataset: Dataset, config: EvaluateConfig, ranks: Ranks) -> dict[str, dict[str, Any]]:
     """Track a split with each variant of a study, each in a process of its own, and write its tables.
 
     Args:
         study: what to compare.
         dataset: the split, with public ground truth.
-        settings: settings that the variants share.
-        out: folder that gets masks/VARIANT/, study_NAME.csv and study_NAME_percentiles.csv.
+        config: settings that the variants share; its `out` gets masks/VARIANT/, study_NAME.csv and
+            study_NAME_percentiles.csv.
         ranks: the processes that share the work.
-        workers: processes that score.
 
     Returns:
         Variant → its row: score columns, FPS, Peak-MiB, Added-MiB (above the loaded network) and `percentiles` of J.
@@ -89,14 +86,14 @@ def run_study(
     mine = ranks.share(dataset.videos, lambda video: len(video.frame_paths))
     rows: dict[str, dict[str, Any]] = {}
     for name, options in study.variants.items():
-        variant = dataclasses.replace(settings, options={**settings.options, **options})
-        masks = out / "masks" / re.sub(r"\W+", "_", name)
-        task = (mine, variant, masks / dataset.submission_folder, not ranks.first)
+        masks = config.out / "masks" / re.sub(r"\W+", "_", name)
+        options = {"memory": config.memory} | dict(options)
+        task = (mine, config, options, masks / dataset.submission_folder, not ranks.first)
         speeds = ranks.each(lambda: track_videos_apart(*task))  # noqa: B023
         speed = sum(speeds[1:], start=speeds[0])
-        scores = ranks.on_first(lambda: score(dataset, masks, workers=workers))  # noqa: B023
+        scores = ranks.on_first(lambda: score(dataset, masks, workers=config.workers))  # noqa: B023
         rows[name] = _row(dataset, scores, speed)
-    ranks.on_first(lambda: _write(study, rows, out))
+    ranks.on_first(lambda: _write(study, rows, config.out))
     return rows
 
 

@@ -83,7 +83,7 @@ def open_interactive(config: EvaluateInteractiveConfig) -> Dataset:
 def _prepare(config: EvaluateInteractiveConfig) -> tuple[Dataset, list[_Start]]:
     dataset = open_interactive(config)
     check_out(config.out, config.overwrite, {"data": config.data, "scribbles": config.scribbles})
-    check_network(config.checkpoint or DEFAULT_INTERACTIVE_WEIGHTS, config.device, config.size)
+    check_network(dataclasses.replace(config, checkpoint=config.checkpoint or DEFAULT_INTERACTIVE_WEIGHTS))
     starts = [start for video in dataset.videos for start in _starts(video, config.scribbles)]
     begin(config.out, facts(config, dataset))
     return dataset, starts

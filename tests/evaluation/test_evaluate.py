@@ -19,12 +19,14 @@ from answers import refused
 from stm_model import STM, Tracker
 from stm_model.distributed import Ranks
 from stm_model.evaluation import figures, predict, studies
+from stm_model.evaluation.config import EvaluateConfig
 from stm_model.evaluation.metrics import sequence_scores
 from stm_model.evaluation.protocol import open_dataset
 from stm_model.evaluation.scoring import ObjectScore
 from stm_model.evaluation.studies import STUDIES
 from stm_model.io import images
 from stm_model.io.masks import read_mask, write_mask
+from stm_model.runtime import NetworkOptions
 
 HELD = Path(__file__).parents[3] / "shared" / "data" / "davis2016-train"
 
@@ -220,7 +222,8 @@ def test_a_study_shows_how_j_is_distributed(davis, tmp_path, monkeypatch):
     monkeypatch.setattr(studies, "track_videos_apart", lambda *_, **__: predict.Speed(5, 2.0, 3 * 2**20, 2**20))
     monkeypatch.setattr(studies, "score", lambda *_, **__: scores)
     dataset = open_dataset("davis2016", davis)
-    rows = studies.run_study(STUDIES["memory"], dataset, predict.TrackingSettings(), tmp_path, Ranks(), 1)
+    config = EvaluateConfig(data=davis, out=tmp_path, workers=1)
+    rows = studies.run_study(STUDIES["memory"], dataset, config, Ranks())
     row = rows["first"]
     assert [row["percentiles"][place] for place in (0, 25, 50, 75, 100)] == [0.0, 0.25, 0.5, 0.9, 1.0]
     assert (row["FPS"], row["Peak-MiB"], row["Added-MiB"]) == (2.5, 3.0, 2.0)
@@ -237,10 +240,10 @@ def test_the_figure_of_a_study_that_scores_nothing(name, tmp_path):
 
 def test_a_variants_memory_is_of_its_own_process(davis, weights, tmp_path):
     videos = list(open_dataset("davis2017", davis, videos=["bee"]).videos)
-    settings = predict.TrackingSettings(weights, "cpu", "float32")
+    network = NetworkOptions(checkpoint=weights, device="cpu", dtype="float32")
     block = torch.zeros(2**28)  # 1 GiB that the other process must not count
     block += 1
-    speed = predict.track_videos_apart(videos, settings, tmp_path / "apart")
+    speed = predict.track_videos_apart(videos, network, {}, tmp_path / "apart")
     assert speed.frames == 6 and speed.peak_bytes < 2**30
     assert len(list((tmp_path / "apart" / "bee").iterdir())) == 6
 
