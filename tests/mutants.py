@@ -100,9 +100,8 @@ def main(words: Sequence[str] | None = None) -> int:
                 with lock:
                     if found != "killed":
                         alive.append(mutant)
-                    print(
-                        f"{time.time() - begun:5.0f} s  {found}: {mutant['file']}: {mutant['new'].strip()}", flush=True
-                    )
+                    change = " ".join(mutant["new"].split()) or f"without {' '.join(mutant['old'].split())}"
+                    print(f"{time.time() - begun:5.0f} s  {found}: {mutant['file']}: {change}", flush=True)
 
         with ThreadPoolExecutor(arguments.together) as pool:
             list(pool.map(run, groups.values()))

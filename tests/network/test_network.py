@@ -114,6 +114,12 @@ def test_soft_aggregation_is_a_distribution_that_orders_objects_as_they_were():
     torch.testing.assert_close(soft_aggregate(objects[permutation])[1:], soft_aggregate(objects)[1:][permutation])
 
 
+def test_soft_aggregation_of_two_halves():
+    """The background has (1 − ½)² = ¼, that is odds of ⅓ beside 1 and 1: a seventh of all."""
+    found = soft_aggregate(torch.full((2, 1), 0.5)).softmax(0).flatten()
+    torch.testing.assert_close(found, torch.tensor([1 / 7, 3 / 7, 3 / 7]))
+
+
 def test_one_object_has_no_others():
     assert torch.equal(other_object_masks(torch.rand(1, 4, 4)), torch.zeros(1, 4, 4))
     masks = torch.tensor([0.5, 0.75, 0.0]).view(3, 1, 1)

@@ -81,6 +81,17 @@ def test_the_trunk_moves_at_its_rate(config):
     assert max(moved[True]) == pytest.approx(0.25 * rate, rel=1e-3)
 
 
+def test_the_average_moves_by_one_minus_the_decay(config):
+    start = TrainState(config, torch.device("cpu")).average
+    saved = checkpoint_of(dataclasses.replace(config, ema=0.25, learning_rate=1e-2, freeze_batch_norm=1.0))
+    # min(ema, (1 + step) / (10 + step)) of the start stays
+    kept = 2 / 11
+    for name in ("Encoder_Q.conv1.weight", "Encoder_Q.bn1.running_mean", "Decoder.pred2.weight"):
+        expected = kept * start[name] + (1 - kept) * saved["model"][name]
+        torch.testing.assert_close(saved["average"][name], expected)
+        assert not saved["model"][name].equal(start[name])
+
+
 def remembered_masks(guidance: str, monkeypatch) -> list[torch.Tensor]:
     """The masks that are remembered while a clip is segmented."""
     torch.manual_seed(0)
