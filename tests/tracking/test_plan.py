@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stm_model import Tracker
-from stm_model.tracking.budget import MemoryBudget, parse_size
+from stm_model.tracking.budget import MemoryBudget, MemoryPlan, MemoryRule, parse_size, plan_memory
 
 PAGE = 128 * (16 + 32) * 4
 """Bytes of a page of one object; of the 5 × 6 positions of a frame it holds a little more than four frames."""
@@ -32,6 +32,7 @@ GIVEN = {
     "masks that fill a page but for the previous frame": dict.fromkeys(range(0, 8, 2), (1, 2)),
     "many masks": dict.fromkeys(range(0, 10, 2), (1, 2)),
     "the last remembered frames are given": {0: (1,), LONG - 3: (1,), LONG - 2: (1,)},
+    "the last remembered frames are given and fill a page": {0: (1,)} | dict.fromkeys(range(LONG - 4, LONG - 1), (1,)),
     "masks of one object, then of the other": {0: (1,), 1: (1,), 2: (1,), 3: (1, 2), 4: (1,), 9: (2,)},
 }
 
@@ -60,6 +61,22 @@ def test_the_least_budget_is_enough_and_no_less_is(small_model, video, case, rul
         )
     with pytest.raises(ValueError, match="memory budget: expected at least"):
         track(small_model, video, given, least - 1, rule)
+
+
+def test_the_least_budget_counts_with_its_own_larger_pages():
+    """1400 frames of 30 positions fill 329 pages of 128, and 33 of the 1280 that such a budget has: more is needed."""
+    masks = dict.fromkeys(range(1400), np.ones((80, 96), np.uint8))
+
+    def plan(device: int) -> MemoryPlan:
+        rule, size = MemoryRule.parse("first"), (80, 96)
+        return plan_memory(rule, MemoryBudget(device), masks, 1402, size, lambda objects: 16 * objects)
+
+    least = 33 * 1280 * 16
+    with pytest.raises(ValueError, match=f"at least {least / 2**10:.1f} KiB for 1 objects"):
+        plan(0)
+    assert plan(least).held == 33 * 1280 // 30
+    with pytest.raises(ValueError, match="memory budget: expected at least"):
+        plan(least - 1)
 
 
 def test_a_budget_between_two_pages_is_what_its_whole_pages_hold(small_model, video):
