@@ -215,6 +215,14 @@ def test_palette_and_grey_masks_give_the_labels_as_stored(tmp_path):
     np.testing.assert_array_equal(read_mask(tmp_path / "bit.png"), _mask(1))
 
 
+def test_a_palette_may_have_more_labels_than_grey_values_may(tmp_path):
+    many = np.tile(np.arange(SIZE[1], dtype=np.uint8) * 3, (SIZE[0], 1))
+    many[0, 0] = 1
+    assert len(np.unique(many)) == 65
+    write_mask(tmp_path / "palette.png", many)
+    np.testing.assert_array_equal(read_mask(tmp_path / "palette.png"), many)
+
+
 def test_a_binary_mask_is_one_object(tmp_path):
     black_and_white = _mask(255)
     _save_mask(tmp_path / "grey.png", black_and_white)

@@ -9,7 +9,7 @@ import torch
 
 import stm_model.tracking.tracker as tracker_module
 from stm_model.tracking.budget import MemoryRule
-from stm_model.tracking.frames import pad_to_stride
+from stm_model.tracking.frames import pad_to_stride, scaled_size
 from stm_model.tracking.tracker import Tracker
 
 
@@ -114,6 +114,38 @@ def test_the_given_mask_comes_back_exactly_at_any_network_size(small_model, clip
     results = track(small_model, frames, {0: labels[0], 4: labels[4]}, size=32)
     np.testing.assert_array_equal(results[0].labels, labels[0])
     np.testing.assert_array_equal(results[4].labels, labels[4])
+
+
+def test_at_another_network_size_a_mask_of_one_object_leaves_the_other(small_model, clip, monkeypatch):
+    frames, labels = clip
+    found = torch.zeros(3, 32, 41)
+    found[2, :, :20], found[0, :, 20:] = 1, 1  # object 2 on the left
+    segment = tracker_module._Video._segment
+
+    def segmented(video, image):
+        return (None, found, [0.0, 0.0]) if video.objects else segment(video, image)
+
+    monkeypatch.setattr(tracker_module._Video, "_segment", segmented)
+    mask = np.zeros_like(labels[1])
+    mask[:30, :30] = 1
+    result = track(small_model, frames[:2], {0: labels[0], 1: mask}, size=32)[1].labels
+    np.testing.assert_array_equal(result == 1, mask == 1)
+    # but for the few pixels over which the resized mask's edge blurs
+    assert (result[34:, :42] == 2).all() and (result[:, 34:42] == 2).all() and not result[:, 46:].any()
+
+
+@pytest.mark.parametrize("size", [(70, 90), (90, 70)])
+def test_the_shorter_side_is_what_is_asked_for(size):
+    assert scaled_size(size, 35) == tuple(side // 2 for side in size) and scaled_size(size, None) == size
+
+
+def test_masks_lie_where_the_frame_does_and_not_its_padding(small_model, clip):
+    """A frame that comes with the padding around it gives the same masks within it."""
+    frames, labels = clip
+    around = ((5, 5), (3, 3))  # 70 × 90 → 80 × 96
+    wide = np.stack([np.pad(frame, (*around, (0, 0))) for frame in frames[:2]])
+    padded = track(small_model, wide, {0: np.pad(labels[0], around)})[1].probabilities[:, 5:-5, 3:-3]
+    torch.testing.assert_close(track(small_model, frames[:2], {0: labels[0]})[1].probabilities, padded)
 
 
 def test_an_object_too_small_for_the_networks_size_is_not_forgotten(small_model, clip):
