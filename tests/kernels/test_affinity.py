@@ -82,8 +82,9 @@ def test_gradcheck(variant, outputs):
 
 @pytest.mark.parametrize("implementation", ["chunked", "triton", "reference"])
 @pytest.mark.parametrize("hidden_by", ["bias", "lengths"])
-def test_an_item_that_sees_nothing(implementation, hidden_by):
-    problem = make_problem(2, 5, 40, 16, 24, biased=True, device=device_of(implementation))
+@pytest.mark.parametrize("similarity", ["dot", "l2"])
+def test_an_item_that_sees_nothing(implementation, hidden_by, similarity):
+    problem = make_problem(2, 5, 40, 16, 24, similarity=similarity, biased=True, device=device_of(implementation))
     if hidden_by == "bias":
         problem.key_bias[1] = -torch.inf
     else:
