@@ -20,9 +20,13 @@ Select = Callable[[Affinity, int], tuple[Tensor, Tensor]]
 position: the k greatest; ties go to the lower index and keep their order. Padding sorts last: logit -inf, index 0.
 """
 
-# [query block × key chunk] buffers of about 2 MiB stay in the second- and third-level caches
-QUERIES_PER_BLOCK = 288
-KEYS_PER_CHUNK = 2048
+# long chunks, of which few positions are candidates, at 6 MiB of logits
+QUERIES_PER_BLOCK = 180
+KEYS_PER_CHUNK = 8192
+# the k best are sought in groups of so many neighbouring positions, by their maximum
+GROUP = 32
+# up to this length of a chunk PyTorch's own selection is faster
+SMALL_CHUNK = 2048
 # in elements: values or keys gathered at once, and copied at once of a table whose rows are not contiguous
 GATHERED = 2**20
 COPIED = 2**22
@@ -103,8 +107,11 @@ def top_k_read_backward(
 
 def top_k_usage(affinity: Affinity, k: int, select: Select) -> Tensor:
     """The softmax mass of each position over all queries `[B, N]`, in `wide_dtype`, of a read of the k best."""
-    indices, logits = select(affinity, k)
-    N = affinity.memory_key.shape[1]
+    return chosen_usage(*select(affinity, k), affinity.memory_key.shape[1])
+
+
+def chosen_usage(indices: Tensor, logits: Tensor, N: int) -> Tensor:
+    """The softmax mass `[B, N]` of each position, of chosen ones `[B, M, K]` and their logits."""
     return torch.stack([_Transposed(chosen, N).sum(weights) for chosen, weights in zip(indices, _softmax(logits))])
 
 
@@ -199,38 +206,47 @@ def chunked_select(affinity: Affinity, k: int) -> tuple[Tensor, Tensor]:
 def _merge_best(best: Tensor, positions: Tensor, products: Tensor, start: int, k: int) -> tuple[Tensor, Tensor]:
     """The k best `[M, ≤ k]`, best first, of those so far and of a chunk `[M, P]` of positions from `start` on.
 
-    NaN counts as the greatest, as in a sort: it must show in the read.
+    Few are sought among the groups of neighbours whose maximum reaches a bound that k products reach. NaN counts as the
+    greatest, as in a sort: it must show in the read.
     """
+    P = products.shape[1]
+    if not best.shape[1] and k < P <= SMALL_CHUNK:
+        values, columns = products.topk(k + 1, 1)
+        # topk orders ties as it likes; NaN is less than nothing
+        if (values[:, 1:] < values[:, :-1]).all():
+            return values[:, :k], columns[:, :k].to(positions.dtype).add_(start)
+    size = GROUP if P > 2 * k * GROUP else 1
+    whole = P // size * size
+    maxima = products[:, :whole].unflatten(1, (-1, size)).amax(2)
+    if whole < P:
+        maxima = torch.cat([maxima, products[:, whole:].amax(1, keepdim=True)], 1)
     if best.shape[1] == k:
         # ties go to the earlier one
-        below = products <= best[:, -1:]
+        least, below = best[:, -1:], torch.le
+    elif maxima.shape[1] > k:
+        least, below = maxima.topk(k, 1).values[:, -1:], torch.lt
     else:
-        below = products < _lower_bound(products, k - best.shape[1])
-    rows, columns = below.logical_not_().nonzero(as_tuple=True)
-    if not len(rows):
+        least, below = products.new_full((len(products), 1), -math.inf), torch.lt
+    rows, groups = below(maxima, least).logical_not_().nonzero(as_tuple=True)
+    columns = groups[:, None] * size + torch.arange(size, device=groups.device)
+    values = products[rows[:, None], columns.clamp_(max=P - 1)]
+    found = below(values, least[rows]).logical_not_()
+    if whole < P:
+        # the last group has fewer columns than the others
+        found[:, 1:] &= columns[:, 1:] > columns[:, :-1]
+    found, place = found.nonzero(as_tuple=True)
+    if not len(found):
         return best, positions
+    rows, columns, values = rows[found], columns[found, place], values[found, place]
     places = torch.arange(len(rows), device=rows.device)
     places -= torch.searchsorted(rows, torch.arange(len(best), device=rows.device))[rows]
     shape = (len(best), best.shape[1] + int(places.max()) + 1)
     places += best.shape[1]
     candidates = products.new_full(shape, -math.inf)
     candidates[:, : best.shape[1]] = best
-    candidates[rows, places] = products[rows, columns]
+    candidates[rows, places] = values
     candidate_positions = positions.new_zeros(shape)
     candidate_positions[:, : best.shape[1]] = positions
     candidate_positions[rows, places] = columns.add_(start).to(positions.dtype)
     candidates, order = candidates.sort(dim=1, descending=True, stable=True)
     return candidates[:, :k], candidate_positions.gather(1, order[:, :k])
-
-
-def _lower_bound(products: Tensor, k: int) -> Tensor:
-    """A bound `[M, 1]` that at least k products of a row `[M, P]` reach, or -inf.
-
-    It is the k-th greatest of the maxima of groups: a full selection among all P would take far longer.
-    """
-    groups = max(4 * k, 128)
-    size = products.shape[1] // groups
-    if size < 2:
-        return products.new_full((len(products), 1), -math.inf)
-    maxima = products[:, : groups * size].view(len(products), size, groups).amax(1)
-    return maxima.topk(k, 1).values[:, -1:]

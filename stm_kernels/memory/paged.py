@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from stm_kernels.affinity import PAGE_MULTIPLE, Affinity, wide_dtype
-from stm_kernels.cpu.top_k import weighted_read
+from stm_kernels.cpu.top_k import chosen_usage, weighted_read
 from stm_kernels.memory.pages import Pages
 from stm_kernels.merge import ReadResult, merge_results
 from stm_kernels.operator import autocast_inputs, resolve_implementation, select, shift_back
-from stm_kernels.options import ReadOptions, check_rows
+from stm_kernels.options import ReadOptions
 from stm_kernels.read import checked_inputs, read_checked, usage_checked
 
 if TYPE_CHECKING:
@@ -141,13 +141,37 @@ class PagedMemory:
             ValueError: they are not all held.
         """
         self._check_range(start or 0, count)
-        start = len(self) - count if start is None else start
-        length = len(self) - count
-        moving = max(start + count, length)
-        for key, value in self._pages.held(moving):
-            self._pages.write(start, key, value)
-            start += key.shape[1]
+        if start is None:
+            self._pages.truncate(len(self) - count)
+        else:
+            self.drop_at(torch.arange(start, start + count))
+
+    def drop_at(self, places: Tensor) -> Tensor:
+        """Remove the positions at some places; the last ones move into the gaps, so that no others are copied.
+
+        Args:
+            places: `[D]`, integers on any device, no place twice.
+
+        Returns:
+            `[N - D]`, for every place that is left the one where its position was before; on the CPU.
+
+        Raises:
+            ValueError: a place holds no position, or is named twice.
+        """
+        places = places.cpu()
+        stays = torch.ones(len(self), dtype=torch.bool)
+        if len(places) and not 0 <= int(places.min()) <= int(places.max()) < len(self):
+            raise ValueError(f"places: expected 0 to {len(self) - 1}, got {int(places.min())} to {int(places.max())}")
+        stays[places] = False
+        length = int(stays.sum())
+        if length != len(self) - len(places):
+            raise ValueError("places: expected each place once, got one twice")
+        gaps, moving = (~stays[:length]).nonzero()[:, 0], stays[length:].nonzero()[:, 0] + length
+        self._pages.move(moving, gaps)
         self._pages.truncate(length)
+        order = torch.arange(length)
+        order[gaps] = moving
+        return order
 
     def free_unused(self) -> None:
         """Free the empty pages."""
@@ -192,6 +216,7 @@ class PagedMemory:
         *,
         return_lse: Literal[False] = False,
         return_skipped: Literal[False] = False,
+        return_usage: Literal[False] = False,
         **options: "Unpack[PageKeywords]",
     ) -> Tensor: ...
     @overload
@@ -201,6 +226,7 @@ class PagedMemory:
         *,
         return_lse: bool = False,
         return_skipped: bool = False,
+        return_usage: bool = False,
         **options: "Unpack[PageKeywords]",
     ) -> Any: ...
     def read(
@@ -213,30 +239,39 @@ class PagedMemory:
         skip: float = 0.0,
         return_lse: bool = False,
         return_skipped: bool = False,
+        return_usage: bool = False,
         implementation: str = "auto",
     ) -> Tensor | tuple[Tensor, ...]:
-        """Read all positions, page by page, and merge the reads: equal to `memory_read` of all positions at once.
-
-        On a GPU one launch walks over a table of the pages, unless gradients are asked for.
+        """Read all positions, page by page.
 
         Args:
-            query_key: `[B, M, C]`, of the memory's dtype and device.
+            query_key: `[B, M, C]`, on the memory's device.
             scale, similarity, skip, return_lse, return_skipped: as in `memory_read`.
             top_k: as in `memory_read`; with several pages the read is not differentiable.
+            return_usage: also return the softmax mass of each position over all queries, `[B, N]`, as `memory_usage`
+                does. With `top_k` it comes out of the read; else a second pass multiplies the keys once more.
             implementation: as in `memory_read`; "reference" gathers the pages first and then holds the whole affinity.
 
         Returns:
-            As `memory_read`; an empty memory reads zeros, with a log-sum-exp of -inf.
+            As `memory_read`, then the usage; an empty memory reads zeros, with a log-sum-exp of -inf.
 
         Raises:
             TypeError, ValueError, ImportError: as in `memory_read`.
         """
         options = ReadOptions(scale, similarity, None, None, top_k, skip, implementation)
-        return self.read_all(query_key, options).chosen(return_lse, return_skipped)
+        if not return_usage:
+            return self.read_all(query_key, options).chosen(return_lse, return_skipped)
+        if top_k is not None and implementation != "reference" and len(self):
+            result, usage = self._read_top_k(self._checked(query_key, options)[0], options)
+        else:
+            result = self.read_all(query_key, options)
+            usage = self._usage(query_key, None if top_k else result.lse, options)
+        chosen = result.chosen(return_lse, return_skipped)
+        return (*chosen, usage) if isinstance(chosen, tuple) else (chosen, usage)
 
     def read_all(self, query_key: Tensor, options: ReadOptions) -> ReadResult:
         """`read` with all that it can return."""
-        query_key, *nothing = checked_inputs(options, query_key, *self._pages.new_page(0))
+        query_key, *nothing = self._checked(query_key, options)
         pages = -(-len(self) // self.page_size)
         if not pages:
             return read_checked(options, query_key, *nothing)
@@ -245,7 +280,7 @@ class PagedMemory:
             keys, values = zip(*((key.clone(), value.clone()) for key, value in self._pages.stream()))
             return read_checked(options, query_key, *autocast_inputs(torch.cat(keys, 1), torch.cat(values, 1)))
         if options.top_k is not None and pages > 1:
-            return self._read_top_k(query_key, options)
+            return self._read_top_k(query_key, options)[0]
         merged: ReadResult | None = None
         done = 0
         if min(pages, len(self._pages.on_device)) > 1 and self._has_table_kernel(query_key, options):
@@ -255,6 +290,10 @@ class PagedMemory:
             merged = part if merged is None else merge_results(merged, part)
         assert merged is not None
         return merged._replace(out=merged.out.to(query_key.dtype))
+
+    def _checked(self, query_key: Tensor, options: ReadOptions) -> tuple[Tensor, ...]:
+        """The query, and keys and values of no position, in autocast's dtype."""
+        return checked_inputs(options, query_key, *self._pages.new_page(0))
 
     def _has_table_kernel(self, query_key: Tensor, options: ReadOptions) -> bool:
         """Whether the kernel that walks over a table of pages can read this; it has no backward pass."""
@@ -278,8 +317,8 @@ class PagedMemory:
         affinity = Affinity(query_key, key, options.scale_of(self.key_channels))
         return ReadResult(*triton_read(affinity, value, options.dropped, table)[:3])
 
-    def _read_top_k(self, query_key: Tensor, options: ReadOptions) -> ReadResult:
-        """The read of the `top_k` best positions of all pages, in two passes over the pages.
+    def _read_top_k(self, query_key: Tensor, options: ReadOptions) -> tuple[ReadResult, Tensor]:
+        """The read of the `top_k` best positions of all pages, in two passes over the pages, and their usage.
 
         Each page selects its best; the best of these are the best of all, and are read page by page.
         """
@@ -306,32 +345,15 @@ class PagedMemory:
             start += value.shape[1]
         assert merged is not None
         lse = merged.lse if shift is None else shift_back(merged.lse, shift)
-        return ReadResult(merged.out.to(query_key.dtype), lse, merged.skipped)
+        usage = chosen_usage(positions, logits, len(self))
+        return ReadResult(merged.out.to(query_key.dtype), lse, merged.skipped), usage
 
-    def usage(
-        self,
-        query_key: Tensor,
-        lse: Tensor,
-        *,
-        scale: float | None = None,
-        similarity: str = "dot",
-        implementation: str = "auto",
-    ) -> Tensor:
-        """Sum the softmax mass of each position over all queries of a read, as `memory_usage` does.
-
-        Args:
-            query_key, scale, similarity, implementation: of the read.
-            lse: `[B, M]`, its log-sum-exp.
-
-        Returns:
-            `[B, N]` in float32 (float64 for float64 inputs).
-
-        Raises:
-            TypeError, ValueError, ImportError: as in `memory_usage`.
-        """
-        options = ReadOptions(scale, similarity, implementation=implementation)
-        query_key, nothing = checked_inputs(options, query_key, self._pages.new_page(0)[0])
-        check_rows("lse", lse, query_key, query_key.shape[:2], "[B, M]")
+    def _usage(self, query_key: Tensor, lse: Tensor | None, options: ReadOptions) -> Tensor:
+        """The usage by a pass over the keys; without the log-sum-exp `[B, M]` of the read all keys are gathered."""
+        query_key, nothing, _ = self._checked(query_key, options)
+        if lse is None:
+            keys = [nothing, *(autocast_inputs(key)[0].clone() for key, _ in self._pages.stream())]
+            return usage_checked(options, None, query_key, torch.cat(keys, 1))
         usages = [usage_checked(options, lse, query_key, nothing)]
         for key, _ in self._pages.stream():
             usages.append(usage_checked(options, lse, query_key, *autocast_inputs(key)))

@@ -79,6 +79,15 @@ class Pages:
         else:
             yield from host
 
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy the positions at the places `sources` `[K]` to the places `targets` `[K]`, which are none of them."""
+        pages, size = [*self.on_device, *self.on_host], self.page_size
+        for pair in torch.stack([sources // size, targets // size]).unique(dim=1).T:
+            here = (sources // size == pair[0]) & (targets // size == pair[1])
+            for old, new in zip(*(pages[index] for index in pair.tolist())):
+                moved = old[:, (sources[here] % size).to(old.device)]
+                new[:, (targets[here] % size).to(new.device)] = moved.to(new.device)
+
     def truncate(self, length: int) -> None:
         """Remove the positions from `length` on; their pages stay for later ones."""
         self.length = length

@@ -11,7 +11,9 @@ import numpy as np
 from stm_model.labels import objects_in
 from stm_model.network import STRIDE
 
-EVICTIONS = ("fifo", "importance")
+EVICTIONS = ("use", "fifo")
+GIVEN_SHARE = 0.5
+"""How much of a share of the memory is for positions of given masks, however little they are used."""
 PAGE_MULTIPLE = 128
 """Pages of a multiple of so many positions are read fastest."""
 PAGE_POSITIONS = 4096
@@ -91,9 +93,12 @@ class MemoryBudget:
     host: int | None = None
     """Further bytes in the host's memory; None is no limit where `device` has none, else 0. What `device` has beyond
     whole pages counts here."""
-    eviction: str = "fifo"
-    """What goes where both are full: the oldest frame (fifo), or the one that reads weigh least (importance). Frames
-    with a given mask and the previous frame stay."""
+    eviction: str = "use"
+    """What goes where both are full: the positions that reads use least (use), or the oldest frame (fifo). Positions of
+    given masks and of the previous frame stay."""
+    share: float | None = None
+    """The most positions to keep, as a share of all that were to stay for good, in place of bytes. Those of the
+    previous frame, and of frames on probation, are kept besides; half of it is for given masks."""
 
     def __post_init__(self) -> None:
         for name, size in (("device", self.device), ("host", self.host)):
@@ -101,6 +106,14 @@ class MemoryBudget:
                 raise ValueError(f"{name} budget: expected at least 0 bytes, got {size}")
         if self.eviction not in EVICTIONS:
             raise ValueError(f"eviction: expected one of {', '.join(EVICTIONS)}, got {self.eviction!r}")
+        if self.share is None:
+            return
+        if not 0 < self.share <= 1:
+            raise ValueError(f"memory share: expected a share above 0 and up to 1, got {self.share}")
+        if self.device is not None or self.host is not None:
+            raise ValueError("memory share: expected no budget in bytes beside it; choose one of them")
+        if self.eviction != "use":
+            raise ValueError(f"memory share: expected eviction by use beside it, got {self.eviction}")
 
     @property
     def total(self) -> int | None:
@@ -151,6 +164,8 @@ class MemoryPlan:
             f"{self.frames} frames of {width}x{height} pixels and {self.objects} objects: "
             f"{format_size(self.frames * self.frame_bytes)}, {format_size(self.frame_bytes)} a frame"
         )
+        if self.budget.share is not None:
+            return f"{text}; {self.budget.share:g} of the positions are kept"
         if self.budget.total is None or self.held is None or self.frames <= self.held:
             return text
         return f"{text}; the budget of {format_size(self.budget.total)} holds about {self.held} of them"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +21,10 @@ from stm_model.io.images import overlay
 from stm_model.io.masks import read_mask, write_mask
 from stm_model.io.threads import Prefetch, Writer
 from stm_model.io.video import BrokenVideo, VideoWriter
-from stm_model.runtime import dtype_name, is_out_of_memory, one_line, peak_process_memory
+from stm_model.runtime import dtype_name, is_out_of_memory, one_line, peak_process_memory, timed
 from stm_model.tracking.resume import FORMAT, ResumeFile
 from stm_model.tracking.tracker import UNCERTAIN, FrameResult, Tracker
 
-Item = TypeVar("Item")
 Written = tuple[int, np.ndarray, "np.ndarray | None", tuple[int, ...]]
 """Index, frame, labels and objects."""
 
@@ -37,14 +36,7 @@ OUTPUTS = ("masks", OVERLAY, SHEET, SUMMARY, RESUME_FILE)
 
 
 class FolderRun:
-    """One video tracked into a folder.
-
-    Args:
-        command: what runs, for the summary.
-        out: the folder.
-        tracker: what tracks.
-        settings: a dataclass that the summary records.
-    """
+    """One video tracked into a folder by `command`; the summary records `settings`, a dataclass."""
 
     def __init__(self, command: str, out: Path, tracker: Tracker, settings: Any):
         self.out, self.tracker = out, tracker
@@ -79,9 +71,8 @@ class FolderRun:
         resume_file: ResumeFile | None = None,
         saved: dict[str, Any] | None = None,
     ) -> None:
-        """Track and write; `summary["stopped"]` says why it ended early, None if it did not.
-
-        Whatever stops it, the masks and the overlay so far stay.
+        """Track and write; `summary["stopped"]` says why it ended early, None if it did not. The masks so far always
+        stay.
 
         Args:
             frames: of the video.
@@ -98,7 +89,7 @@ class FolderRun:
         """
         done = self._take_up(saved) if saved else 0
         spent, started = self._seconds, time.perf_counter() - self._seconds["wall"]
-        prefetch = Prefetch(_timed(frames, spent, "decoding"))
+        prefetch = Prefetch(timed(frames, spent, "decoding"))
         writer: Writer[Written] = Writer(lambda items: self._write(items, overlay_fps))
         bar = tqdm(total=frame_count, desc=title, unit="frame", delay=1, disable=True if title is None else None)
         frame: np.ndarray = np.empty(0)
@@ -113,14 +104,14 @@ class FolderRun:
 
         # the tracker pulls its frames itself: what it waits for them is not tracking
         results = self.tracker.track(
-            _timed(source(), spent, "waiting", "tracking"), masks, frame_count, resume=saved and saved["tracker"]
+            timed(source(), spent, "waiting", "tracking"), masks, frame_count, resume=saved and saved["tracker"]
         )
         self._clear(done)
         for line in announce:
             print(line, flush=True)
         try:
             with prefetch, writer, bar:
-                for result in _timed(results, spent, "tracking"):
+                for result in timed(results, spent, "tracking"):
                     self._note(result)
                     writer.put((result.index, frame, result.labels, result.objects))
                     bar.update()
@@ -214,23 +205,6 @@ class FolderRun:
         self.summary["peak_memory_bytes"]["process"] = peak_process_memory()
         if torch.device(self.summary["device"]).type == "cuda":
             self.summary["peak_memory_bytes"]["device"] = torch.cuda.max_memory_allocated(self.summary["device"])
-
-
-def _timed(items: Iterable[Item], spent: dict[str, float], name: str, within: str | None = None) -> Iterator[Item]:
-    """The items, adding the seconds until each comes to `spent[name]`, and taking them from those of `within`."""
-    iterator = iter(items)
-    while True:
-        started = time.perf_counter()
-        try:
-            item = next(iterator)
-        except StopIteration:
-            return
-        finally:
-            took = time.perf_counter() - started
-            spent[name] += took
-            if within is not None:
-                spent[within] -= took
-        yield item
 
 
 def is_output_of(command: str, out: Path) -> bool:

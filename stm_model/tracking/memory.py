@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -13,40 +12,28 @@ from torch import Tensor
 
 from stm_kernels import PagedMemory
 from stm_model.network import as_positions
-from stm_model.tracking.budget import MemoryBudget, MemoryRule, budget_page, too_small
+from stm_model.tracking.budget import GIVEN_SHARE, MemoryBudget, MemoryRule, budget_page, too_small
 
 USAGE_DECAY = 0.95
 """What a read counts for at the next one: half of it after 14 reads."""
-
-
-@dataclass
-class _Frame:
-    """A remembered frame."""
-
-    index: int
-    given: bool
-    """Whether the user gave its mask."""
-    used: float = 0.0
-    """Its share of the weight of each read, decayed and summed."""
-    reads: float = 0.0
-    """Number of reads, decayed likewise."""
-
-    @property
-    def importance(self) -> float:
-        """Mean share of recent reads; its index, as long as it was not read."""
-        return self.used / self.reads if self.reads else self.index
+PROBATION = 5
+"""For so many frames a position stays, however little it is used: nothing is known of it yet."""
+FRAME, GIVEN, USED, USE = range(4)
+"""Columns of what is noted of a position: the frame that it is of, whether the user gave that frame's mask, its share
+of the mass of each read, decayed and summed, and the same not decayed.
+"""
 
 
 class SpaceTimeMemory:
-    """Keys and values of the remembered frames, for objects that entered the video at one frame.
+    """Keys and values of remembered positions, for objects that entered the video at one frame.
 
     A frame is appended without touching what is already held. At most one frame, the newest, is temporary.
 
     Args:
         rule: which frames are remembered.
         objects: n, how many objects there are.
-        limit: bytes on the device within which frames have to stay, by which pages are measured; None is no limit.
-        weighed: whether to note how much every frame is used.
+        limit: bytes on the device within which positions have to stay, by which pages are measured; None is no limit.
+        weighed: whether to note how much every position is used.
         read_options: those of `PagedMemory.read`.
     """
 
@@ -56,18 +43,30 @@ class SpaceTimeMemory:
         self.rule, self.objects, self.limit = rule, objects, limit
         self.weighed, self.read_options = weighed, read_options
         self.pages: PagedMemory | None = None
-        self.frames: list[_Frame] = []
-        """In the order in which their positions lie in memory."""
+        self.notes = torch.zeros(0, 4, dtype=torch.float64)
+        """`[N, 4]`, a row for every position, in the order in which they lie in memory."""
         self.positions = 0
         """Of each frame."""
+        self.seen = 0
+        """Positions that were to stay for good."""
+        self.dropped = 0
+        """Positions dropped of these."""
+        self.dropped_use = 0.0
+        """The share of each read's mass that lay on them, summed."""
         self._temporary = False
 
+    @property
+    def frames(self) -> list[int]:
+        """The frames of which positions are held, in order."""
+        return self.notes[:, FRAME].unique().long().tolist()
+
+    def pages_with(self, more: int) -> int:
+        """Pages held when so many more positions are."""
+        return 0 if self.pages is None else -(-(len(self.notes) + more) // self.pages.page_size)
+
     def nbytes_with(self, more: int) -> int:
-        """Bytes held when so many more frames are."""
-        if self.pages is None:
-            return 0
-        pages = -(-(len(self.frames) + more) * self.positions // self.pages.page_size)
-        return pages * self.pages.page_nbytes
+        """Bytes held when so many more positions are."""
+        return 0 if self.pages is None else self.pages_with(more) * self.pages.page_nbytes
 
     def prepare(self, key: Tensor, value: Tensor) -> PagedMemory:
         """The pages, for frames with such keys and values, see `remember`, in their dtype and on their device."""
@@ -97,22 +96,37 @@ class SpaceTimeMemory:
             value: `[n, V, h, w]`.
         """
         self.prepare(key, value).append(as_positions(key), as_positions(_beside(value, len(key))))
-        self.frames.append(_Frame(frame_index, given))
+        note = self.notes.new_tensor([frame_index, given, 0, 0])
+        self.notes = torch.cat([self.notes, note.expand(self.positions, -1)])
+        self.seen += self.positions * kept
         self._temporary = not kept
 
     def forget_temporary(self) -> None:
         """Drop the frame that was only there as the previous one."""
-        if self._temporary:
-            self.evict(len(self.frames) - 1)
-            self._temporary = False
+        if self._temporary and self.pages is not None:
+            self.pages.drop(self.positions)
+            self.notes, self._temporary = self.notes[: len(self.pages)].clone(), False
 
-    def evict(self, place: int) -> None:
-        """Forget the frame at a place of `frames`; the last one takes its place."""
+    def stay(self, frame_index: int, given: int | None = None) -> Tensor:
+        """`[N]`, which positions may not be dropped: of this frame, and of given masks, so many, the most used."""
+        stays = self.notes[:, GIVEN] == 1
+        if given is not None and given < stays.sum():
+            used = self.notes[:, USED].masked_fill(~stays, -1)
+            stays = torch.zeros_like(stays).index_fill_(0, used.argsort(descending=True, stable=True)[:given], True)
+        return stays | (self.notes[:, FRAME] == frame_index)
+
+    def evict(self, places: Tensor) -> None:
+        """Drop positions; the last ones take their places."""
         assert self.pages is not None
-        self.pages.drop(self.positions, place * self.positions)
-        last = self.frames.pop()
-        if place < len(self.frames):
-            self.frames[place] = last
+        self.dropped += len(places)
+        self.dropped_use += self.notes[places, USE].sum().item()
+        self.notes = self.notes[self.pages.drop_at(places)]
+
+    def evict_least(self, count: int, stays: Tensor, frame_index: int) -> None:
+        """Drop so many of the positions that need not stay: those used least, on probation only after all others."""
+        new = self.notes[:, FRAME] > frame_index - PROBATION
+        order = torch.where(new, torch.inf, self.notes[:, USED]).masked_fill_(stays, torch.nan)
+        self.evict(order.argsort(stable=True)[:count])
 
     def read(self, query_key: Tensor) -> tuple[Tensor, Tensor]:
         """What each of the n objects reads at every position of a frame, and how familiar the position is.
@@ -126,9 +140,12 @@ class SpaceTimeMemory:
         assert self.pages is not None
         height, width = query_key.shape[-2:]
         queries = as_positions(query_key).expand(self.pages.batch, -1, -1)
-        readout, lse = self.pages.read(queries, return_lse=True, **self.read_options)
-        if self.weighed:
-            self._weigh(queries, lse)
+        readout, lse, *usage = self.pages.read(queries, return_lse=True, return_usage=self.weighed, **self.read_options)
+        if usage:
+            mass = usage[0].double().sum(0).cpu()
+            mass /= mass.sum()
+            self.notes[:, USED] = self.notes[:, USED] * USAGE_DECAY + mass
+            self.notes[:, USE] += mass
         similarity = lse - math.log(len(self.pages))
         sharing = self.objects // self.pages.batch
         return (
@@ -136,29 +153,19 @@ class SpaceTimeMemory:
             repeat(similarity, "k (h w) -> (k n) h w", h=height, w=width, n=sharing),
         )
 
-    def _weigh(self, queries: Tensor, lse: Tensor) -> None:
-        assert self.pages is not None
-        names = self.read_options.keys() & {"similarity", "implementation"}
-        usage = self.pages.usage(queries, lse, **{name: self.read_options[name] for name in names}).sum(0)
-        shares = rearrange(usage / usage.sum(), "(t p) -> t p", t=len(self.frames)).sum(1)
-        for frame, share in zip(self.frames, shares.tolist(), strict=True):
-            frame.used = frame.used * USAGE_DECAY + share
-            frame.reads = frame.reads * USAGE_DECAY + 1
-
     def state(self) -> dict[str, Any]:
         """All it holds, as `PagedMemory.state`."""
         return {
             "objects": self.objects,
-            "frames": [[frame.index, frame.given, frame.used, frame.reads] for frame in self.frames],
-            "positions": self.positions,
-            "temporary": self._temporary,
-            "pages": self.pages.state() if self.pages is not None and self.frames else None,
+            "notes": self.notes,
+            "counts": [self.positions, self.seen, self.dropped, self.dropped_use, self._temporary],
+            "pages": self.pages.state() if self.pages is not None and len(self.notes) else None,
         }
 
     def load_state(self, state: dict[str, Any], device: torch.device) -> None:
         """Hold what another one held at its `state`, on a device."""
-        self.frames = [_Frame(*frame) for frame in state["frames"]]
-        self.positions, self._temporary = state["positions"], state["temporary"]
+        self.notes = state["notes"].clone()
+        self.positions, self.seen, self.dropped, self.dropped_use, self._temporary = state["counts"]
         if state["pages"] is not None:
             key, value = state["pages"]["pages"][0]
             self.pages = self._make_pages(len(key), key.shape[2], value.shape[2], key.dtype, device)
@@ -196,14 +203,13 @@ class MemoryBank:
     def __init__(self, rule: MemoryRule, budget: MemoryBudget, **read_options: Any) -> None:
         self.rule, self.budget, self.read_options = rule, budget, read_options
         self.memories: list[SpaceTimeMemory] = []
-        self.evicted = 0
-        """Frames forgotten to stay within the budget."""
         self.most = {"device": 0, "host": 0}
         """Peak bytes."""
 
     def add_objects(self, count: int) -> None:
         """Take in objects that enter the video together."""
-        weighed = self.budget.total is not None and self.budget.eviction == "importance"
+        limited = self.budget.total is not None or self.budget.share is not None
+        weighed = limited and self.budget.eviction == "use"
         memory = SpaceTimeMemory(self.rule, count, limit=self.budget.device, weighed=weighed, **self.read_options)
         self.memories.append(memory)
 
@@ -247,6 +253,8 @@ class MemoryBank:
             memory.prepare(keys, values)
             self._make_room(memory, frame_index)
             memory.remember(frame_index, given, kept, keys, values)
+            if kept and self.budget.share is not None:
+                self._keep_share(memory, frame_index, self.budget.share)
             pages = self._pages()
             self.most["device"] = max(self.most["device"], sum(each.device_nbytes for each in pages))
             self.most["host"] = max(self.most["host"], sum(each.host_nbytes for each in pages))
@@ -255,9 +263,17 @@ class MemoryBank:
         """All that is remembered, as `PagedMemory.state`."""
         return {
             "memories": [memory.state() for memory in self.memories],
-            "evicted": self.evicted,
             "most": dict(self.most),
         }
+
+    def summary(self) -> dict[str, Any]:
+        """Positions kept and dropped, and the dropped ones' share of the use of all in the reads so far."""
+        kept = sum(len(memory.notes) for memory in self.memories)
+        dropped = sum(memory.dropped for memory in self.memories)
+        lost = sum(memory.dropped_use for memory in self.memories)
+        use = lost + sum(memory.notes[:, USE].sum().item() for memory in self.memories)
+        share = lost / use if use else None
+        return {"positions_kept": kept, "positions_dropped": dropped, "share_of_use_dropped": share}
 
     def load_state(self, state: dict[str, Any], device: torch.device) -> None:
         """Remember what another bank of the same settings did at its `state`, on a device, and nothing else."""
@@ -265,31 +281,46 @@ class MemoryBank:
         for memory in state["memories"]:
             self.add_objects(memory["objects"])
             self.memories[-1].load_state(memory, device)
-        self.evicted, self.most = state["evicted"], dict(state["most"])
+        self.most = dict(state["most"])
 
     def _pages(self) -> list[PagedMemory]:
         return [memory.pages for memory in self.memories if memory.pages is not None]
 
     def _make_room(self, memory: SpaceTimeMemory, frame_index: int) -> None:
-        """Evict frames until this one fits into a memory, but not from others that have just taken it in."""
+        """Drop positions until this frame fits into a memory, but not from others that have just taken it in."""
         device, total = self.budget.device, self.budget.total
         if device is None or total is None:
             return
-        while (needed := sum(other.nbytes_with(other is memory) for other in self.memories)) > total:
-            candidates = [
-                (frame.importance if self.budget.eviction == "importance" else frame.index, other, place)
-                for other in self.memories
-                for place, frame in enumerate(other.frames)
-                if not frame.given and frame.index != frame_index
-            ]
-            if not candidates:
+        while (
+            needed := sum(other.nbytes_with(memory.positions * (other is memory)) for other in self.memories)
+        ) > total:
+            stays = [other.stay(frame_index) for other in self.memories]
+            free = [int((~each).sum()) for each in stays]
+            if not any(free):
                 raise too_small(needed, sum(other.objects for other in self.memories), total)
-            _, other, place = min(candidates, key=lambda candidate: candidate[0])
-            other.evict(place)
-            self.evicted += 1
+            if self.budget.eviction == "fifo":
+                frames = [other.notes[~each, FRAME] for other, each in zip(self.memories, stays)]
+                oldest, place = min((each.min().item(), place) for place, each in enumerate(frames) if len(each))
+                self.memories[place].evict((self.memories[place].notes[:, FRAME] == oldest).nonzero()[:, 0])
+                continue
+            # by a page, from the memory that holds most of what need not stay
+            place = max(range(len(free)), key=free.__getitem__)
+            other = self.memories[place]
+            assert other.pages is not None
+            excess = (len(other.notes) + memory.positions * (other is memory) - 1) % other.pages.page_size + 1
+            other.evict_least(min(excess, free[place]), stays[place], frame_index)
         held = self._pages()
         for pages in held:
             pages.free_unused()
         for pages in held:
             others = sum(other.device_nbytes for other in held if other is not pages)
             pages.device_pages = max(0, device - others) // pages.page_nbytes
+
+    @staticmethod
+    def _keep_share(memory: SpaceTimeMemory, frame_index: int, share: float) -> None:
+        """Drop what exceeds a share of all positions seen, but for those on probation."""
+        limit = math.ceil(share * memory.seen)
+        settled = int((memory.notes[:, FRAME] <= frame_index - PROBATION).sum())
+        if settled > limit:
+            stays = memory.stay(frame_index, int(limit * GIVEN_SHARE))
+            memory.evict_least(min(settled - limit, int((~stays).sum())), stays, frame_index)

@@ -16,7 +16,16 @@ from torch.nn import functional as F
 
 from stm_kernels import memory_read
 from stm_model.labels import VOID, objects_in
-from stm_model.network import STM, STRIDE, Query, compile_parts, fold_batch_norm, other_object_masks, soft_aggregate
+from stm_model.network import (
+    STM,
+    STRIDE,
+    Query,
+    compile_parts,
+    fold_batch_norm,
+    fuse_activations,
+    other_object_masks,
+    soft_aggregate,
+)
 from stm_model.tracking.budget import MemoryBudget, MemoryPlan, MemoryRule, plan_memory
 from stm_model.tracking.frames import (
     check_frame,
@@ -100,10 +109,9 @@ class Tracker:
         }
         # a setting that makes no sense is refused here, not at the second frame
         memory_read(*torch.zeros(3, 1, 0, 1), **self.read_options)
-        self.model, self.memory, self.size = fold_batch_norm(model), memory, size
-        if compiled:
-            self.model = compile_parts(self.model)
-        self.compiled = compiled
+        folded = fold_batch_norm(model)
+        self.model = compile_parts(folded) if compiled else fuse_activations(folded)
+        self.memory, self.size, self.compiled = memory, size, compiled
         self.budget, self.skip_uncertain = budget or MemoryBudget(), skip_uncertain
         self.bank: MemoryBank | None = None
         """The memory of the video that is tracked, or was last."""
@@ -171,6 +179,7 @@ class Tracker:
             "device budget": self.budget.device,
             "host budget": self.budget.host,
             "eviction": self.budget.eviction,
+            "memory share": self.budget.share,
             "skip_uncertain": self.skip_uncertain,
             "dtype": str(next(self.model.parameters()).dtype),
             "compiled": self.compiled,

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import stm_kernels.gpu.forward as forward
-from stm_kernels import PagedMemory, memory_read, memory_usage
+from stm_kernels import PagedMemory, memory_read, memory_usage, merge_reads
 from stm_kernels.testing import extra_memory, make_problem
 
 B, C, V = 2, 16, 24
@@ -324,7 +326,7 @@ def test_dropping_copies_no_more_than_the_gap():
     problem = make_problem(1, 2, 4000, C, V)
     memory = PagedMemory(1, C, V, page_size=512)
     memory.append(problem.memory_key, problem.memory_value)
-    assert extra_memory(lambda: memory.drop(100, 50)) <= 1024
+    assert extra_memory(lambda: memory.drop(100, 50)) <= memory.nbytes / 4
     assert memory.nbytes == 8 * 512 * (C + V) * 4
     memory.drop(3000)
     memory.free_unused()
@@ -333,14 +335,64 @@ def test_dropping_copies_no_more_than_the_gap():
     torch.testing.assert_close(read, memory_read(problem.query_key, *held_by(memory)))
 
 
-def test_usage_is_that_of_all_positions_at_once(device):
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("options", [{}, {"top_k": 7}, {"similarity": "l2"}, {"similarity": "l2", "top_k": 7}], ids=str)
+def test_usage_is_that_of_all_positions_at_once(device, options, implementation):
     problem = make_problem(B, 9, 50, C, V, peak=3.0, device=device)
     memory = filled(problem, 8, device=device, device_pages=2)
-    _, lse = memory.read(problem.query_key, return_lse=True)
-    expected = memory_usage(problem.query_key, problem.memory_key, implementation="reference")
-    torch.testing.assert_close(memory.usage(problem.query_key, lse), expected)
-    empty = PagedMemory(B, C, V, device=device)
-    assert empty.usage(problem.query_key, lse).shape == (B, 0)
+    out, usage = memory.read(problem.query_key, return_usage=True, implementation=implementation, **options)
+    inputs = (problem.query_key.double(), problem.memory_key.double())
+    expected = memory_usage(*inputs, implementation="reference", **options)
+    torch.testing.assert_close(usage.double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(out, memory.read(problem.query_key, implementation=implementation, **options))
+    empty = PagedMemory(B, C, V, device=device).read(problem.query_key, return_lse=True, return_usage=True, **options)
+    assert [list(each.shape) for each in empty] == [[B, 9, V], [B, 9], [B, 0]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.floats(0, 1), st.integers(0, 99)), min_size=1, max_size=6),
+    st.sampled_from([None, 0, 1, 3]),
+    st.sampled_from([{}, {"top_k": 5}, {"similarity": "l2"}]),
+    st.integers(1, 3),
+)
+def test_dropping_anywhere_leaves_the_read_of_the_rest(turns, device_pages, options, ranks):
+    """Positions come and go in any order, on the device or the host, in the shards of several ranks."""
+    source = make_problem(B, 4, 1000, C, V, dtype=torch.float64)
+    shards = [PagedMemory(B, C, V, page_size=8, device_pages=device_pages, dtype=torch.float64) for _ in range(ranks)]
+    held: list[list[int]] = [[] for _ in shards]
+    start = 0
+    for turn, (count, share, seed) in enumerate(turns):
+        memory, mine = shards[turn % ranks], held[turn % ranks]
+        new = slice(start, start := start + count)
+        memory.append(source.memory_key[:, new], source.memory_value[:, new])
+        mine += range(new.start, new.stop)
+        places = torch.randperm(len(mine), generator=torch.Generator().manual_seed(seed))[: int(share * len(mine))]
+        before, order = list(mine), memory.drop_at(places)
+        mine[:] = [before[place] for place in order]
+        assert sorted(mine) == sorted(set(before) - {before[place] for place in places})
+        # those that stay do not move, but for the last ones
+        assert all(mine[place] == before[place] for place in range(len(mine)) if place not in places)
+    keys, values = (tensor[:, sum(held, [])] for tensor in (source.memory_key, source.memory_value))
+    parts = [memory.read(source.query_key, return_lse=True, return_usage=True, **options) for memory in shards]
+    if "top_k" not in options:
+        merged, _ = merge_reads(*(torch.stack(each) for each in list(zip(*parts))[:2]))
+        torch.testing.assert_close(merged, memory_read(source.query_key, keys, values, **options))
+    for mine, (out, _, usage) in zip(held, parts):
+        mine_keys, mine_values = source.memory_key[:, mine], source.memory_value[:, mine]
+        torch.testing.assert_close(out, memory_read(source.query_key, mine_keys, mine_values, **options))
+        expected = memory_usage(source.query_key, mine_keys, implementation="reference", **options)
+        torch.testing.assert_close(usage, expected)
+
+
+@pytest.mark.parametrize(
+    "places, said", [([50], "expected 0 to 49, got 50 to 50"), ([-1, 3], "got -1 to 3"), ([3, 3], "got one twice")]
+)
+def test_places_to_drop(places, said):
+    memory = filled(make_problem(B, 9, 50, C, V), 8)
+    with pytest.raises(ValueError, match=f"places: .*{said}"):
+        memory.drop_at(torch.tensor(places))
+    assert len(memory) == 50
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

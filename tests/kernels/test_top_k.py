@@ -28,6 +28,8 @@ quick = settings(
 def small_chunks(monkeypatch):
     monkeypatch.setattr(cpu_top_k, "QUERIES_PER_BLOCK", 16)
     monkeypatch.setattr(cpu_top_k, "KEYS_PER_CHUNK", 48)
+    monkeypatch.setattr(cpu_top_k, "GROUP", 4)
+    monkeypatch.setattr(cpu_top_k, "SMALL_CHUNK", 0)
     monkeypatch.setattr(cpu_top_k, "GATHERED", 2**10)
     monkeypatch.setattr(cpu_top_k, "COPIED", 2**11)
 
@@ -201,8 +203,20 @@ def test_chunks_and_long_rows(monkeypatch, implementation):
 
 def test_a_long_chunk_is_bounded_by_its_groups(monkeypatch):
     monkeypatch.setattr(cpu_top_k, "KEYS_PER_CHUNK", 1024)
+    monkeypatch.setattr(cpu_top_k, "GROUP", 8)
     for k in (1, 5, 40):
         assert_chosen(whole_numbered(make_problem(1, 30, 1500, 16, 8), k), "chunked")
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_a_short_chunk_is_selected_from_at_once(monkeypatch, equal):
+    monkeypatch.setattr(cpu_top_k, "SMALL_CHUNK", 48)
+    for k in (1, 5, 40):
+        problem = make_problem(2, 30, 90, 16, 8)
+        if equal:
+            assert_chosen(whole_numbered(problem, k), "chunked")
+        else:
+            assert_exact(separated(problem, k, 0.03), read_by("chunked"))
 
 
 @each_implementation

@@ -8,7 +8,7 @@ import torch
 
 import stm_kernels.gpu.backward as backward
 import stm_kernels.gpu.forward as forward
-from bench.gpu_checks import backward_tiles_of, chosen, tiles_of
+from bench.gpu_readers import backward_tiles_of, chosen, tiles_of
 from stm_kernels import memory_read
 from stm_kernels.gpu.launch import architecture_of
 from stm_kernels.gpu.merge import triton_merge

@@ -88,7 +88,7 @@ def test_a_budget_between_two_pages_is_what_its_whole_pages_hold(small_model, vi
     with pytest.raises(ValueError, match="expected at least 48.0 KiB for 2 objects"):
         Tracker(small_model, budget=budget).plan(labels[0].shape, LONG, {0: labels[0]})
     # two pages of two objects: 256 positions, eight frames of 30
-    budget = MemoryBudget(device=2 * 2 * PAGE + 1000, host=2 * PAGE - 2024)
+    budget = MemoryBudget(device=2 * 2 * PAGE + 1000, host=2 * PAGE - 2024, eviction="fifo")
     tracker = Tracker(small_model, memory="every:1", budget=budget)
     plan = tracker.plan(labels[0].shape, LONG, {0: labels[0]})
     assert str(plan).endswith("the budget of 143.0 KiB holds about 8 of them")

@@ -26,9 +26,10 @@ SETTINGS = {
     "smaller": {"size": 48, "memory": "first+previous"},
     "the best positions": {"top_k": 5},
     "blocks left out": {"skip": 0.1, "memory": "every:1"},
-    "first in first out": {"memory": "every:1", "budget": MemoryBudget(device=PAGE)},
-    "what is used least": {"memory": "every:1", "budget": MemoryBudget(device=PAGE, eviction="importance")},
-    "on the host": {"memory": "every:1", "budget": MemoryBudget(device=PAGE // 2, host=PAGE, eviction="importance")},
+    "first in first out": {"memory": "every:1", "budget": MemoryBudget(device=PAGE, eviction="fifo")},
+    "what is used least": {"memory": "every:1", "budget": MemoryBudget(device=PAGE)},
+    "on the host": {"memory": "every:1", "budget": MemoryBudget(device=PAGE // 2, host=PAGE)},
+    "a share of the best positions": {"memory": "every:1", "budget": MemoryBudget(share=0.2), "top_k": 5},
 }
 
 
@@ -63,10 +64,10 @@ def test_it_goes_on_from_any_frame(small_model, clip, tmp_path, monkeypatch, cas
         results = list(again.track(iter(frames), masks, frame_count=len(frames), resume=states[index]))
         assert [result.index for result in results] == list(range(index + 1, len(frames)))
         assert all(map(same, results, unbroken[index + 1 :]))
-        ends = [[each.bank.state()[name] for name in ("evicted", "most")] for each in (again, tracker)]
+        ends = [(each.bank.summary(), each.bank.most) for each in (again, tracker)]
         assert ends[0] == ends[1]
         for one, other in zip(again.bank.memories, tracker.bank.memories, strict=True):
-            assert one.frames == other.frames
+            assert one.notes.equal(other.notes)
             for place in ("device_nbytes", "host_nbytes"):
                 assert getattr(one.pages, place) == getattr(other.pages, place)
             for keys in zip(one.pages.state()["pages"], other.pages.state()["pages"], strict=True):
@@ -105,7 +106,7 @@ OTHER = {
     "skip_uncertain": ({"skip_uncertain": True}, "skip_uncertain: True instead of the False"),
     "budget": ({"budget": MemoryBudget(device=2**20)}, "device budget: 1048576 instead of the None"),
     "host": ({"budget": MemoryBudget(host=5)}, "host budget: 5 instead of the None"),
-    "eviction": ({"budget": MemoryBudget(eviction="importance")}, "eviction: importance instead of the fifo"),
+    "eviction": ({"budget": MemoryBudget(eviction="fifo")}, "eviction: fifo instead of the use"),
     "top_k": ({"top_k": 5}, "top_k: 5 instead of the None"),
     "skip": ({"skip": 0.1}, r"skip: 0.1 instead of the 0.0"),
     "implementation": ({"implementation": "reference"}, "implementation: reference instead of the auto"),

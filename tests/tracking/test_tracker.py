@@ -361,4 +361,4 @@ def test_uncertain_frames_are_kept_out_of_the_memory(small_model, clip, monkeypa
     assert len(list(tracker.track(frames, {0: labels[0], 2: labels[2]}))) == 8
     # the mask of frame 2 was given; frame 7 is nobody's previous frame
     kept = [0, 2, 3, 5, 6] if skip_uncertain else [0, 1, 2, 3, 4, 5, 6]
-    assert [frame.index for frame in tracker.bank.memories[0].frames] == kept
+    assert tracker.bank.memories[0].frames == kept
