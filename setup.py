@@ -42,7 +42,6 @@ setup(
         "matplotlib",
         "Jinja2",
         "pycocotools",
-        "PyYAML",
     ],
     extras_require={
         "dev": [

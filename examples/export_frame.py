@@ -22,25 +22,30 @@ class Before(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, frame: Tensor, memory_key: Tensor, memory_value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, frame: Tensor, previous: Tensor, memory_key: Tensor, memory_value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Segment a frame and make what to remember of it.
 
         Args:
             frame: `[1, 3, H, W]` RGB in 0…1, H and W multiples of 16.
-            memory_key, memory_value: `[K, N, C]` and `[K, N, V]`, N positions remembered of K objects.
+            previous: `[K, H, W]` masks of the K objects in the frame before.
+            memory_key, memory_value: `[1, N, C]` and `[K, N, V]`, N positions remembered; the objects share the keys.
 
         Returns:
-            Probabilities `[K + 1, H, W]`, background first, and what to append to the memory: `[K, H·W/256, C]` and
+            Probabilities `[K + 1, H, W]`, background first, and what to append to the memory: `[1, H·W/256, C]` and
             `[K, H·W/256, V]`.
         """
-        objects, height, width = len(memory_key), frame.shape[2] // 16, frame.shape[3] // 16
+        objects, height, width = len(memory_value), frame.shape[2] // 16, frame.shape[3] // 16
         query = self.model.encode_query(frame)
-        query_key = as_positions(query.key).expand(objects, -1, -1)
-        affinity = (query_key @ memory_key.mT * memory_key.shape[2] ** -0.5).softmax(2)
+        query_key = as_positions(query.key)
+        logits = 2 * query_key @ memory_key.mT - memory_key.square().sum(2)[:, None]
+        affinity = (logits * memory_key.shape[2] ** -0.5).softmax(2)
         read = affinity @ memory_value
         read = read.mT.unflatten(2, (height, width))
-        masks = soft_aggregate(self.model.segment(read, query, [objects])).softmax(0)
-        key, value = self.model.memorize(frame, masks[1:], other_object_masks(masks[1:]), [objects])
+        hint = previous, other_object_masks(previous)
+        masks = soft_aggregate(self.model.segment(read, query, [objects], hint)).softmax(0)
+        key, value = self.model.memorize(query, masks[1:], other_object_masks(masks[1:]), [objects])
         return masks, as_positions(key), as_positions(value)
 
 
@@ -51,24 +56,30 @@ class After(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, frame: Tensor, memory_key: Tensor, memory_value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, frame: Tensor, previous: Tensor, memory_key: Tensor, memory_value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Segment a frame and make what to remember of it.
 
         Args:
             frame: `[1, 3, H, W]` RGB in 0…1, H and W multiples of 16.
-            memory_key, memory_value: `[K, N, C]` and `[K, N, V]`, N positions remembered of K objects.
+            previous: `[K, H, W]` masks of the K objects in the frame before.
+            memory_key, memory_value: `[1, N, C]` and `[K, N, V]`, N positions remembered; the objects share the keys.
 
         Returns:
-            Probabilities `[K + 1, H, W]`, background first, and what to append to the memory: `[K, H·W/256, C]` and
+            Probabilities `[K + 1, H, W]`, background first, and what to append to the memory: `[1, H·W/256, C]` and
             `[K, H·W/256, V]`.
         """
-        objects, height, width = len(memory_key), frame.shape[2] // 16, frame.shape[3] // 16
+        objects, height, width = len(memory_value), frame.shape[2] // 16, frame.shape[3] // 16
         query = self.model.encode_query(frame)
-        query_key = as_positions(query.key).expand(objects, -1, -1)
-        read = memory_read(query_key, memory_key, memory_value)
+        query_key = as_positions(query.key)
+        beside = memory_value.transpose(0, 1).flatten(1)[None]
+        read = memory_read(query_key, memory_key, beside, similarity="l2")
+        read = read[0].unflatten(1, (objects, -1)).transpose(0, 1)
         read = read.mT.unflatten(2, (height, width))
-        masks = soft_aggregate(self.model.segment(read, query, [objects])).softmax(0)
-        key, value = self.model.memorize(frame, masks[1:], other_object_masks(masks[1:]), [objects])
+        hint = previous, other_object_masks(previous)
+        masks = soft_aggregate(self.model.segment(read, query, [objects], hint)).softmax(0)
+        key, value = self.model.memorize(query, masks[1:], other_object_masks(masks[1:]), [objects])
         return masks, as_positions(key), as_positions(value)
 
 
@@ -78,7 +89,8 @@ def inputs(seed: int, frames: int = 2) -> dict[str, Tensor]:
     positions = frames * 4 * 5
     return {
         "frame": torch.rand(1, 3, 64, 80, generator=generator),
-        "memory_key": torch.randn(2, positions, 128, generator=generator),
+        "previous": torch.rand(2, 64, 80, generator=generator) / 2,
+        "memory_key": torch.randn(1, positions, 64, generator=generator),
         "memory_value": torch.randn(2, positions, 128, generator=generator),
     }
 
@@ -86,7 +98,7 @@ def inputs(seed: int, frames: int = 2) -> dict[str, Tensor]:
 def export(step: nn.Module) -> torch.export.ExportedProgram:
     """The step as a program for frames of one size and a memory of any number of positions, via a file."""
     positions = torch.export.Dim("positions", min=2, max=2**20)
-    lengths = {"frame": None, "memory_key": {1: positions}, "memory_value": {1: positions}}
+    lengths = {"frame": None, "previous": None, "memory_key": {1: positions}, "memory_value": {1: positions}}
     with warnings.catch_warnings(), tempfile.NamedTemporaryFile(suffix=".pt2") as file:
         # torch's own exporter warns about torch's own use of it
         warnings.simplefilter("ignore")

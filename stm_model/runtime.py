@@ -1,15 +1,40 @@
-"""Where the network runs and in which number format; what its process holds; errors as one line."""
+"""The weights in the package; where a network runs, in which number format; what its process takes; one-line errors."""
 
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 # torch is imported where it is used: the commands' options are read without it
 if TYPE_CHECKING:
     import torch
+
+
+Item = TypeVar("Item")
+
+
+DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "stm_shared.safetensors"
+"""The weights that come with the package; their card lies beside them."""
+DEFAULT_INTERACTIVE_WEIGHTS = DEFAULT_WEIGHTS.with_name("stm_interactive_lite.safetensors")
+"""The weights guided by scribbles that come with the package."""
+USUAL_SIZE = {DEFAULT_WEIGHTS: 480, DEFAULT_INTERACTIVE_WEIGHTS: 240}
+"""Shorter side in pixels at which a network with these weights runs, unless another one is asked for."""
+
+
+def chosen_side(size: int | None, checkpoint: Path | None, frame_size: Sequence[int]) -> int | None:
+    """Shorter side in pixels at which a network runs on frames `[H, W]` of this size; None is their own.
+
+    Args:
+        size: what was asked for; None is that of `USUAL_SIZE`, with other weights the frames' own.
+        checkpoint: where the weights are from; None are the default ones.
+        frame_size: height and width in pixels.
+    """
+    usual = USUAL_SIZE.get(checkpoint or DEFAULT_WEIGHTS) if size is None else size
+    return None if usual == min(frame_size) else usual
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +44,8 @@ class NetworkOptions:
     checkpoint: Path | None = None
     """A released .pth or our .safetensors; None takes the weights that come with the package."""
     size: int | None = None
-    """Shorter side in pixels at which the network runs. None takes the video's own; with the package's weights at most
-    240, the size they were trained on. Masks always have the video's size."""
+    """Shorter side in pixels at which the network runs. None takes 480 with the package's weights, 240 with those
+    guided by scribbles, and the video's own with others. Masks always have the video's size."""
     device: str | None = None
     """Where to run, like cpu or cuda:0; None takes the GPU if there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -89,6 +114,23 @@ def _status_bytes(field_name: str) -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field_name + ":")), None)
+
+
+def timed(items: Iterable[Item], spent: dict[str, float], name: str, within: str | None = None) -> Iterator[Item]:
+    """The items, adding the seconds until each comes to `spent[name]`, and taking them from those of `within`."""
+    iterator = iter(items)
+    while True:
+        started = time.perf_counter()
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        finally:
+            took = time.perf_counter() - started
+            spent[name] += took
+            if within is not None:
+                spent[within] -= took
+        yield item
 
 
 class OtherRankFailed(Exception):

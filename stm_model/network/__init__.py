@@ -1,7 +1,7 @@
 """The network: frames and masks in, probabilities out; no video, no files."""
 
 from stm_model.network.aggregate import other_object_masks, soft_aggregate
-from stm_model.network.inference import compile_parts, fold_batch_norm
+from stm_model.network.inference import compile_parts, fold_batch_norm, fuse_activations
 from stm_model.network.stm import STM, STRIDE, Query, STMConfig, as_positions, scribble_tensors
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "as_positions",
     "compile_parts",
     "fold_batch_norm",
+    "fuse_activations",
     "other_object_masks",
     "scribble_tensors",
     "soft_aggregate",

@@ -15,8 +15,8 @@ from stm_model.network.backbones import BACKBONES
 from stm_model.network.decoder import Decoder
 from stm_model.network.encoders import GUIDANCE, KeyValue, MemoryEncoder, Query, QueryEncoder, per_object
 from stm_model.network.shared import SharedDecoder, SharedEncoder, ValueEncoder
-from stm_model.network.weights import DEFAULT_WEIGHTS, check_tensors, read_tensors
-from stm_model.runtime import default_dtype, usable_device
+from stm_model.network.weights import check_tensors, read_tensors
+from stm_model.runtime import DEFAULT_WEIGHTS, default_dtype, usable_device
 
 STRIDE = 16
 """Pixels per step of the feature grid on which memory is read."""

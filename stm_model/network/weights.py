@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +11,6 @@ import torch
 from torch import Tensor
 
 from stm_model.io.files import whole
-
-DEFAULT_WEIGHTS = Path(__file__).parents[1] / "weights" / "stm_lite.safetensors"
-"""The weights that come with the package; their card lies beside them."""
-DEFAULT_INTERACTIVE_WEIGHTS = DEFAULT_WEIGHTS.with_name("stm_interactive_lite.safetensors")
-"""The weights guided by scribbles that come with the package."""
-DEFAULT_WEIGHTS_SIZE = 240
-"""Shorter side, in pixels, of the frames that the default weights were trained on."""
-
-
-def chosen_side(size: int | None, checkpoint: str | os.PathLike | None, frame_size: Sequence[int]) -> int | None:
-    """Shorter side in pixels at which a network runs on frames `[H, W]` of this size; None is their own.
-
-    Args:
-        size: what was asked for; None is the frames' own, with the default weights at most what they were trained on.
-        checkpoint: where the weights are from; None are the default ones.
-        frame_size: height and width in pixels.
-    """
-    if size is None and checkpoint in (None, DEFAULT_INTERACTIVE_WEIGHTS) and min(frame_size) > DEFAULT_WEIGHTS_SIZE:
-        return DEFAULT_WEIGHTS_SIZE
-    return size
 
 
 class CheckpointError(ValueError):

@@ -9,7 +9,14 @@ import torch
 from stm_kernels import memory_read
 from stm_model import STM, STMConfig
 from stm_model.data.synthetic import procedural_clip
-from stm_model.network import as_positions, fold_batch_norm, other_object_masks, scribble_tensors, soft_aggregate
+from stm_model.network import (
+    as_positions,
+    fold_batch_norm,
+    fuse_activations,
+    other_object_masks,
+    scribble_tensors,
+    soft_aggregate,
+)
 from stm_model.network.weights import write_tensors
 from stm_model.tracking.tracker import Tracker
 from stm_model.training.loss import clip_loss
@@ -217,3 +224,17 @@ def test_one_guided_by_scribbles_starts_from_one_guided_by_masks(model, scene):
     keys, _ = guided.memorize_scribbles(frames, masks, nothing, nothing, [1, 2])
     assert len(keys) == 3 and torch.equal(keys[1], keys[2]) and not torch.equal(keys[0], keys[1])
     guided.segment(value, guided.encode_query(frames[1:]), [3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_activations_change_no_bit(dtype):
+    model = STM(STMConfig.shared()).eval().to(dtype, memory_format=torch.channels_last)
+    folded = fold_batch_norm(model)
+    fused = fuse_activations(fold_batch_norm(model))
+    if dtype == torch.float32:
+        assert not any(isinstance(module, torch.nn.ReLU6) for module in fused.Encoder.res4.modules())
+    frames = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        before, after = folded.encode_query(frames), fused.encode_query(frames)
+    assert torch.equal(after.key, before.key)
+    assert all(torch.equal(new, old) for new, old in zip(after.features, before.features))

@@ -10,7 +10,7 @@ from stm_model.interactive.segmenter import Annotation, Segmenter
 from stm_model.network import as_positions, other_object_masks, scribble_tensors, soft_aggregate
 from stm_model.network.weights import CheckpointError, read_tensors, write_tensors
 from stm_model.tracking.budget import MemoryRule
-from stm_model.tracking.memory import SpaceTimeMemory
+from stm_model.tracking.memory import USED, SpaceTimeMemory
 from stm_model.training.config import SmokeConfig
 from stm_model.training.loss import segment_clips
 from stm_model.training.rounds import segment_rounds
@@ -91,8 +91,7 @@ def test_rounds_of_scribbles_read_by_it(clip, similarity, monkeypatch):
     torch.testing.assert_close(probabilities, torch.softmax(truth, 0), rtol=1e-4, atol=1e-4)
 
 
-def test_importance_is_weighed_by_it(clip):
-    # how much of the read a frame takes is what its share of the softmax over all frames is
+def test_use_is_weighed_by_it(clip):
     model, masks = network("l2"), one_hot(clip.labels[0])
     key, value = model.memorize(clip.frames, torch.cat([masks, masks]), torch.cat([masks, masks]).flip(0), [2, 2])
     memory = SpaceTimeMemory(MemoryRule.parse("every:1"), 2, weighed=True, similarity="l2")
@@ -102,8 +101,8 @@ def test_importance_is_weighed_by_it(clip):
     memory.read(query)
     keys = torch.cat([as_positions(part) for part in key.split(2)], 1).double()
     distance = -(as_positions(query).double()[:, :, None] - keys[:, None]).square().sum(3) / 4
-    truth = torch.softmax(distance, 2).mean((0, 1)).view(2, -1).sum(1)
-    assert [frame.used for frame in memory.frames] == pytest.approx(truth.tolist(), rel=1e-4)
+    truth = torch.softmax(distance, 2).mean((0, 1))
+    torch.testing.assert_close(memory.notes[:, USED], truth, rtol=1e-4, atol=1e-6)
 
 
 def test_the_weights_say_how_keys_are_compared(tmp_path):

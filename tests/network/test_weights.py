@@ -1,10 +1,13 @@
 """Checkpoints: released and own, with and without `module.`, and files that are none."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from stm_model import STM, STMConfig
-from stm_model.network.weights import DEFAULT_INTERACTIVE_WEIGHTS, CheckpointError, read_tensors, write_tensors
+from stm_model.network.weights import CheckpointError, read_tensors, write_tensors
+from stm_model.runtime import DEFAULT_INTERACTIVE_WEIGHTS, chosen_side
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
@@ -66,9 +69,24 @@ def test_files_that_are_no_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path, config", [(None, STMConfig.lite()), (DEFAULT_INTERACTIVE_WEIGHTS, STMConfig.lite("scribbles"))]
+    "path, config", [(None, STMConfig.shared()), (DEFAULT_INTERACTIVE_WEIGHTS, STMConfig.lite("scribbles"))]
 )
 def test_the_default_weights_are_small_and_load(path, config):
     model = STM.load(path, device="cpu", dtype=torch.float32)
     assert model.config == config
     assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    "size, weights, frame_size, side",
+    [
+        (None, None, (240, 432), 480),
+        (None, None, (1920, 1080), 480),
+        (None, None, (480, 854), None),
+        (None, DEFAULT_INTERACTIVE_WEIGHTS, (480, 854), 240),
+        (None, Path("STM_weights.pth"), (1080, 1920), None),
+        (360, None, (1080, 1920), 360),
+    ],
+)
+def test_the_side_at_which_a_network_runs(size, weights, frame_size, side):
+    assert chosen_side(size, weights, frame_size) == side
