@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import multiprocessing
 import os
@@ -11,39 +10,30 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, TimeoutError
+from concurrent.futures.process import BrokenProcessPool
 from datetime import date
-from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from stm_model.runtime import held_process_memory, peak_process_memory
+
 ROOT = Path(__file__).resolve().parents[1]
 # only read: nothing here changes a setting of the GPU
 CLOCKS = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,temperature.gpu"
 MIB = 2**20
-
-Result = dict[str, Any]
-Task = Callable[[], Result]
-
-OUT_OF_TIME = {"skipped": "out of time"}
 START_SECONDS = 120.0
 """For a process to load all it needs before its first task."""
 
-
-def device_name(device: torch.device | str) -> str:
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+Result = dict[str, Any]
+Task = Callable[[], Result]
 
 
 def describe(device: torch.device | str) -> dict[str, Any]:
@@ -51,10 +41,8 @@ def describe(device: torch.device | str) -> dict[str, Any]:
     device = torch.device(device)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     try:
-        import triton
-
-        versions["triton"] = triton.__version__
-    except ImportError:
+        versions["triton"] = version("triton")
+    except PackageNotFoundError:
         pass
     found: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
@@ -63,33 +51,36 @@ def describe(device: torch.device | str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         "versions": versions,
-        "revision": revision(),
+        # marked where files differ from the commit
+        "revision": answer("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
         found |= {"multiprocessors": properties.multi_processor_count, "memory_bytes": properties.total_memory}
-        found |= {"cache_bytes": properties.L2_cache_size, "clocks": clocks(device)}
+        found |= {"cache_bytes": properties.L2_cache_size, "clocks": clocks()}
     return found
 
 
-def clocks(device: torch.device) -> dict[str, str] | None:
-    """Driver, clocks, power and temperature of this moment; None where nvidia-smi does not answer."""
-    if device.type != "cuda":
-        return None
-    try:
-        command = ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader", "-i", str(device.index or 0)]
-        line = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return dict(zip(CLOCKS.split(","), (value.strip() for value in line.split(","))))
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
-def revision() -> str | None:
-    """The commit of this checkout, marked where files differ from it; None where there is no git."""
+def clocks() -> dict[str, str] | None:
+    """Driver, clocks, power and temperature of the first GPU now; None where nvidia-smi does not answer."""
+    line = answer("nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader", "-i", "0")
+    return line and dict(zip(CLOCKS.split(","), line.split(", ")))
+
+
+def answer(*command: str) -> str | None:
+    """What a command prints; None where there is no such command or it fails."""
     try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -123,10 +114,8 @@ def synchronize(device: torch.device | str) -> None:
 
 def clock(device: torch.device | str) -> float:
     """Seconds: of processor time on a CPU, which other programs hardly lengthen; else of the clock."""
-    if torch.device(device).type == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize(device)
-    return time.perf_counter()
+    synchronize(device)
+    return time.process_time() if torch.device(device).type == "cpu" else time.perf_counter()
 
 
 def alternate(
@@ -168,25 +157,20 @@ class Peak:
             return torch.cuda.memory_allocated()
         # 5 sets the kernel's high-water mark back to what the process holds now
         Path("/proc/self/clear_refs").write_text("5")
-        return self._of_process("VmRSS")
+        return held_process_memory() or 0
 
     def read(self) -> int:
         if self.on_gpu:
             torch.cuda.synchronize()
             return torch.cuda.max_memory_allocated()
-        return self._of_process("VmHWM")
-
-    @staticmethod
-    def _of_process(name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+        return peak_process_memory() or 0
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Columns as wide as they need to be, the first one to the left; numbers as they come, floats with 3 digits."""
     cells = [list(header)]
     cells += [[f"{value:.3f}" if isinstance(value, float) else str(value) for value in row] for row in rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip()
         for row in cells
@@ -207,26 +191,19 @@ def attempt(task: Task) -> Result:
     """A task's result, or in one line why there is none."""
     try:
         return task()
-    except torch.OutOfMemoryError as error:
-        return {"skipped": f"out of memory: {_first_line(error)}"}
-    except NotImplementedError as error:
-        return {"skipped": f"not built: {_first_line(error)}"}
-    except ImportError as error:
-        return {"skipped": f"not installed: {_first_line(error)}"}
     except Exception as error:
-        if type(error).__name__ == "OutOfResources":
-            # Triton's, which not every machine can import: a tile too large for this GPU
-            return {"skipped": _first_line(error)}
-        return {"failed": f"{type(error).__name__}: {_first_line(error)}"}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0][:300]
+        line = (str(error).splitlines() or [""])[0][:300]
+        # OutOfResources is Triton's, which not every machine can import: a tile too large for this GPU
+        reasons = {"OutOfMemoryError": "out of memory: ", "OutOfResources": "too large a tile: "}
+        reasons |= {"ImportError": "not installed: ", "NotImplementedError": "not built: "}
+        for kind in type(error).__mro__:
+            if kind.__name__ in reasons:
+                return {"skipped": reasons[kind.__name__] + line}
+        return {"failed": f"{type(error).__name__}: {line}"}
 
 
 def run_tasks(
-    build: Callable[[], dict[str, Task]],
-    names: Sequence[str],
+    tasks: dict[str, Task],
     tell: Callable[[str, Result], None],
     *,
     deadline: float = float("inf"),
@@ -236,125 +213,93 @@ def run_tasks(
     """Run tasks in processes; one that hangs or dies takes nothing but itself along.
 
     Args:
-        build: makes the tasks by name, in each process anew; 0 processes runs them in this one.
-        names: of the tasks, in order.
-        tell: called with a task's name and result as it comes.
+        tasks: by name, in order; they must be picklable, unless `processes` is 0.
+        tell: called with a task's name and result as it comes, from one thread at a time.
         deadline: as `time.time` has it; no task begins later.
-        processes: at once.
+        processes: at once; 0 runs the tasks in this one.
         limit: seconds for one task; a process in which one takes longer is ended, and another goes on with the rest.
     """
-    tasks = {} if processes else build()
-    waiting, lock = deque(names), threading.Lock()
-    workers = [Worker(build) for _ in range(min(processes, len(names)))]
 
-    def work(worker: Worker | None) -> None:
-        while waiting:
-            try:
-                name = waiting.popleft()
-            except IndexError:
-                return
-            if time.time() >= deadline:
-                result = OUT_OF_TIME
-            else:
-                result = worker.run(name, limit) if worker else attempt(tasks[name])
-            with lock:
-                tell(name, result)
+    def outcome(task: Task, run: Callable[[Task], Result]) -> Result:
+        return {"skipped": "out of time"} if time.time() >= deadline else run(task)
 
     if not processes:
-        return work(None)
+        for name, task in tasks.items():
+            tell(name, outcome(task, attempt))
+        return
+    idle = deque(Worker() for _ in range(min(processes, len(tasks))))
+    workers = list(idle)
+
+    def work(task: Task) -> Result:
+        worker = idle.pop()
+        try:
+            return outcome(task, lambda task: worker.run(task, limit))
+        finally:
+            idle.append(worker)
+
     with ThreadPoolExecutor(max(1, len(workers))) as pool:
         try:
-            for running in [pool.submit(work, worker) for worker in workers]:
-                running.result()
+            for name, result in zip(tasks, pool.map(work, tasks.values())):
+                tell(name, result)
         finally:
-            waiting.clear()
+            pool.shutdown(wait=False, cancel_futures=True)
             for worker in workers:
                 worker.end()
 
 
 def apart(task: Task, limit: float = 3600.0) -> Result:
     """Run a task in a process of its own, from whose start peaks count."""
-    worker = Worker(partial(dict, task=task))
-    try:
-        return worker.run("task", limit)
-    finally:
-        worker.end()
+    found: dict[str, Result] = {}
+    run_tasks({"task": task}, found.__setitem__, limit=limit)
+    return found["task"]
 
 
 class Worker:
-    """A process that runs tasks one after the other; a new one takes the place of one that died."""
+    """A process that runs tasks one after the other; a new one takes the place of one that died or hangs."""
 
-    def __init__(self, build: Callable[[], dict[str, Task]]):
-        self.build, self.folder = build, tempfile.TemporaryDirectory()
-        self.process: Any = None
+    pool: ProcessPoolExecutor | None = None
 
-    def run(self, name: str, limit: float) -> Result:
+    def run(self, task: Task, limit: float) -> Result:
         """A task's result, or why there is none."""
-        if self.process is None or not self.process.is_alive():
-            self.end()
-            context = multiprocessing.get_context("spawn")
-            self.connection, theirs = context.Pipe()
-            log = str(Path(self.folder.name, "log"))
-            threads = torch.get_num_threads()
-            self.process = context.Process(target=_serve, args=(theirs, self.build, threads, log))
-            self.process.start()
-            theirs.close()
-            ready = self._receive(START_SECONDS)
-            if ready:
-                return ready
-        with contextlib.suppress(OSError):
-            self.connection.send(name)
-        found = self._receive(limit)
-        if "broken" in found:
+        found: Result = {"broken": True}
+        try:
+            if self.pool is None:
+                context, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
+                self.pool = ProcessPoolExecutor(1, context, _begin, (threads,))
+                # loads all that it needs
+                self.pool.submit(attempt, dict).result(START_SECONDS)
+            found = self.pool.submit(attempt_on_device, task).result(limit)
+        except TimeoutError:
+            found["failed"] = f"stopped after {limit:.0f} s"
+        except BrokenProcessPool:
+            found["failed"] = "its process ended"
+        if found.pop("broken", False):
             self.end()
         return found
 
-    def _receive(self, limit: float) -> Result:
-        if not self.connection.poll(limit):
-            self.end()
-            return {"failed": f"stopped after {limit:.0f} s"}
-        try:
-            return self.connection.recv()
-        except (EOFError, ConnectionError):
-            self.process.join()
-            reason = f"its process ended with code {self.process.exitcode}{self._last_words()}"
-            self.end()
-            return {"failed": reason}
-
-    def _last_words(self) -> str:
-        lines = Path(self.folder.name, "log").read_text(errors="replace").strip().splitlines()
-        return f": {lines[-1][:200]}" if lines else ""
-
     def end(self) -> None:
         """End the process, if there is one."""
-        if self.process is not None:
-            self.connection.close()
-            # one that waits for its next task ends by itself
-            self.process.join(1)
-            self.process.kill()
-            self.process.join()
-            self.process = None
+        if self.pool is not None:
+            for process in list(self.pool._processes.values()):
+                process.kill()
+            self.pool.shutdown()
+            self.pool = None
 
 
-def _serve(connection: Any, build: Callable[[], dict[str, Task]], threads: int, log: str) -> None:
-    """The child's side of a `Worker`."""
-    with open(log, "w") as words:
-        for stream in (1, 2):
-            os.dup2(words.fileno(), stream)
+def _begin(threads: int) -> None:
+    """A worker has as many threads as its parent, and ends with it, also where that is killed."""
     torch.set_num_threads(threads)
-    tasks = build()
-    connection.send({})
-    while True:
-        try:
-            name = connection.recv()
-        except EOFError:
-            # nobody waits for the rest
-            return
-        result = attempt(tasks[name])
-        try:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-        except RuntimeError as error:
-            # after an illegal access nothing works here any more
-            result = {"failed": f"left a broken device behind: {_first_line(error)}", "broken": True}
-        connection.send(result)
+    parent: Any = multiprocessing.parent_process()
+    threading.Thread(target=lambda: [parent.join(), os._exit(1)], daemon=True).start()
+
+
+def attempt_on_device(task: Task) -> Result:
+    """`attempt`, and whether the device still works."""
+    found = attempt(task)
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except RuntimeError as error:
+        # after an illegal access nothing works here any more
+        return {"failed": f"left a broken device behind: {error}", "broken": True}
+    return found

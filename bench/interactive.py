@@ -1,16 +1,13 @@
 """What a user of the page waits for: python bench/interactive.py --video VIDEO [--out FILE]
 
 The video at 480p, up to 300 frames, and one object, scribbled on where --at says. Seconds are from a request to its
-whole answer, over HTTP to a server in this process: a frame with its masks while nothing else is done and while a round
-runs, the preview of a scribble on its own frame (the first one apart), and rounds; with a Chromium and playwright also
-from the key to the frame on the screen.
+whole answer, without the network: a frame with its masks while nothing else is done and while a round
+runs, the preview of a scribble on its own frame (the first one apart), and rounds.
 """
 
 from __future__ import annotations
 
-import http.client
 import json
-import shutil
 import statistics
 import sys
 import tempfile
@@ -23,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastapi.testclient import TestClient
 
 # a checkout that nobody installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,47 +28,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.harness import Peak, describe, options, write_json
 from stm_model.interactive.footage import Footage
 from stm_model.interactive.session import ScribbleSession
-from stm_model.interactive.web.app import serve
+from stm_model.interactive.web.app import make_app
 from stm_model.interactive.web.workbench import Workbench
 from stm_model.io.images import resize_frame
 from stm_model.io.video import VideoWriter, open_video
 from stm_model.network import STM
-from stm_model.network.weights import DEFAULT_INTERACTIVE_WEIGHTS, chosen_side
+from stm_model.runtime import DEFAULT_INTERACTIVE_WEIGHTS, chosen_side
 
 MAX_FRAMES = 300
 SCRUBBED = 60
-CHROMIUM_OPTIONS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking")
-# seconds from a key to the next frame, decoded and painted
-BROWSE = """async ([times]) => {
-    const picture = document.querySelector("#stm-picture"), found = [];
-    for (let time = 0; time < times; time += 1) {
-        const started = performance.now();
-        document.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", shiftKey: true }));
-        const wanted = String(window.stmPage.frame);
-        while (picture.dataset.frame !== wanted) await new Promise((next) => setTimeout(next, 1));
-        await picture.decode();
-        await new Promise(requestAnimationFrame);
-        found.push((performance.now() - started) / 1000);
-        await new Promise((next) => setTimeout(next, 300));
-    }
-    return found;
-}"""
 
 
 class Client:
-    """Asks the page's server as a browser does: over one connection, one request after the other."""
+    """Asks the page's server as a browser does."""
 
-    def __init__(self, address: str):
-        self.connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=600)
+    def __init__(self, workbench: Workbench):
+        self.client = TestClient(make_app(workbench), headers={"x-stm-tab": "bench"})
 
     def ask(self, method: str, path: str, content: Any = None) -> bytes:
-        body = None if content is None else json.dumps(content)
-        self.connection.request(method, path, body, {"x-stm-tab": "bench"})
-        answer = self.connection.getresponse()
-        received = answer.read()
-        if answer.status != 200:
-            raise RuntimeError(f"{path}: {answer.status} {received.decode()[:200]}")
-        return received
+        answer = self.client.request(method, path, json=content)
+        if answer.status_code != 200:
+            raise RuntimeError(f"{path}: {answer.status_code} {answer.text[:200]}")
+        return answer.content
 
     def do(self, action: str, **content: Any) -> dict[str, Any]:
         return json.loads(self.ask("POST", f"/stm/do/{action}", content))
@@ -131,25 +110,6 @@ def measure(client: Client, frames: int, at: Sequence[float]) -> dict[str, Any]:
     return found
 
 
-def in_browser(address: str, frames: int) -> dict[str, float] | None:
-    """Seconds from a key to the next frame on the screen; None where there is no browser."""
-    executable = shutil.which("chromium")
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        return None
-    if executable is None:
-        return None
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=executable, args=list(CHROMIUM_OPTIONS))
-        page = browser.new_page(viewport={"width": 1280, "height": 860})
-        page.goto(address)
-        page.wait_for_selector("#stm-picture[data-frame]", timeout=120_000)
-        seconds = page.evaluate(BROWSE, [min(25, (frames - 1) // 10)])
-        browser.close()
-    return summary(seconds)
-
-
 def main(words: Sequence[str] | None = None) -> int:
     parser = options(__doc__)
     parser.add_argument("--video", type=Path, required=True)
@@ -168,7 +128,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"interactive: {error}", file=sys.stderr)
         return 2
-    size = chosen_side(None, None, footage.size)
+    size = chosen_side(None, DEFAULT_INTERACTIVE_WEIGHTS, footage.size)
     workbench = Workbench(
         footage,
         lambda footage: ScribbleSession(model, footage.frames, size=size),
@@ -176,23 +136,14 @@ def main(words: Sequence[str] | None = None) -> int:
         most_frames=MAX_FRAMES,
         upload_bytes=2**30,
     )
-    addresses: list[str] = []
-    up = threading.Event()
-
-    def tell(address: str) -> None:
-        addresses.append(address)
-        up.set()
-
     # as the command does it: while the user looks at the video
     threading.Thread(target=workbench.warm_up, daemon=True).start()
-    threading.Thread(target=serve, args=(workbench, "127.0.0.1", 0, tell), daemon=True).start()
-    up.wait()
-    client, frames = Client(addresses[0]), len(footage.frames)
+    client, frames = Client(workbench), len(footage.frames)
     client.do("enter")
     found |= {"frames": frames, "size": list(footage.size), "network_size": size}
     found |= measure(client, frames, arguments.at) | {"encoded_frames": workbench.session.encoded_frames}
     client.do("leave")
-    found |= {"key_to_screen": in_browser(addresses[0], frames), "peak_memory_bytes": Peak("cpu").read()}
+    found["peak_memory_bytes"] = Peak("cpu").read()
     print(json.dumps(found, indent=1))
     write_json(describe(arguments.device) | found, arguments.out)
     return 0

@@ -4,8 +4,8 @@ frames  what a frame takes, in time and peak memory, over the number T of rememb
         kept, within a budget, and on host pages (on a CPU they only show that nothing is lost); and what appending it
         takes beside torch.cat. Each in a process of its own.
 exact   a read of 1000 frames against float64, by the yardstick of the tests.
-run     `stm track` over 10 000 frames under a budget of 256 MiB, watched from outside: what its process holds, what a
-        frame takes, early and late.
+run     `stm track` over 10 000 frames under a budget of 256 MiB: what its process holds, what a frame takes, early and
+        late.
 
     python bench/long_video.py --quick --workers 0      # proves the program: tiny sizes, a minute
 
@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +25,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -37,18 +36,20 @@ from tqdm import tqdm
 # a checkout that nobody installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import stm_model.tracking.folder
 from bench import harness
 from bench.harness import MIB, Peak, Result, Task, clock, run_tasks, table, write_json
-from bench.problems import sample_of
-from bench.read import naive_read
+from bench.read import errors, naive_read
 from bench.tracker import steady_memory
 from stm_kernels import PagedMemory
 from stm_kernels.testing import make_problem
 from stm_model import STM, STMConfig
+from stm_model.commands.main import main as stm
 from stm_model.data.synthetic import procedural_clip
 from stm_model.io.masks import write_mask
 from stm_model.io.video import VideoWriter
 from stm_model.network.weights import write_tensors
+from stm_model.runtime import held_process_memory
 from stm_model.tracking.budget import EVICTIONS, MemoryBudget, MemoryRule, budget_page
 from stm_model.tracking.memory import MemoryBank
 from stm_model.training.state import initialize
@@ -56,7 +57,6 @@ from stm_model.training.state import initialize
 SECTIONS = ("frames", "exact", "run")
 READERS = ("naive", "everything kept", *EVICTIONS, "host pages")
 LIMIT_SECONDS = 3600.0
-SAMPLE_SECONDS = 0.2
 
 Step = Callable[[Tensor, Tensor, Tensor], Any]
 
@@ -66,7 +66,7 @@ class Sizes:
     """What is remembered."""
 
     grid: tuple[int, int] = (15, 27)
-    """Positions of a frame: height and width. By default those of 432×240 pixels."""
+    """Positions of a frame, height and width: by default those of 432×240 pixels."""
     counts: tuple[int, ...] = (1, 4, 16, 64, 256, 1000)
     """T, numbers of remembered frames."""
     budget: int = 64
@@ -74,9 +74,7 @@ class Sizes:
     exact: tuple[int, int] = (1000, 48)
     """T and the positions of a frame, where reads are compared with float64."""
     C: int = 128
-    """Key channels, as in the released network."""
     V: int = 512
-    """Value channels, likewise."""
     repeats: int = 3
     """Frames timed at each T."""
 
@@ -92,23 +90,19 @@ class LongVideo:
     """A clip that is played forwards and backwards in turn, as one continuous video, and how it is tracked."""
 
     frames: int = 10_000
-    """Length of the video."""
     early: int = 500
     """The frame from which on early ones are compared with the last ones; the budget should be full by then."""
     window: int = 100
     """Frames compared, early and late."""
     clip: int = 48
-    """Length of the clip."""
+    """Frames of the clip."""
     size: tuple[int, int] = (96, 96)
     """Height and width in pixels."""
     objects: int = 6
     """With these, keys and values of a frame are so large that the budget is full before the early frames."""
-    seed: int = 7
-    """Of the clip; in this one all objects are seen from the first frame on."""
     budget: str = "256MiB"
-    """For what is remembered."""
     channels: tuple[int, int] = (128, 512)
-    """Of keys and values, as in the released network."""
+    """Of keys and values."""
 
     @property
     def windows(self) -> dict[str, range]:
@@ -140,7 +134,7 @@ def build_tasks(arguments: argparse.Namespace) -> dict[str, Task]:
         for share in (None, 0.5, 0.0):
             where = {None: "device", 0.5: "half of it on the host", 0.0: "host"}[share]
             tasks[f"exact, {str(kind).removeprefix('torch.')}, {where}"] = partial(exactness, size, share, device, kind)
-    tasks[f"run, {video.frames} frames"] = partial(track_long_video, video, device, arguments.threads)
+    tasks[f"run, {video.frames} frames"] = partial(track_long_video, video, device)
     return {name: task for name, task in tasks.items() if name.split(",")[0] in arguments.only}
 
 
@@ -220,7 +214,7 @@ def our_memory(
 
     for _ in range(count - 1):
         append(*frame(size, 0, device, dtype))
-    return step, lambda: len(bank.memories[0].frames), append
+    return step, lambda: len(bank.memories[0].notes) // bank.memories[0].positions, append
 
 
 def exactness(size: Sizes, share: float | None, device: torch.device, dtype: torch.dtype) -> Result:
@@ -233,32 +227,39 @@ def exactness(size: Sizes, share: float | None, device: torch.device, dtype: tor
     memory = PagedMemory(1, size.C, size.V, page_size=10 * M, device_pages=on_device, dtype=dtype, device=device)
     for key, value in zip(problem.memory_key.split(M, 1), problem.memory_value.split(M, 1)):
         memory.append(key, value)
-    found = dict(zip(("out", "lse"), memory.read(problem.query_key, scale=problem.scale, return_lse=True)))
-    ratios = sample_of(problem, M).ratios(found)
+    ratios = errors(problem, lambda query_key, *_, scale: memory.read(query_key, scale=scale, return_lse=True))
     pages = {"device": memory.device_nbytes // memory.page_nbytes, "host": memory.host_nbytes // memory.page_nbytes}
-    result = {"T": count, "M": M, "C": size.C, "V": size.V, "pages": pages, "error_over_allowed": max(ratios.values())}
-    return result if max(ratios.values()) <= 1 else {"failed": f"error over allowed error: {ratios}"} | result
+    found = {"T": count, "M": M, "C": size.C, "V": size.V, "pages": pages, "error_over_allowed": max(ratios.values())}
+    return found if max(ratios.values()) <= 1 else {"failed": f"error over allowed error: {ratios}"} | found
 
 
-def track_long_video(video: LongVideo, device: torch.device, threads: int) -> Result:
-    """Track a long video by the command line, and what its process held and took over time."""
+def track_long_video(video: LongVideo, device: torch.device) -> Result:
+    """Track a long video as `stm track` does, and what this process held and took over time."""
+    seen: list[Seen] = []
+
+    def write(path: Path, labels: np.ndarray) -> None:
+        write_mask(path, labels)
+        seen.append(Seen(held_process_memory() or 0, time.perf_counter(), time.process_time()))
+
     with tempfile.TemporaryDirectory() as folder:
-        command, masks = prepare(video, Path(folder), device), Path(folder) / "out" / "masks"
-        samples, failure = watch(command, masks, video.frames, threads)
-        if failure:
-            return {"failed": failure}
-        written = [mask.stat().st_mtime for mask in sorted(masks.glob("*.png"))]
+        command = prepare(video, Path(folder), device)
+        with mock.patch.object(stm_model.tracking.folder, "write_mask", write):
+            code = stm(command)
+        if code:
+            return {"failed": f"stm track ended with code {code}"}
         memory = json.loads((Path(folder) / "out" / "summary.json").read_text())["memory"]
     windows = {name: [window.start, window.stop] for name, window in video.windows.items()}
-    # with one frame remembered at every step, those that were not evicted are those that the budget holds
-    full = video.frames - 1 - memory["evicted"]
+    # one frame is remembered at every step, and what is kept in the end is what the budget holds
+    kept, dropped = memory["positions_kept"], memory["positions_dropped"]
+    full = (video.frames - 1) * kept // (kept + dropped)
     found = {"video": asdict(video), "windows": windows, "memory": memory, "full_after_frames": full}
-    return found | figures(video, samples, written)
+    return found | figures(video, seen)
 
 
 def prepare(video: LongVideo, folder: Path, device: torch.device) -> list[str]:
     """Write the video, its mask and a network; the command that tracks it."""
-    frames, labels = procedural_clip(video.clip, video.size, video.objects, video.seed)
+    # with this seed all objects are seen from the first frame on
+    frames, labels = procedural_clip(video.clip, video.size, video.objects, seed=7)
     with VideoWriter(folder / "video.mp4") as writer:
         for index in tqdm(range(video.frames), desc="write the video", unit="frame", delay=1):
             writer.write(frames[video.clip_index(index)])
@@ -268,79 +269,41 @@ def prepare(video: LongVideo, folder: Path, device: torch.device) -> list[str]:
     network = STM(STMConfig("resnet18", *video.channels, decoder_channels=64))
     initialize(network)
     write_tensors(network.state_dict(), folder / "network.safetensors")
-    command = [sys.executable, "-m", "stm_model", "track", str(folder / "video.mp4")]
+    command = ["track", str(folder / "video.mp4")]
     for option, name in {"--mask": "mask.png", "--out": "out", "--checkpoint": "network.safetensors"}.items():
         command += [option, str(folder / name)]
     command += ["--memory", "every:1", "--memory-budget", video.budget, "--dtype", "float32"]
     return [*command, "--device", str(device)]
 
 
-class Sample(NamedTuple):
-    """A look at a process from outside: masks written so far, bytes held, seconds its threads had on the processor."""
+class Seen(NamedTuple):
+    """When a mask was written: bytes held, seconds of the clock and of the processor."""
 
-    frames: int
     held: int
+    seconds: float
     processor: float
 
 
-def watch(command: list[str], masks: Path, frames: int, threads: int) -> tuple[list[Sample], str]:
-    """Run a command and look at it again and again; if it failed, with what code and last line."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(harness.ROOT)}
-    samples: list[Sample] = []
-    with tempfile.TemporaryFile("w+") as said, tqdm(total=frames, desc="track", unit="frame") as bar:
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=said)
-        try:
-            while process.poll() is None:
-                count = samples[-1].frames if samples else 0
-                while (masks / f"{count:05d}.png").exists():
-                    count += 1
-                if (sample := look(process.pid, count)) is not None:
-                    samples.append(sample)
-                bar.update(count - bar.n)
-                time.sleep(SAMPLE_SECONDS)
-        finally:
-            process.kill()
-            process.wait()
-        said.seek(0)
-        words = (said.read().strip().splitlines() or [""])[-1]
-    return samples, f"stm track ended with code {process.returncode}: {words}" if process.returncode else ""
-
-
-def look(process: int, frames: int) -> Sample | None:
-    """What a process holds and took so far; None when it has ended."""
-    try:
-        pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-        # behind the name in brackets, which may hold spaces
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except (OSError, IndexError):
-        return None
-    seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return Sample(frames, pages * os.sysconf("SC_PAGE_SIZE"), seconds) if pages else None
-
-
-def figures(video: LongVideo, samples: list[Sample], written: list[float]) -> dict[str, Any]:
+def figures(video: LongVideo, seen: list[Seen]) -> dict[str, Any]:
     """Bytes held and seconds a frame, early and late."""
-    # the first look after each frame: before the first one the command starts, behind the last one it ends
-    first = {sample.frames: sample for sample in reversed(samples) if sample.frames}
-    counts = sorted(first)
-    held, spent = (
-        np.interp(np.arange(video.frames + 1), counts, [getattr(first[count], name) for count in counts])
-        for name in ("held", "processor")
-    )
-    seconds = np.diff(written)
 
     def over(window: range) -> dict[str, float]:
+        # from the mask of the frame before
+        within = seen[window.start - 1 : window.stop]
         return {
-            "held_bytes": float(np.median(held[window.start + 1 : window.stop + 1])),
-            # from the mask of the frame before to that of the frame
-            "seconds": float(np.median(seconds[window.start - 1 : window.stop - 1])),
-            "processor_seconds": float(spent[window.stop] - spent[window.start]) / len(window),
+            "held_bytes": float(np.median([one.held for one in within[1:]])),
+            "seconds": float(np.median(np.diff([one.seconds for one in within]))),
+            "processor_seconds": (within[-1].processor - within[0].processor) / len(window),
         }
 
     early, late = map(over, video.windows.values())
     ratios = {name: late[name] / early[name] for name in late}
-    most = max(sample.held for sample in samples if sample.frames >= video.early)
-    return {"early": early, "late": late, "late_over_early": ratios, "most_held_bytes": most}
+    return {
+        "early": early,
+        "late": late,
+        "late_over_early": ratios,
+        "most_held_bytes": max(one.held for one in seen[video.early :]),
+    }
 
 
 def show(results: dict[str, Result]) -> None:
@@ -385,12 +348,12 @@ def main(words: Sequence[str] | None = None) -> int:
         write_json(report, arguments.out)
         print(f"{name}: {'done' if not {'failed', 'skipped'} & set(result) else result}", file=sys.stderr, flush=True)
 
-    build = partial(build_tasks, arguments)
-    for name in build():
+    tasks = build_tasks(arguments)
+    for name, task in tasks.items():
         # a process for each: a peak is of all that a process ever did
-        run_tasks(build, [name], tell, processes=arguments.workers, limit=LIMIT_SECONDS)
+        run_tasks({name: task}, tell, processes=arguments.workers, limit=LIMIT_SECONDS)
     show(results)
-    return int(any("failed" in results[name] for name in build()))
+    return int(any("failed" in results[name] for name in tasks))
 
 
 if __name__ == "__main__":

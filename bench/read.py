@@ -1,9 +1,9 @@
 """The read against what users of STM run, softmax(q @ k.mT * s) @ v: python bench/read.py [--out FILE]
 
 480p at stride 16 (M = 1620) and 20 remembered frames (N = 32 400), C = 128, V = 512, forward and forward + backward, in
-float32 and bfloat16, in alternation. Beside each time stand its share of the speed of a large matrix product and the
-memory taken; before it the error over the error that the tests allow. Then `skip` and `top_k` on keys with which every
-query looks at a neighbourhood in each frame.
+float32 and bfloat16, in alternation. Beside the times stand the memory taken, the share of the speed of a large matrix
+product, and the error over the error that the tests allow. Then `skip` and `top_k` on keys of a tracked video, where
+every query looks at few places of each frame.
 """
 
 from __future__ import annotations
@@ -22,49 +22,70 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.harness import MIB, alternate, describe, options, table, write_json
-from stm_kernels import memory_read
-from stm_kernels.testing import (
-    Problem,
-    allowed_error_shares,
-    error_ratios,
-    extra_memory,
-    make_problem,
-    read_by,
-    results,
-)
+from stm_kernels import memory_read, merge_reads
+from stm_kernels.testing import Problem, allowed_error_shares, error_ratios, extra_memory, read_by, results
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CHOICES: dict[str, dict[str, Any]] = {
     "exact": {},
     "skip=1e-3": {"skip": 1e-3},
     "skip=1e-2": {"skip": 1e-2},
-    "top_k=16": {"top_k": 16},
+    "top_k=30": {"top_k": 30},
 }
 CHECKED_QUERIES = 48
+WIDE_POSITIONS = 2**17
+"""Memory positions that are held in float64 at once."""
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Of the read."""
+class Size:
+    """A read of `B` objects: a frame of `M` positions asks a memory of `T` such frames."""
 
-    grid: tuple[int, int] = (30, 54)
-    """Height and width of a frame in positions."""
-    frames: int = 20
-    """Remembered ones."""
+    M: int
+    T: int
+    B: int = 1
     C: int = 128
-    """Key channels."""
     V: int = 512
-    """Value channels."""
-    product: int = 2048
-    """Rows and columns of the matrix product whose speed is the ceiling."""
-
-    @property
-    def M(self) -> int:
-        return self.grid[0] * self.grid[1]
 
     @property
     def N(self) -> int:
-        return self.frames * self.M
+        """Memory positions."""
+        return self.M * self.T
+
+    def __str__(self) -> str:
+        return f"M={self.M} T={self.T} B={self.B}"
+
+    def flops(self, way: str = "forward") -> float:
+        """The operations that no algorithm can do without: forward two products, backward five."""
+        pairs = 2.0 * self.B * self.M * self.N
+        forward = pairs * (self.C + self.V)
+        return forward if way == "forward" else forward + pairs * (3 * self.C + 2 * self.V)
+
+
+def draw_problem(
+    size: Size, dtype: torch.dtype, device: torch.device | str = "cpu", tracked: bool = False, seed: int = 0
+) -> Problem:
+    """Draw a problem of any size on its device: quick where `make_problem` is the same everywhere.
+
+    Args:
+        size, dtype, device, seed: of the problem.
+        tracked: make the affinity peaked, as a trained network's is: neighbors in a frame are alike, and the memory
+            shows the frame of the query again and again, with noise, so that a query reads few places of each frame.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(rows: int, columns: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.randn(size.B, rows, columns, generator=generator, dtype=of, device=device)
+
+    if tracked:
+        # the sum of four normal numbers of which neighbors share three, at a standard deviation of 2
+        line = draw(size.M + 3, size.C)
+        query_key = sum(line[:, shift : shift + size.M] for shift in range(4))
+        memory_key = query_key.repeat(1, size.T, 1) / 2 + draw(size.N, size.C) / 4
+    else:
+        query_key, memory_key = draw(size.M, size.C), draw(size.N, size.C)
+    value, grad_out = draw(size.N, size.V), draw(size.M, size.V)
+    return Problem(query_key, memory_key, value, size.C**-0.5, grad_out, draw(size.M, 1, torch.float32)[..., 0])
 
 
 def naive_read(query_key: Tensor, memory_key: Tensor, memory_value: Tensor, scale: float) -> Tensor:
@@ -78,7 +99,7 @@ def inputs_of(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 
 def forward(problem: Problem, read: Callable[..., Tensor]) -> Callable[[], Any]:
     inputs = inputs_of(problem)
-    return lambda: read(*inputs, scale=problem.scale)
+    return torch.no_grad()(lambda: read(*inputs, scale=problem.scale))
 
 
 def both_ways(problem: Problem, read: Callable[..., Tensor]) -> Callable[[], Any]:
@@ -89,10 +110,50 @@ def both_ways(problem: Problem, read: Callable[..., Tensor]) -> Callable[[], Any
 WAYS = {"forward": forward, "forward + backward": both_ways}
 
 
+def checked_queries(problem: Problem) -> Tensor:
+    """Indices of a few queries, the first and the last among them, which float64 takes no time for."""
+    M = problem.query_key.shape[1]
+    return torch.linspace(0, M - 1, min(CHECKED_QUERIES, M), device=problem.query_key.device).round().long()
+
+
 def some_queries(problem: Problem) -> Problem:
-    """The problem of a few of its queries, which float64 takes no time for."""
-    rows = {name: getattr(problem, name)[:, :CHECKED_QUERIES] for name in ("query_key", "grad_out", "grad_lse")}
-    return replace(problem, **{name: tensor.contiguous() for name, tensor in rows.items()})
+    """The problem of its checked queries."""
+    queries = checked_queries(problem)
+    return replace(
+        problem, **{name: getattr(problem, name)[:, queries] for name in ("query_key", "grad_out", "grad_lse")}
+    )
+
+
+def known(problem: Problem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a read of the checked queries gives, in float64 and by plain PyTorch in the problem's dtype."""
+    few = some_queries(problem)
+    plain = results(few, gradients=False)
+    if problem.top_k:
+        return results(few.to(torch.float64), gradients=False), plain
+    parts = []
+    for key, value in zip(few.memory_key.split(WIDE_POSITIONS, 1), few.memory_value.split(WIDE_POSITIONS, 1)):
+        part = replace(few, memory_key=key, memory_value=value).to(torch.float64)
+        parts.append(results(part, gradients=False))
+    out, lse = merge_reads(*(torch.stack([part[name] for part in parts]) for name in ("out", "lse")))
+    return {"out": out, "lse": lse}, plain
+
+
+def errors(problem: Problem, read: Callable[..., Any], skip: float = 0.0) -> dict[str, float]:
+    """Error over allowed error of the checked queries when all are read; gradients are not looked at.
+
+    Args:
+        problem: in the dtype to judge.
+        read: gives what is read or a tuple that begins with it and the log-sum-exp.
+        skip: the mass that a query may drop: it moves the read by at most twice its share of the largest value.
+    """
+    found = forward(problem, read)()
+    found = dict(zip(("out", "lse"), found if isinstance(found, tuple) else [found]))
+    found = {name: tensor[:, checked_queries(problem)] for name, tensor in found.items()}
+    truth, plain = known(problem)
+    slack = 2 * skip * problem.memory_value.abs().max().item()
+    return allowed_error_shares(truth, plain, {"out": found.pop("out")}, slack) | allowed_error_shares(
+        truth, plain, found
+    )
 
 
 def product(size: int, dtype: torch.dtype) -> Callable[[], Any]:
@@ -102,63 +163,35 @@ def product(size: int, dtype: torch.dtype) -> Callable[[], Any]:
     return lambda: torch.mm(left, right, out=out)
 
 
-def against_naive(size: Sizes, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
+def against_naive(size: Size, dtype: torch.dtype, repeats: int, rows: int) -> dict[str, Any]:
     """Error, memory and seconds of both reads, and how many times faster ours is."""
-    problem = make_problem(1, size.M, size.N, size.C, size.V, dtype=dtype)
+    problem = draw_problem(size, dtype)
     error = max(error_ratios(some_queries(problem), read_by("auto")).values())
     if not error <= 1:
         return {"failed": f"error over allowed error {error:.2f}"}
-    functions = {"product": product(size.product, dtype)}
-    functions |= {
-        f"{name}, {way}": make(problem, read)
-        for way, make in WAYS.items()
-        for name, read in (("naive", naive_read), ("ours", memory_read))
-    }
-    seconds = alternate(functions, repeats)
-    flops = 2 * size.M * size.N * (size.C + size.V)
+    reads: dict[str, Callable[..., Tensor]] = {"naive": naive_read, "ours": memory_read}
+    functions = {f"{name}, {way}": make(problem, read) for way, make in WAYS.items() for name, read in reads.items()}
+    seconds = alternate(functions | {"product": product(rows, dtype)}, repeats)
     # the least of each: what else the machine does only adds
-    rate = 2 * size.product**3 / seconds["product"]["least"]
+    rate = 2 * rows**3 / seconds["product"]["least"]
     return {
         "error_over_allowed": error,
-        "extra_bytes": {name: extra_memory(functions[f"{name}, forward"]) for name in ("naive", "ours")},
+        "extra_bytes": {name: extra_memory(functions[f"{name}, forward"]) for name in reads},
         "seconds": seconds,
         "times_faster": {way: seconds[f"naive, {way}"]["median"] / seconds[f"ours, {way}"]["median"] for way in WAYS},
-        "share_of_product": {
-            name: flops / seconds[f"{name}, forward"]["least"] / rate for name in ("naive", "ours")
-        },
-    }  # fmt: skip
+        "share_of_product": {name: size.flops() / seconds[f"{name}, forward"]["least"] / rate for name in reads},
+    }
 
 
-def neighborhoods(size: Sizes, dtype: torch.dtype) -> Problem:
-    """Keys whose dot product falls off with the distance: a query reads the cells around it in each frame."""
-    problem = make_problem(1, size.M, size.N, size.C, size.V)
-    places = torch.cartesian_prod(*(torch.arange(side) for side in size.grid)).float()
-    generator = torch.Generator().manual_seed(0)
-    # random Fourier features of a Gaussian of 3 cells
-    waves = torch.randn(2, size.C, generator=generator) / 3
-    phases = torch.rand(size.C, generator=generator) * 2 * torch.pi
-    key = ((places @ waves + phases).cos() * (2 / size.C) ** 0.5 * (16 * size.C**0.5) ** 0.5)[None]
-    return replace(problem, query_key=key, memory_key=key.repeat(1, size.frames, 1)).to(dtype)
-
-
-def choices(size: Sizes, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
-    """Seconds of reads that leave positions out, the most weight left out, and their error over what they promise."""
-    problem = neighborhoods(size, dtype)
-    few = some_queries(problem)
-    truth, plain = (results(each, gradients=False) for each in (few.to(torch.float64), few))
-    largest = problem.memory_value.abs().max().item()
-    found: dict[str, Any] = {}
-    for name, choice in CHOICES.items():
-        out, skipped = memory_read(*inputs_of(problem), **choice, return_skipped=True)
-        if "top_k" in choice:
-            error = error_ratios(replace(few, **choice), read_by("auto"), gradients=False)["out"]
-        else:
-            slack = 2 * choice.get("skip", 0.0) * largest
-            error = allowed_error_shares(truth, plain, {"out": out[:, :CHECKED_QUERIES]}, slack)["out"]
-        found[name] = {"most_left_out": skipped.max().item(), "error_over_allowed": error}
+def choices(size: Size, dtype: torch.dtype, repeats: int, _: int) -> dict[str, Any]:
+    """Seconds of reads that leave positions out, and their error over what they promise."""
+    problem, found = draw_problem(size, dtype, tracked=True), {}
     reads = {name: partial(memory_read, **choice) for name, choice in CHOICES.items()}
+    for name, choice in CHOICES.items():
+        judged = replace(problem, top_k=choice.get("top_k"))
+        found[name] = errors(judged, reads[name], choice.get("skip", 0.0))["out"]
     functions = {f"{name}, {way}": make(problem, read) for way, make in WAYS.items() for name, read in reads.items()}
-    return found | {"seconds": alternate(functions, repeats)}
+    return {"error_over_allowed": found, "seconds": alternate(functions, repeats)}
 
 
 def show(name: str, found: dict[str, Any]) -> None:
@@ -167,29 +200,21 @@ def show(name: str, found: dict[str, Any]) -> None:
     columns = ("median", "least", "processor")
     rows = [(what, *(times[column] for column in columns)) for what, times in found["seconds"].items()]
     print(table((f"{name}, seconds", *columns), rows))
-    if "times_faster" not in found:
-        for choice in CHOICES:
-            print(f"  {choice}: " + ", ".join(f"{key} {value:.2g}" for key, value in found[choice].items()))
-        return
-    memory = {reader: f"{held / MIB:.0f} MiB" for reader, held in found["extra_bytes"].items()}
-    for what in ("times_faster", "share_of_product"):
-        print(f"  {what.replace('_', ' ')}: " + ", ".join(f"{key} {value:.2f}" for key, value in found[what].items()))
-    print(f"  extra memory {memory}, error over allowed {found['error_over_allowed']:.2f}", flush=True)
+    for what, unit in (("times_faster", 1), ("share_of_product", 1), ("extra_bytes", MIB), ("error_over_allowed", 1)):
+        values = found.get(what, {})
+        for key, value in values.items() if isinstance(values, dict) else [("ours", values)]:
+            print(f"  {what.replace('_', ' ').replace('bytes', 'MiB')}, {key}: {value / unit:.2f}")
 
 
-def main(words: Sequence[str] | None = None, size: Sizes | None = None) -> int:
+def main(words: Sequence[str] | None = None, size: Size | None = None, rows: int = 2048) -> int:
     arguments = options(__doc__, repeats=5).parse_args(words)
-    size = size or Sizes()
+    size = size or Size(1620, 20)
     torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    report = describe("cpu") | {
-        "sizes": {"M": size.M, "N": size.N, "C": size.C, "V": size.V},
-        "reads": {},
-        "choices": {},
-    }
+    report: dict[str, Any] = describe("cpu") | {"sizes": {"M": size.M, "N": size.N, "C": size.C, "V": size.V}}
     for section, measure in (("reads", against_naive), ("choices", choices)):
+        report[section] = {}
         for name, dtype in DTYPES.items():
-            report[section][name] = found = measure(size, dtype, arguments.repeats)
+            report[section][name] = found = measure(size, dtype, arguments.repeats, rows)
             show(f"{section}, {name}", found)
             write_json(report, arguments.out)
     return int(any("failed" in found for found in report["reads"].values()))

@@ -7,7 +7,7 @@ same process, the same network as plain PyTorch and public code run it: float32,
 its own, the memory concatenated for every frame, the whole affinity, the frame's maps expanded to every object. Then
 frames a second of whole pipelines: naive in turn, by default with decoding and writing beside, as `stm track` does.
 
-    python bench/tracker.py --network released --objects 2 --frames 20 --peak     # ResNet-50, with the peak memory
+    python bench/tracker.py --network released --objects 2 --frames 20            # ResNet-50
     ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python bench/tracker.py      # as on a processor with AVX2 alone
 """
 
@@ -23,7 +23,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import stm_model.tracking.memory
 import stm_model.tracking.tracker
-from bench.harness import MIB, Peak, alternate, apart, at_least, describe, options, synchronize, table, write_json
+from bench.harness import alternate, at_least, describe, options, synchronize, table, write_json
 from stm_kernels import PagedMemory
 from stm_model import STM, Tracker
 from stm_model.data.synthetic import procedural_clip
@@ -48,8 +47,7 @@ from stm_model.io.masks import write_mask
 from stm_model.io.threads import Prefetch, Writer
 from stm_model.io.video import VideoWriter, open_video
 from stm_model.network import Query
-from stm_model.network.weights import chosen_side
-from stm_model.runtime import default_dtype
+from stm_model.runtime import chosen_side, default_dtype
 from stm_model.tracking.budget import MemoryRule
 from stm_model.tracking.tracker import FrameResult
 from stm_model.training.state import initialize
@@ -77,10 +75,14 @@ class PublicNetwork(STM):
 class PublicMemory(PagedMemory):
     """A memory that is read as public code does: joined for every frame, the whole affinity at once."""
 
-    def read(self, query_key: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    def read(self, query_key: Tensor, similarity: str = "dot", **_: Any) -> tuple[Tensor, Tensor]:
         """What is read, and zeros for the log-sum-exp, for which public code does not ask."""
         key, value = (torch.cat(parts, 1) for parts in zip(*self._pages.held()))
-        affinity = torch.softmax(query_key @ key.mT * query_key.shape[2] ** -0.5, -1)
+        logits = query_key @ key.mT
+        if similarity == "l2":
+            # what the softmax sees of the squared distance
+            logits = 2 * logits - key.square().sum(2)[:, None]
+        affinity = torch.softmax(logits * query_key.shape[2] ** -0.5, -1)
         return affinity @ value, query_key.new_zeros(query_key.shape[:2])
 
 
@@ -286,19 +288,7 @@ def measure(arguments: argparse.Namespace, objects: int, remembered: int, folder
     found = {"objects": objects, "memory_frames": remembered, "stages": stages, "operations": operations}
     found["pipeline_seconds"] = {version: times["median"] for version, times in whole.items()}
     found["ratio"] = found["pipeline_seconds"]["naive"] / found["pipeline_seconds"]["default"]
-    if arguments.peak:
-        case = (device, size, objects, remembered, arguments.network)
-        found["peak"] = {version: apart(partial(peak_bytes, version, *case)) for version in VERSIONS}
     return found
-
-
-def peak_bytes(version: str, device: str, size: tuple[int, int], objects: int, remembered: int, network: str) -> dict:
-    """Most bytes that this process, or its tensors on a GPU, ever held while a memory filled and was read."""
-    frames, labels = procedural_clip(8, size, objects, seed=0)
-    tracker = build_tracker(version, network_of(network), device, steady_memory(remembered))
-    for _ in tracker.track((frames[index % 8] for index in range(remembered + 2)), {0: labels[0]}):
-        pass
-    return {"bytes": Peak(device).read()}
 
 
 def show(found: dict[str, Any], most: float) -> None:
@@ -318,8 +308,6 @@ def show(found: dict[str, Any], most: float) -> None:
     print(table((f"{found['objects']} objects, {found['memory_frames']} remembered", *header), rows))
     speeds = ", ".join(f"{version} {1 / seconds:.2f}" for version, seconds in found["pipeline_seconds"].items())
     print(f"frames a second from file to files: {speeds}; {found['ratio']:.2f} times", flush=True)
-    for version, peak in found.get("peak", {}).items():
-        print(f"peak, {version}: {peak['bytes'] / MIB:.0f} MiB" if "bytes" in peak else f"{version}: {peak}")
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -330,7 +318,6 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--objects", type=at_least(1), nargs="+", default=[1, 2, 5])
     parser.add_argument("--frames", type=at_least(1), nargs="+", default=[5], help="remembered ones")
     parser.add_argument("--compile", action="store_true", help="compile the default tracker's network first")
-    parser.add_argument("--peak", action="store_true", help="measure the peak memory too, in processes of their own")
     arguments = parser.parse_args(words)
     torch.set_num_threads(arguments.threads)
     device, size = arguments.device, (arguments.height, arguments.width)

@@ -1,9 +1,9 @@
-"""What training takes, by the fused read and the naive one: python bench/training.py [--budget MIB] [--out FILE]
+"""What training takes, by the fused read and the naive one: python bench/training.py [--out FILE]
 
 Naive keeps the whole affinity for the backward pass (`implementation="reference"`). What the read alone adds to its
-inputs, output and gradients; what a step of one clip takes, activations kept and recomputed; with --budget the longest
-clip and the largest crop whose step fits in so many MiB, each found by running it. Every figure comes from a process of
-its own: on a CPU its peak beyond weights and input, and seconds of the processor; on a GPU max_memory_allocated.
+inputs, output and gradients; what a step of one clip takes, activations kept and recomputed. Every figure comes from a
+process of its own: on a CPU its peak beyond weights and input, and seconds of the processor; on a GPU
+max_memory_allocated.
 """
 
 from __future__ import annotations
@@ -24,33 +24,27 @@ from bench.harness import MIB, Peak, apart, at_least, clock, describe, options, 
 from stm_kernels import space_time_memory_read
 from stm_model import STM, STMConfig
 from stm_model.data.clips import Clip
-from stm_model.network import STRIDE
 from stm_model.runtime import default_dtype
 from stm_model.training.loss import clip_loss
 from stm_model.training.state import initialize
 
 VERSIONS = {"naive": "reference", "fused": "auto"}
+GRID = (30, 54)
+"""Positions of a frame of 480×854 pixels."""
 NETWORKS = {"small": STMConfig.small, "released": STMConfig}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement."""
+    """`read`: of so many frames, alone and in the released shape; `step`: on one clip with one object."""
 
     what: str
-    """`read`: the read alone, in the released shape; `step`: a step on one clip with one object."""
     version: str
-    """`naive` or `fused`."""
     frames: int
-    """Memory frames of the read, or frames of the clip."""
     crop: int = 384
     """Height and width of the clip in pixels."""
     recompute: bool = False
-    """Whether activations are recomputed."""
     network: str = "small"
-    """`small` or `released`."""
-    grid: tuple[int, int] = (30, 54)
-    """Positions of a frame of the read: of 480×854 pixels."""
 
 
 def measure(case: Case, device: str) -> dict[str, Any]:
@@ -70,7 +64,7 @@ def read_once(case: Case, device: str) -> tuple[Callable[[], object], int]:
     """The read of a memory of `frames` frames, and the bytes of its output and of all gradients."""
     random = torch.Generator().manual_seed(0)
     shapes = ((1, 128), (1, 128, case.frames), (1, 512, case.frames), (1, 512))
-    *inputs, grad = (torch.randn(*shape, *case.grid, generator=random).to(device) for shape in shapes)
+    *inputs, grad = (torch.randn(*shape, *GRID, generator=random).to(device) for shape in shapes)
     inputs = [tensor.requires_grad_() for tensor in inputs]
 
     def run() -> None:
@@ -100,36 +94,12 @@ def step_once(case: Case, device: str) -> tuple[Callable[[], object], int]:
 
 
 def measured(case: Case, device: str) -> dict[str, Any]:
-    """`measure` in a process of its own; a GPU that has no room is no failure but infinitely many MiB."""
+    """`measure` in a process of its own."""
     found = apart(partial(measure, case, device))
-    if "out of memory" in found.get("skipped", ""):
-        return asdict(case) | {"mib": float("inf"), "seconds": float("nan")}
     if "mib" not in found:
         raise SystemExit(f"training: {case}: {found.get('failed') or found.get('skipped')}")
     print(f"  {case}: {found['mib']:.0f} MiB, {found['seconds']:.2f} s", file=sys.stderr, flush=True)
     return asdict(case) | found
-
-
-def largest(fits: Callable[[int], bool], step: int, most: int) -> int:
-    """The largest multiple of `step`, at most `most`, that fits: by doubling, then halving; 0 if none does."""
-    good, bad = 0, step
-    while bad <= most and fits(bad):
-        good, bad = bad, 2 * bad
-    bad = min(bad, most + step)
-    while bad - good > step:
-        middle = (good + bad) // 2 // step * step
-        good, bad = (middle, bad) if fits(middle) else (good, middle)
-    return good
-
-
-def limits(base: Case, device: str, budget: float, longest: int) -> dict[str, Any]:
-    """Longest clip and largest crop within the budget, activations recomputed."""
-
-    def fits(**change: int) -> bool:
-        return measured(replace(base, **change), device)["mib"] <= budget
-
-    frames = 2 + largest(lambda more: fits(frames=2 + more), 2, longest)
-    return {"frames": frames, "crop": largest(lambda crop: fits(crop=crop), 4 * STRIDE, 16384)}
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -137,11 +107,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--lengths", type=at_least(2), nargs="+", default=[2, 4, 8, 16, 32], help="frames")
     parser.add_argument("--crop", type=at_least(32), default=384)
     parser.add_argument("--network", choices=NETWORKS, default="small")
-    parser.add_argument("--budget", type=float, help="MiB for the search of the longest clip and the largest crop")
-    parser.add_argument("--longest", type=at_least(2), default=1024, help="frames at which the search ends")
     arguments = parser.parse_args(words)
     torch.set_num_threads(arguments.threads)
-    report = describe(arguments.device) | {"rows": [], "limits": {}}
+    report = describe(arguments.device) | {"rows": []}
     lines = []
     for what, recompute in (("read", False), ("step", False), ("step", True)):
         for frames in arguments.lengths:
@@ -154,12 +122,6 @@ def main(words: Sequence[str] | None = None) -> int:
             name = f"{what}, recomputed" if recompute else what
             lines.append([name, frames, *(row[key] for key in ("mib", "seconds") for row in pair)])
     print(table(["", "T", "naive MiB", "fused MiB", "naive s", "fused s"], lines))
-    for version in VERSIONS if arguments.budget else ():
-        base = Case("step", version, frames=3, crop=arguments.crop, recompute=True, network=arguments.network)
-        found = limits(base, arguments.device, arguments.budget, arguments.longest)
-        report["limits"][version] = {"budget_mib": arguments.budget} | found
-        print(f"{version}, in {arguments.budget:.0f} MiB: {found['frames']} frames, or crops of {found['crop']} pixels")
-        write_json(report, arguments.out)
     return 0
 
 

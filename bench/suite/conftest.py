@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from bench.compare import Race, interval
+from bench.harness import table
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -73,15 +74,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     races = [bench for bench in config._benchmarksession.benchmarks if "ratio" in bench.extra_info]
     if not races:
         return
-    width = max(len(bench.name) for bench in races)
-    load = os.getloadavg()[0]
-    clock = "of the processor" if config.getoption("--quick") else f"at a load of {load:.1f}"
-    terminalreporter.write_line(f"\nmedian milliseconds {clock}, {torch.get_num_threads()} threads")
-    terminalreporter.write_line(f"{'':{width}} {'naive':>9} {'ours':>9} {'faster':>7}  95 % interval")
+    clock = "of the processor" if config.getoption("--quick") else f"at a load of {os.getloadavg()[0]:.1f}"
+    rows = []
     for bench in races:
         race = Race(bench.stats.data, bench.extra_info["naive"])
-        low, high = bench.extra_info["interval"]
         naive, ours = (1e3 * statistics.median(seconds) for seconds in (race.naive, race.ours))
-        terminalreporter.write_line(
-            f"{bench.name:{width}} {naive:9.3f} {ours:9.3f} {race.ratio:6.2f}x  {low:.2f} to {high:.2f}"
-        )
+        rows.append((bench.name, naive, ours, race.ratio, *bench.extra_info["interval"]))
+    terminalreporter.write_line(f"\nmedian milliseconds {clock}, {torch.get_num_threads()} threads")
+    terminalreporter.write_line(table(("", "naive", "ours", "times faster", "from", "to"), rows))

@@ -15,8 +15,7 @@ from stm_model import STM
 from stm_model.data.synthetic import procedural_clip
 from stm_model.evaluation.metrics import region_similarity
 from stm_model.network import fold_batch_norm
-from stm_model.network.weights import chosen_side
-from stm_model.runtime import default_dtype
+from stm_model.runtime import chosen_side, default_dtype
 
 OBJECTS = 2
 Part = Callable[[STM, Tensor, Tensor], Any]

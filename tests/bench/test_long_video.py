@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import bench.long_video as long_video
-from bench.long_video import READERS, LongVideo, Sample, Sizes, exactness, figures
+from bench.long_video import READERS, LongVideo, Seen, Sizes, exactness, figures
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of a process are read from Linux")
@@ -22,7 +22,7 @@ def test_a_dry_run_writes_figures(tmp_path, capsys):
     }
     for cell in frames:
         # a budget of 8 frames of 24 positions is rounded up to two pages of 128
-        held = 10 if cell["reader"] in ("fifo", "importance") and cell["T"] > 8 else cell["T"]
+        held = 10 if cell["reader"] in ("fifo", "use") and cell["T"] > 8 else cell["T"]
         assert cell["frames_in_memory"] == held and cell["peak_bytes"] >= 0
         assert 0 < cell["append_seconds"] and 0 < cell["seconds"]
     exact = [cell["error_over_allowed"] for name, cell in results.items() if name.startswith("exact")]
@@ -47,13 +47,12 @@ def test_a_thousand_frames_are_exact(share, dtype):
     assert found["pages"] == {"device": on_device, "host": 100 - on_device}
 
 
-def test_what_is_seen_from_outside_becomes_figures():
+def test_what_is_seen_of_each_mask_becomes_figures():
     video = LongVideo(frames=200, early=10, window=2)
     # a frame takes a second, half of it on the processor; from frame 150 on twice that, and a tenth more memory
     stamps = [float(index + max(0, index - 150)) for index in range(200)]
-    looks = [Sample(index + 1, 1100 if index >= 150 else 1000, 99 + stamps[index] / 2) for index in range(200)]
-    # what the command does before the first mask and behind the last is no frame's
-    found = figures(video, [Sample(0, 7, 0.0), *looks, Sample(200, 1100, 500.0)], stamps)
+    seen = [Seen(1100 if index >= 150 else 1000, stamps[index], 99 + stamps[index] / 2) for index in range(200)]
+    found = figures(video, seen)
     assert (found["early"]["held_bytes"], found["late"]["held_bytes"], found["most_held_bytes"]) == (1000, 1100, 1100)
     assert found["late_over_early"] == pytest.approx({"held_bytes": 1.1, "seconds": 2, "processor_seconds": 2})
     assert found["early"]["processor_seconds"] == pytest.approx(0.5)
@@ -64,10 +63,10 @@ def test_the_clip_goes_there_and_back():
     assert [video.clip_index(frame) for frame in range(9)] == [0, 1, 2, 3, 2, 1, 0, 1, 2]
 
 
-def test_a_command_that_fails_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(long_video, "prepare", lambda *_: ["python", "-c", "raise SystemExit('no room')"])
-    found = long_video.track_long_video(LongVideo(frames=3), torch.device("cpu"), 1)
-    assert found == {"failed": "stm track ended with code 1: no room"}
+def test_a_command_that_fails_is_said(monkeypatch):
+    monkeypatch.setattr(long_video, "prepare", lambda *_: ["track"])
+    found = long_video.track_long_video(LongVideo(frames=3), torch.device("cpu"))
+    assert found == {"failed": "stm track ended with code 2"}
 
 
 def test_wrong_options_are_one_line(capsys):
