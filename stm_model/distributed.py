@@ -22,9 +22,7 @@ TIMEOUT = timedelta(days=1)
 class Ranks:
     """This process among those of a run; alone unless torchrun started it. A context manager.
 
-    Args:
-        backend: `nccl` where GPUs share gradients.
-        timeout: how long a rank waits for another; None is the backend's default.
+    `backend` is `nccl` where GPUs share gradients; `timeout` is how long a rank waits for another.
     """
 
     def __init__(self, backend: str = "gloo", timeout: timedelta | None = TIMEOUT):
@@ -64,12 +62,8 @@ class Ranks:
         return mine
 
     def each(self, work: Callable[[], Result]) -> list[Result]:
-        """Run `work` in every process and return all results, in all of them.
-
-        Where it fails its exception is raised at once: torchrun ends the other processes when one ends with an error.
-
-        Raises:
-            OtherRankFailed: another process ended.
+        """Run `work` in every process and return all results, in all of them. A failure is raised at once: torchrun
+        ends the other processes then. Raises OtherRankFailed where another process ended.
         """
         result = work()
         if self.count == 1:

@@ -116,9 +116,4 @@ def davis(tmp_path_factory: pytest.TempPathFactory, clips) -> Path:
     """DAVIS 2017 of `clips`, with DAVIS 2016's list of the same videos."""
     from layouts import write_davis
 
-    root = write_davis(tmp_path_factory.mktemp("davis"), clips)
-    (root / "db_info.yml").write_text(
-        "attributes: [AC, FM]\nsequences:\n- attributes: [AC, FM]\n  name: ant\n  num_frames: 9\n"
-        "- name: bee\n  attributes:\n    - FM\n  num_frames: 6\n"
-    )
-    return root
+    return write_davis(tmp_path_factory.mktemp("davis"), clips)

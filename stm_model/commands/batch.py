@@ -9,9 +9,8 @@ import re
 import shlex
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -27,39 +26,28 @@ from stm_model.tracking.folder import INTERRUPTED, SUMMARY, is_output_of, plain_
 COMMAND = "track list"
 
 
-@dataclass(frozen=True)
-class ListedVideo:
+class ListedVideo(NamedTuple):
     """One line of a list."""
 
-    name: str
-    """Its folder among the results."""
+    name: str  # its folder among the results
     video: Path
-    """A video file, or a folder of frames."""
     mask: Path
-    """Its mask, or folder of masks."""
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """One video with all settings."""
 
     name: str
-    config: TrackConfig
-    """The settings of the command, for this video alone."""
-    earlier: dict[str, Any] | None = None
-    """Summary of an earlier run that finished it with the same settings."""
-    frames: int = 0
-    """Length, as far as it is known."""
+    config: TrackConfig  # for this video alone
+    earlier: dict[str, Any] | None  # summary of an earlier run that finished it with the same settings
+    frames: int  # as far as it is known, of what is left to do
 
 
 def read_list(path: Path) -> list[ListedVideo]:
     """Read a list of videos: on each line a video, its mask and, if it should not be called as the video is, a name.
 
-    Args:
-        path: a text file. Paths are relative to its folder, those with spaces stand in quotes; # starts a comment.
-
-    Raises:
-        ValueError: the file is no such list; the message names the line.
+    Paths are relative to the list's folder, those with spaces stand in quotes; # starts a comment. Raises a ValueError
+    that names the line.
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -94,11 +82,7 @@ def _listed(words: list[str], folder: Path) -> ListedVideo:
 
 
 def track_all(config: TrackConfig) -> int:
-    """Track the videos of a list and print what became of each; the exit code.
-
-    Raises:
-        ValueError, OSError, KeyboardInterrupt: as `track_list`.
-    """
+    """Track the videos of a list and print what became of each; the exit code."""
     summary = track_list(config)
     if Ranks().first:
         print(json.dumps(summary, indent=2) if config.json else describe(summary))
@@ -111,16 +95,9 @@ def track_all(config: TrackConfig) -> int:
 def track_list(config: TrackConfig) -> dict[str, Any]:
     """Track the videos of a list, each into a folder of its own; what an earlier run finished is left as it is.
 
-    Args:
-        config: the settings; `video` is the list, `out` gets a folder for each video and a summary.json.
-
-    Returns:
-        What summary.json holds, in every process: the state of each video (done, failed, unfinished), why it failed,
-        its frames and their speed, the rank that tracked it now, or that it was done earlier.
-
-    Raises:
-        ValueError: the list or the settings make no sense, or the results of an earlier run had others.
-        KeyboardInterrupt: also after the video at hand was interrupted; what is done is kept.
+    Returns what summary.json holds, in every process. Raises a ValueError where the list or the settings make no sense,
+    or earlier results had others, and KeyboardInterrupt also after the video at hand was interrupted; what is done is
+    kept.
     """
     with Ranks() as ranks:
         device = ranks.device(config.device)
@@ -153,16 +130,15 @@ def _prepare(config: TrackConfig, load: Callable[[], STM]) -> list[Job]:
         raise ValueError(f"--out {config.out}: is a file; expected a folder")
     if not config.overwrite and not is_output_of(COMMAND, config.out):
         raise ValueError(f"--out {config.out}: holds something other than results of a list; choose another folder")
-    jobs = []
-    for entry in listed:
-        own = dataclasses.replace(
-            config, video=entry.video, mask=entry.mask, out=config.out / entry.name, resume=not config.overwrite
-        )
-        jobs.append(Job(entry.name, own, None if config.overwrite else finished(own)))
+    configs = {
+        name: dataclasses.replace(config, video=video, mask=mask, out=config.out / name, resume=not config.overwrite)
+        for name, video, mask in listed
+    }
+    earlier = {name: None if config.overwrite else finished(own) for name, own in configs.items()}
     make_tracker(config, load())
     jobs = [
-        job if job.earlier else dataclasses.replace(job, frames=_length(job.config.video))
-        for job in tqdm(jobs, desc="open", unit="video", delay=1, disable=None)
+        Job(name, own, earlier[name], 0 if earlier[name] else _length(own.video))
+        for name, own in tqdm(configs.items(), desc="open", unit="video", delay=1, disable=None)
     ]
     config.out.mkdir(parents=True, exist_ok=True)
     _write_summary(config, jobs, {}, "unfinished")

@@ -31,11 +31,7 @@ class DemoConfig:
 
 
 def demo(config: DemoConfig) -> int:
-    """Run the demo; the exit code.
-
-    Raises:
-        ValueError: a setting makes no sense, or the folder holds something else.
-    """
+    """Run the demo; the exit code."""
     if config.frames < 3:
         raise ValueError(f"--frames: expected at least 3, got {config.frames}")
     if not 1 <= config.objects <= 20:

@@ -24,7 +24,7 @@ def info(config: InfoConfig) -> int:
     import torch
 
     from stm_kernels import default_implementation
-    from stm_model.network.weights import DEFAULT_WEIGHTS
+    from stm_model.runtime import DEFAULT_WEIGHTS
 
     devices = {f"cuda:{index}": torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
     devices["cpu"] = platform.processor() or platform.machine()

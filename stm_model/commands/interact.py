@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import tyro
 
+from stm_model.commands.exits import option_bytes
 from stm_model.runtime import NetworkOptions
 
 
@@ -37,42 +38,32 @@ class InteractConfig(NetworkOptions):
 
 
 def interact(config: InteractConfig) -> int:
-    """Serve the page until interrupted; the exit code.
-
-    Raises:
-        ValueError, OSError: the input or a setting makes no sense.
-    """
+    """Serve the page until interrupted; the exit code."""
     from stm_model.interactive.footage import Footage
     from stm_model.interactive.session import ScribbleSession
     from stm_model.interactive.web.workbench import Workbench
     from stm_model.network import STM
-    from stm_model.network.weights import DEFAULT_INTERACTIVE_WEIGHTS, chosen_side
-    from stm_model.tracking.budget import parse_size
+    from stm_model.runtime import DEFAULT_INTERACTIVE_WEIGHTS, chosen_side
 
     try:
         from stm_model.interactive.web.app import serve
     except ImportError as error:
         raise ValueError(f"the page needs FastAPI and uvicorn ({error}): pip install 'stm-kernels[app]'") from error
-    limits = {}
-    for option in ("memory_limit", "upload_limit"):
-        try:
-            limits[option] = parse_size(getattr(config, option))
-        except ValueError as error:
-            raise ValueError(f"--{option.replace('_', '-')}: {error}") from error
+    memory_limit, upload_limit = (option_bytes(config, name) or 0 for name in ("memory_limit", "upload_limit"))
     weights = config.checkpoint or DEFAULT_INTERACTIVE_WEIGHTS
     model = STM.load(weights, device=config.device, dtype=config.dtype)
     footage = Footage(config.video, config.most_frames)
 
     def make_session(footage: Footage) -> ScribbleSession:
-        size = chosen_side(config.size, config.checkpoint, footage.size)
-        return ScribbleSession(model, cast(Any, footage.frames), size=size, memory_limit=limits["memory_limit"])
+        size = chosen_side(config.size, weights, footage.size)
+        return ScribbleSession(model, cast(Any, footage.frames), size=size, memory_limit=memory_limit)
 
     workbench = Workbench(
         footage,
         make_session,
         lambda: STM.load(config.tracking_checkpoint, device=config.device, dtype=config.dtype),
         most_frames=config.most_frames,
-        upload_bytes=limits["upload_limit"],
+        upload_bytes=upload_limit,
     )
     try:
         if config.session is not None:

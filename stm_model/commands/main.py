@@ -23,13 +23,8 @@ Config = TypeVar("Config")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the `stm` command.
-
-    Args:
-        argv: the arguments after `stm`; None takes the process's.
-
-    Returns:
-        The exit code: 0, 2 for bad input (one line on stderr), 130 when interrupted.
+    """Run `stm` with the arguments after it, None for the process's; 0, 2 for bad input (one line on stderr), 130
+    interrupted.
     """
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:

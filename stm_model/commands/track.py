@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from stm_model.commands.exits import BAD_INPUT, INTERRUPTED, fail
+from stm_model.commands.exits import BAD_INPUT, INTERRUPTED, fail, option_bytes
 from stm_model.runtime import NetworkOptions
 
 # torch, PyAV and the model are imported where they are used: `stm track --help` answers at once
@@ -48,9 +48,11 @@ class TrackConfig(NetworkOptions):
     host_budget: str | None = None
     """How much may be remembered beyond that in the host's memory, like 16GiB; None is nothing beyond a
     --memory-budget."""
-    eviction: Literal["fifo", "importance"] = "fifo"
-    """What is evicted where the budget is full: the oldest frame, or the one that reads weigh least. Frames with a
-    given mask stay."""
+    eviction: Literal["use", "fifo"] = "use"
+    """What is dropped where the budget is full: the positions that reads use least, or the oldest frame. Those of given
+    masks stay."""
+    memory_share: float | None = None
+    """The most positions to keep, as a share of all remembered so far, in place of a budget: those that reads use."""
     skip_uncertain: bool = False
     """Don't remember frames for good in which an object is likely lost."""
     top_k: int | None = None
@@ -80,11 +82,7 @@ SAME_RESULTS = frozenset({"out", "device", "overwrite", "json", "resume", "save_
 
 
 def track(config: TrackConfig) -> int:
-    """Track one video and print its summary; the exit code.
-
-    Raises:
-        ValueError, OSError: as `track_video`.
-    """
+    """Track one video and print its summary; the exit code."""
     if config.resume and not config.overwrite and (summary := finished(config)):
         done = f"{summary['frames']} frames are tracked and in {config.out}: nothing is left to do"
         print(json.dumps(summary, indent=2) if config.json else done)
@@ -95,22 +93,13 @@ def track(config: TrackConfig) -> int:
 def track_video(
     config: TrackConfig, model: STM | None = None, title: str | None = "track", announce: bool = True
 ) -> FolderRun:
-    """Track one video into its folder.
+    """Track one video into its folder, with a model or the one of the settings; the summary is still to be written.
 
-    Args:
-        config: the settings.
-        model: the network; None loads the one of the settings.
-        title: stands before the progress bar; None shows no bar.
-        announce: print beforehand what will be remembered.
-
-    Returns:
-        The run, whose summary is still to be written.
-
-    Raises:
-        ValueError, OSError: the input or a setting makes no sense; nothing was written.
+    No `title`, no progress bar; `announce` prints what will be remembered. Raises a ValueError or OSError where the
+    input or a setting makes no sense; nothing was written then.
     """
     from stm_model.io.video import open_video
-    from stm_model.network.weights import chosen_side
+    from stm_model.runtime import chosen_side
     from stm_model.tracking.folder import RESUME_FILE, FolderRun
     from stm_model.tracking.resume import ResumeFile
 
@@ -137,7 +126,7 @@ def track_video(
         saved=saved,
     )
     assert tracker.bank is not None
-    memory = {"planned": plan and str(plan), "most_bytes": tracker.bank.most, "evicted": tracker.bank.evicted}
+    memory = {"planned": plan and str(plan), "most_bytes": tracker.bank.most, **tracker.bank.summary()}
     run.summary["memory"] = memory
     return run
 
@@ -145,11 +134,9 @@ def track_video(
 def finished(config: TrackConfig) -> dict[str, Any] | None:
     """The summary of an earlier run that finished this video with these settings; None if none did.
 
-    Raises:
-        ValueError: the folder holds something else, or what another version or other settings gave; the message names
-            the first setting that differs.
+    Raises a ValueError where the folder holds something else, or names the first setting that differs.
     """
-    from stm_model.network.weights import chosen_side
+    from stm_model.runtime import chosen_side
     from stm_model.tracking.folder import RESUME_FILE, SUMMARY, is_output_of, plain_settings
     from stm_model.tracking.resume import check_format
 
@@ -179,26 +166,17 @@ def make_tracker(config: TrackConfig, model: STM | None = None) -> Tracker:
     from stm_model import STM, Tracker
     from stm_model.tracking.budget import MemoryBudget
 
-    device, host = _bytes("--memory-budget", config.memory_budget), _bytes("--host-budget", config.host_budget)
+    device, host = option_bytes(config, "memory_budget"), option_bytes(config, "host_budget")
     return Tracker(
         model or STM.load(config.checkpoint, device=config.device, dtype=config.dtype),
         memory=config.memory,
         size=config.size,
-        budget=MemoryBudget(device, host, config.eviction),
+        budget=MemoryBudget(device, host, config.eviction, config.memory_share),
         skip_uncertain=config.skip_uncertain,
         compiled=config.compile,
         top_k=config.top_k,
         skip=config.skip,
     )
-
-
-def _bytes(option: str, text: str | None) -> int | None:
-    from stm_model.tracking.budget import parse_size
-
-    try:
-        return None if text is None else parse_size(text)
-    except ValueError as error:
-        raise ValueError(f"{option}: {error}") from error
 
 
 def check_output(config: TrackConfig) -> None:

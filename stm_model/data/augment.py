@@ -22,17 +22,9 @@ def random_view(
 ) -> Clip:
     """Look at a clip through a random crop, turn, scale and flip; the same for all frames up to `jitter` and `bend`.
 
-    Args:
-        frames: `[T, 3, H, W]` float32 in 0…1.
-        labels: `[T, H, W]` uint8.
-        size: height and width of the result in pixels.
-        random: source of randomness.
-        jitter: strength of an additional smooth motion between frames, 0 for none; 1 turns a still image into a clip
-            that moves like a hand-held video.
-        bend: strength of a thin-plate deformation that grows from frame to frame, 0 for none.
-
-    Returns:
-        A clip of the given size. The crop keeps the objects of the first frame in view.
+    Frames are `[T, 3, H, W]` float32 in 0…1, labels `[T, H, W]` uint8; the crop, of `size`, keeps the objects of the
+    first frame in view. `jitter` is the strength of an additional smooth motion: 1 turns a still image into a clip that
+    moves like a hand-held video. `bend` is that of a thin-plate deformation that grows from frame to frame.
     """
     frames, labels = _shrink(frames, labels, size)
     center = _object_center(labels[0], random)
@@ -117,15 +109,9 @@ def _random_bend(count: int, size: tuple[int, int], random: torch.Generator, str
 
 
 def thin_plate_field(points: Tensor, shifts: Tensor, positions: Tensor) -> Tensor:
-    """The smoothest displacement that moves control points by given shifts.
+    """The smoothest displacement, `[T, H, W, 2]` at positions `[H, W, 2]`, that moves control points by given shifts.
 
-    Args:
-        points: `[n, 2]` control points, not all on a line.
-        shifts: `[T, n, 2]` how far each is moved.
-        positions: `[H, W, 2]` where the displacement is asked for, in the units of the points.
-
-    Returns:
-        `[T, H, W, 2]` displacements.
+    Points are `[n, 2]`, not all on a line; shifts `[T, n, 2]`.
 
     Source: Bookstein 1989, thin-plate splines.
     """
@@ -171,14 +157,9 @@ def _hue_rotation(angle: Tensor) -> Tensor:
 
 
 def paste_objects(clip: Clip, other: Clip, random: torch.Generator, labelled: bool = True) -> Clip:
-    """Put the objects of `other` in front of or behind those of `clip`.
+    """Put the objects of `other`, of the same T, H and W, in front of or behind those of `clip`.
 
-    Args:
-        clip: the clip below.
-        other: whose objects are pasted; of the same T, H and W.
-        random: source of randomness.
-        labelled: whether they become further objects; if not, they are in front and part of the background: things
-            that move and are not to be followed.
+    Not `labelled`, they are in front and part of the background: things that move and are not to be followed.
     """
     in_front = not labelled or bool(torch.rand((), generator=random) < 0.5)
     cover = (other.labels > 0) & (other.labels < VOID)
@@ -209,14 +190,19 @@ def random_region(size: tuple[int, int], random: torch.Generator) -> Tensor:
     return radius < outline
 
 
+def renumbered(labels: Tensor, kept: Tensor) -> Tensor:
+    """Labels in which the objects `kept` are 1…n, in this order, and all others background; void stays void."""
+    table = torch.zeros(256, dtype=torch.uint8)
+    table[kept.long()] = torch.arange(1, len(kept) + 1, dtype=torch.uint8)
+    table[VOID] = VOID
+    return table[labels.long()]
+
+
 def visible_objects(clip: Clip, least_pixels: int = 32, most: int = 254) -> Clip:
     """Number the objects that are visible in the first frame 1…n; smaller, later and further ones become background."""
     count = torch.bincount(clip.labels[0].flatten().long(), minlength=256)
     kept = torch.nonzero(count[1:VOID] >= least_pixels)[:most, 0] + 1
-    table = torch.zeros(256, dtype=torch.uint8)
-    table[kept] = torch.arange(1, len(kept) + 1, dtype=torch.uint8)
-    table[VOID] = VOID
-    return clip._replace(labels=table[clip.labels.long()])
+    return clip._replace(labels=renumbered(clip.labels, kept))
 
 
 def followed_objects(clip: Clip, share: float, random: torch.Generator, least_share: float = 0.001) -> Clip:
@@ -228,7 +214,4 @@ def followed_objects(clip: Clip, share: float, random: torch.Generator, least_sh
     large = torch.nonzero(count[1:VOID] >= least_share * clip.labels[0].numel())[:, 0] + 1
     order = large[torch.randperm(len(large), generator=random)]
     kept = order[: max(1, int((torch.rand(len(order), generator=random) < share).sum()))]
-    table = torch.zeros(256, dtype=torch.uint8)
-    table[kept] = torch.arange(1, len(kept) + 1, dtype=torch.uint8)
-    table[VOID] = VOID
-    return clip._replace(labels=table[clip.labels.long()])
+    return clip._replace(labels=renumbered(clip.labels, kept))

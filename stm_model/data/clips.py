@@ -24,7 +24,7 @@ class Clip(NamedTuple):
     unreadable: tuple[str, ...] = ()
     """What was wrong with the files that had to be passed over for this clip."""
     seed: int = 0
-    """What chance decides in training on this clip is a function of it."""
+    """RNG seed of this clip."""
 
     @property
     def objects(self) -> int:
@@ -41,8 +41,15 @@ def generator(*seeds: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence(seeds).generate_state(1, np.uint32)[0]))
 
 
-class DrawnClips(Dataset):
-    """Clips drawn from a list of sources: item i is a function of i and the files alone.
+class SeededClips(Dataset):
+    """Endless clips: item i is a function of the seed i and the files alone."""
+
+    def __len__(self) -> int:
+        return 2**31
+
+
+class DrawnClips(SeededClips):
+    """Clips drawn from a list of sources.
 
     A source that cannot be read is passed over for the next; the clip says so in `unreadable`.
     """
@@ -54,9 +61,6 @@ class DrawnClips(Dataset):
         if not sources:
             raise ValueError(f"{type(self).__name__}: expected at least one source of clips, got none")
         self.sources = sources
-
-    def __len__(self) -> int:
-        return 2**31
 
     def __getitem__(self, seed: int) -> Clip:
         first = int(torch.randint(len(self.sources), (), generator=generator(seed)))
@@ -76,26 +80,16 @@ class DrawnClips(Dataset):
         raise NotImplementedError
 
 
-class MixedClips(Dataset):
+class MixedClips(SeededClips):
     """Draws item i from one of several datasets, by weights; which one is a function of i."""
 
     def __init__(self, datasets: Sequence[Dataset], weights: Sequence[float]):
-        """
-        Args:
-            datasets: what to draw from.
-            weights: how often each is drawn, relative to the others.
-
-        Raises:
-            ValueError: there are not as many weights as datasets, one is negative or all are zero.
-        """
+        """Items of `datasets`, each drawn as often as its weight says, relative to the others."""
         if len(datasets) != len(weights):
             raise ValueError(f"weights: expected one for each of {len(datasets)} datasets, got {len(weights)}")
         if min(weights, default=0) < 0 or not sum(weights):
             raise ValueError(f"weights: expected some above 0 and none below, got {list(weights)}")
         self.datasets, self.weights = datasets, torch.tensor(weights, dtype=torch.float64)
-
-    def __len__(self) -> int:
-        return 2**31
 
     def __getitem__(self, seed: int) -> Clip:
         pick = torch.multinomial(self.weights, 1, generator=generator(seed, 2))
@@ -108,16 +102,13 @@ def clip_of(frames: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> Clip:
     return Clip(pixels.permute(0, 3, 1, 2).float() / 255, torch.from_numpy(np.stack(labels)))
 
 
-class FollowedClips(Dataset):
+class FollowedClips(SeededClips):
     """The clips of a dataset that show an object in their first frame; others are drawn anew."""
 
     ATTEMPTS = 64
 
     def __init__(self, clips: Dataset):
         self.clips = clips
-
-    def __len__(self) -> int:
-        return 2**31
 
     def __getitem__(self, seed: int) -> Clip:
         unreadable: tuple[str, ...] = ()

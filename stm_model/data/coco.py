@@ -22,11 +22,7 @@ class CocoImage(NamedTuple):
     annotations: list[dict]
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
-        """Frame uint8 `[H, W, 3]` and labels uint8 `[H, W]`: instances 1…n, crowds void.
-
-        Raises:
-            MediaError: the image cannot be read, or its annotations not understood.
-        """
+        """Frame uint8 `[H, W, 3]` and labels uint8 `[H, W]`: instances 1…n, crowds void. Raises MediaError."""
         frame = images.read_image(self.path)
         labels = np.zeros((frame.shape[0], frame.shape[1]), dtype=np.uint8)
         label = 0
@@ -46,14 +42,9 @@ class CocoImage(NamedTuple):
 def coco_images(annotations: str | Path, folder: str | Path | None = None) -> list[CocoImage]:
     """The images of a COCO json that have an annotated object.
 
-    Args:
-        annotations: the json.
-        folder: where the images are; None looks beside the json, as COCO is unpacked: for
-            annotations/instances_train2017.json in train2017, images/train2017 and images.
-
-    Raises:
-        FileNotFoundError: the json or the folder of the images is missing.
-        ValueError: the json is not COCO's.
+    `folder` has the images; None looks beside the json, as COCO is unpacked: for annotations/instances_train2017.json
+    in train2017, images/train2017 and images. Raises FileNotFoundError for what is missing, ValueError for another
+    json.
     """
     path = Path(annotations)
     if not path.is_file():
@@ -93,16 +84,9 @@ def _image_folder(annotations: Path, example: str) -> Path:
 
 
 def decode_segmentation(segmentation: list | dict, size: tuple[int, int]) -> np.ndarray:
-    """An instance's mask, bool `[H, W]`, as COCO's own tools draw it.
+    """An instance's mask, bool `[H, W]` of `size`, from polygons or run lengths, as COCO's own tools draw it.
 
-    Args:
-        segmentation: polygons, or run lengths {"size": [H, W], "counts": numbers or COCO's string}.
-        size: height and width of the image.
-
-    Raises:
-        ValueError: the run lengths are not those of this image, or a polygon is no polygon.
-
-    Source: the COCO API, pycocotools.
+    Raises a ValueError where the run lengths are not those of this image, or a polygon is none.
     """
     # only here: most training data needs none of it
     from pycocotools import mask as coco

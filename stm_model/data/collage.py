@@ -6,33 +6,26 @@ import torch
 from torch.utils.data import Dataset
 
 from stm_model.data.augment import paste_objects, visible_objects
-from stm_model.data.clips import Clip, generator
+from stm_model.data.clips import Clip, SeededClips, generator
 
 
-class CollageClips(Dataset):
+class CollageClips(SeededClips):
     """Clips of one dataset, some with the objects of another's clips pasted on."""
 
     def __init__(
         self, clips: Dataset, objects: Dataset, paste: float = 0.35, distract: float = 0.15, replace: float = 0.15
     ):
-        """
+        """Clips `clips`, on some of which objects of clips `objects` are pasted, of the same frames and size.
+
         Args:
-            clips: the clips below.
-            objects: clips whose objects are cut out; frames and size as in `clips`.
             paste: share of clips with further objects to follow, in front of or behind their own.
             distract: share of clips with further objects that are not to be followed.
             replace: share of clips of which only the background stays, for the pasted objects alone to be followed.
-
-        Raises:
-            ValueError: the shares are negative or their sum is above 1.
         """
         shares = (paste, distract, replace)
         if min(shares) < 0 or sum(shares) > 1:
             raise ValueError(f"paste, distract, replace: expected shares with a sum of at most 1, got {shares}")
         self.clips, self.objects, self.shares = clips, objects, shares
-
-    def __len__(self) -> int:
-        return 2**31
 
     def __getitem__(self, seed: int) -> Clip:
         clip, random = self.clips[seed], generator(seed, 3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
@@ -23,23 +22,18 @@ def davis_videos(
     only: Collection[str] = (),
     first_mask_suffices: bool = False,
 ) -> list[Video]:
-    """The videos of a split.
+    """The videos of a split, a list under ImageSets or shipped with the package.
 
     Args:
         root: the dataset's folder.
-        split: name of a list, without `.txt`, under ImageSets or shipped with the package.
+        split: name of the list, without `.txt`.
         resolution: folder under JPEGImages; None takes `480p`, or the only one.
         year: whose list; None takes 2017's, which names all that 2016's does, else 2016's.
         only: names of the videos to find; none finds all.
         first_mask_suffices: accept videos of which only the first mask is public, as in test-dev.
-
-    Raises:
-        FileNotFoundError: a folder, a list, a video or a mask is missing.
-        ValueError: a mask has no frame, or there are several resolutions to choose from.
     """
     names = find_list(root, split, year).read_text(encoding="utf-8").split()
     resolution = resolution or _only_resolution(root / "JPEGImages")
-    attributes = _read_attributes(root)
     videos = []
     for name in names:
         if only and name not in only:
@@ -51,7 +45,7 @@ def davis_videos(
             if frame not in video.annotations:
                 stem = video.frame_paths[frame].stem
                 raise FileNotFoundError(f"DAVIS video {name}: frame {stem} has no annotation in {folder}")
-        videos.append(dataclasses.replace(video, attributes=attributes.get(name, ())))
+        videos.append(video)
     return videos
 
 
@@ -76,19 +70,3 @@ def _only_resolution(folder: Path) -> str:
     if "480p" not in found and len(found) > 1:
         raise ValueError(f"DAVIS layout: several resolutions under {folder} ({', '.join(found)}); choose one")
     return "480p" if "480p" in found else found[0]
-
-
-def _read_attributes(root: Path) -> dict[str, tuple[str, ...]]:
-    """Video → attributes, from db_info.yml where the dataset has it."""
-    for path in (root / "db_info.yml", root / "db_info.yaml"):
-        if path.is_file():
-            # only here: most folders have no such file
-            import yaml
-
-            try:
-                entries = yaml.safe_load(path.read_text(encoding="utf-8"))["sequences"]
-                return {str(entry["name"]): tuple(map(str, entry.get("attributes") or ())) for entry in entries}
-            except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-                detail = " ".join(str(error).split())
-                raise ValueError(f"{path}: expected sequences with name and attributes ({detail})") from error
-    return {}

@@ -25,14 +25,9 @@ class TrainingData(NamedTuple):
 def open_folder(path: str | Path, split: str) -> TrainingData:
     """Find the videos or images of a dataset.
 
-    Args:
-        path: a folder in the layout of DAVIS, YouTube-VOS, COCO or Pascal VOC, a COCO json, or any folder of images and
-            masks.
-        split: name of the list to read in the layouts that have lists (DAVIS, VOC), or of the folder in YouTube-VOS.
-
-    Raises:
-        FileNotFoundError: something of the layout is missing.
-        ValueError: frames and masks don't match.
+    `path` is a folder in the layout of DAVIS, YouTube-VOS, COCO or Pascal VOC, a COCO json, or any folder of images and
+    masks; `split` the list to read (DAVIS, VOC) or the folder (YouTube-VOS). Raises FileNotFoundError for what is
+    missing, ValueError where frames and masks don't match.
     """
     path = Path(path)
     if not path.exists():

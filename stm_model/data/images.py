@@ -71,12 +71,7 @@ def frames_as_images(videos: Iterable[video.Video]) -> list[VideoFrame]:
 def voc_images(root: str | Path, split: str | None = None) -> list[ImageFile]:
     """The images of Pascal VOC that have instance masks, SegmentationObject; 255 on outlines is void.
 
-    Args:
-        root: the folder that holds JPEGImages and SegmentationObject.
-        split: name of a list under ImageSets/Segmentation, without `.txt`; None takes every mask.
-
-    Raises:
-        FileNotFoundError: a folder, list or image is missing.
+    `split` is a list under ImageSets/Segmentation, None takes every mask. Raises FileNotFoundError for what is missing.
     """
     root = Path(root)
     if split is None:
@@ -96,11 +91,8 @@ def folder_images(root: str | Path) -> list[ImageFile]:
     """The images of a folder with masks of the same name.
 
     Either images and masks lie side by side with different suffixes (`a.jpg`, `a.png`), or in two folders of which
-    one is named for masks (`mask`, `gt`, `ground_truth`, `annotation`, `label`).
-
-    Raises:
-        FileNotFoundError: there is no such folder, or no image with a mask in it.
-        ValueError: an image has no mask, or a mask no image.
+    one is named for masks (`mask`, `gt`, `ground_truth`, `annotation`, `label`). Raises FileNotFoundError where there
+    is none, ValueError for an image or a mask without a partner.
     """
     root = Path(root)
     if not root.is_dir():

@@ -9,16 +9,7 @@ from stm_model.data.video import Video
 
 
 def lvos_videos(folder: Path, only: Collection[str] = ()) -> list[Video]:
-    """The videos of a split; some of their frames have masks.
-
-    Args:
-        folder: the folder of a split.
-        only: names of the videos to find; none finds all.
-
-    Raises:
-        FileNotFoundError: the folder, or the frames or masks of a video are missing.
-        ValueError: a mask has no frame.
-    """
+    """The videos of the folder of a split, `only` the named ones, none names all; some of their frames have masks."""
     frames = folder / "JPEGImages"
     if not frames.is_dir():
         raise FileNotFoundError(f"LVOS split: no folder {frames}")

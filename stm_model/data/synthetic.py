@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stm_model.data.clips import Clip
+from stm_model.data.augment import renumbered
+from stm_model.data.clips import Clip, SeededClips
 
 
 def procedural_clip(
@@ -31,7 +32,7 @@ def procedural_clip(
     return pixels.contiguous().numpy(), clip.labels.numpy()
 
 
-class ProceduralClips(torch.utils.data.Dataset):
+class ProceduralClips(SeededClips):
     """An endless dataset of procedural clips; item i is drawn from seed i."""
 
     def __init__(
@@ -50,9 +51,6 @@ class ProceduralClips(torch.utils.data.Dataset):
         """
         self.frames, self.size, self.objects, self.step = frames, size, objects, step
 
-    def __len__(self) -> int:
-        return 2**31
-
     def __getitem__(self, seed: int) -> Clip:
         random = torch.Generator().manual_seed(seed)
         count = int(torch.randint(self.objects[0], self.objects[1] + 1, (), generator=random))
@@ -68,16 +66,9 @@ class ProceduralClips(torch.utils.data.Dataset):
             labels[mask > 0.5] = index + 1 if index < count else 0
         light = 1 + 0.004 * _uniform(random, -1, 1) * times
         scene = scene * light.view(-1, 1, 1, 1) + 0.02 * torch.randn(scene.shape, generator=random)
-        return Clip(scene.clamp_(0, 1), _relabel(labels))
-
-
-def _relabel(labels: Tensor) -> Tensor:
-    """Number the objects of the first frame 1…n and forget those that are hidden there."""
-    table = torch.zeros(256, dtype=torch.uint8)
-    visible = labels[0].unique()
-    visible = visible[visible > 0].long()
-    table[visible] = torch.arange(1, len(visible) + 1, dtype=torch.uint8)
-    return table[labels.long()]
+        # objects that are hidden in the first frame are forgotten
+        visible = labels[0].unique()
+        return Clip(scene.clamp_(0, 1), renumbered(labels, visible[visible > 0]))
 
 
 def _uniform(random: torch.Generator, low: float, high: float, *shape: int) -> Tensor:

@@ -25,7 +25,6 @@ class ListedObject(NamedTuple):
     frame_names: tuple[str, ...]
     """Names of the frames it is annotated in, in order of time; its mask enters in the first."""
     category: str | None = None
-    """What it is."""
 
 
 @dataclass(frozen=True)
@@ -35,24 +34,16 @@ class Video:
     name: str
     """Name of its folder."""
     frame_paths: tuple[Path, ...]
-    """Every frame."""
     annotations: Mapping[int, Path]
     """Frame → its mask, where there is one, in ascending order."""
     listed_objects: Mapping[int, ListedObject] = field(default_factory=dict)
     """Label → object, where the dataset has metadata; DAVIS and LVOS have masks only."""
-    attributes: tuple[str, ...] = ()
-    """What makes the video hard, in the dataset's words."""
     single_object: bool = False
     """All objects count as one, label 1, as in DAVIS-2016."""
 
     @classmethod
     def find(cls, layout: str, frames_folder: Path, masks_folder: Path) -> Video:
-        """Find the pictures in two folders named for the video; a mask belongs to the frame of its name.
-
-        Raises:
-            FileNotFoundError: there are no frames or no masks.
-            ValueError: a mask has no frame.
-        """
+        """The pictures in two folders named for the video; a mask belongs to the frame of its name."""
         owner = f"{layout} video {frames_folder.name}"
         frames, masks = _pictures(frames_folder, owner), _pictures(masks_folder, owner)
         numbers = {path.stem: number for number, path in enumerate(frames)}
@@ -90,10 +81,8 @@ class Video:
         return [images.read_image(path) for path in self.frame_paths], labels
 
     def load_pair(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
-        """An annotated frame uint8 `[H, W, 3]` and its labels uint8 `[H, W]`.
-
-        Raises:
-            MediaError: a file cannot be read, or the two differ in size.
+        """An annotated frame uint8 `[H, W, 3]` and its labels uint8 `[H, W]`. Raises MediaError where they differ in
+        size.
         """
         pixels = images.read_image(self.frame_paths[frame])
         return same_size(pixels, self.read_annotation(frame), self.annotations[frame])
@@ -104,11 +93,6 @@ def _pictures(folder: Path, owner: str) -> tuple[Path, ...]:
     if not files:
         raise FileNotFoundError(f"{owner}: no pictures in {folder}")
     return tuple(files)
-
-
-def labels_in(labels: np.ndarray) -> tuple[int, ...]:
-    """The objects of a label map, in ascending order."""
-    return tuple(int(label) for label in np.unique(labels) if label not in (0, VOID))
 
 
 def same_size(frame: np.ndarray, labels: np.ndarray, mask_path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -179,13 +163,10 @@ class VideoClips(DrawnClips):
 
 
 def pick_frames(annotated: list[int], count: int, max_skip: int, random: torch.Generator) -> list[int]:
-    """Frames of a clip, in order or, as a video runs both ways, in reverse.
+    """Frames of a clip among those annotated, ascending, in order or, as a video runs both ways, in reverse.
 
-    Args:
-        annotated: the frames of the video that have a mask, ascending.
-        count: how many to pick. A video with fewer repeats its last.
-        max_skip: greatest distance of one to the next, where the annotation is that dense.
-        random: source of randomness.
+    `max_skip` is the greatest distance of one to the next, where the annotation is that dense; a video with fewer than
+    `count` frames repeats its last.
     """
     position = int(torch.randint(max(1, len(annotated) - count + 1), (), generator=random))
     picked = [annotated[min(position, len(annotated) - 1)]]

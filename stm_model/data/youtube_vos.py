@@ -17,16 +17,10 @@ from stm_model.io.images import MediaError
 
 
 def youtube_vos_videos(folder: Path, all_frames: bool = False, only: Collection[str] = ()) -> list[Video]:
-    """The videos that meta.json lists.
+    """The videos that meta.json in the folder of a split lists; of those, `only` the named ones, none names all.
 
-    Args:
-        folder: the folder of a split.
-        all_frames: take frames from the folder `<split>_all_frames` beside it, if there.
-        only: names of the videos to find; none finds all.
-
-    Raises:
-        FileNotFoundError: meta.json, or the frames or masks of a video are missing.
-        ValueError: meta.json is not of this kind, or a mask has no frame.
+    `all_frames` takes frames from `<split>_all_frames` beside it, if there. Raises FileNotFoundError for what is
+    missing, ValueError for another meta.json or a mask without a frame.
     """
     meta = read_meta(folder / "meta.json")
     every = folder.with_name(f"{folder.name}_all_frames") / "JPEGImages"
@@ -41,12 +35,7 @@ def youtube_vos_videos(folder: Path, all_frames: bool = False, only: Collection[
 
 
 def read_meta(path: Path) -> dict[str, dict[int, ListedObject]]:
-    """Video → label → object, from a meta.json.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        MediaError: it is not of this kind.
-    """
+    """Video → label → object, from a meta.json. Raises MediaError if it is of another kind."""
     if not path.is_file():
         raise FileNotFoundError(f"YouTube-VOS layout: no such file: {path}")
     try:

@@ -10,45 +10,53 @@ from stm_model.runtime import NetworkOptions
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(NetworkOptions):
-    """Score the tracker, or a folder of masks, on a benchmark.
-
-    Writes masks/ as the benchmark wants them submitted, tables (CSV), evaluation.json and report.html. torchrun spreads
-    the videos over processes.
-    """
+class EvaluationOptions(NetworkOptions):
+    """What is evaluated, and where the results go: options of every benchmark."""
 
     data: Path
     """The dataset's folder."""
-    dataset: Literal["davis2016", "davis2017", "youtube_vos", "lvos"] = "davis2016"
-    """The benchmark: its folders, what it gives and what it scores. davis-interactive has options of its own: stm
-    evaluate --dataset davis-interactive --help."""
     split: str | None = None
     """List or folder of the split; None is val for DAVIS, valid elsewhere."""
     resolution: str | None = None
     """Folder under JPEGImages, DAVIS alone; None takes 480p, or the only one."""
     videos: tuple[str, ...] = ()
     """Names of the videos to score; none takes the whole split."""
-    results: Path | None = None
-    """Folder of masks to score, laid out as a submission; None tracks."""
-    binary: bool = False
-    """The masks in --results are black and white: what is bright is the one object."""
     out: Path = Path("stm-evaluation")
     """Folder for what is written."""
     overwrite: bool = False
     """Replace an earlier evaluation in a folder that is not empty."""
+    json: bool = False
+    """Print the summary as JSON, alone on stdout."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(EvaluationOptions):
+    """Score the tracker, or a folder of masks, on a benchmark.
+
+    Writes masks/ as the benchmark wants them submitted, tables (CSV), evaluation.json and report.html. torchrun spreads
+    the videos over processes.
+    """
+
+    dataset: Literal["davis2016", "davis2017", "youtube_vos", "lvos"] = "davis2016"
+    """The benchmark: its folders, what it gives and what it scores. davis-interactive has options of its own: stm
+    evaluate --dataset davis-interactive --help."""
+    results: Path | None = None
+    """Folder of masks to score, laid out as a submission; None tracks."""
+    binary: bool = False
+    """The masks in --results are black and white: what is bright is the one object."""
     study: Literal["memory", "every", "read"] | None = None
     """Track with several settings instead of one: memory, the paper's four memory rules; every, a remembered frame in
     1, 2, 5, 10 or 20; read, how the memory is read."""
     memory: str = "every:5"
     """Which frames are remembered: first, previous, first+previous, every:N or uniform:K."""
+    memory_share: float | None = None
+    """The most remembered positions to keep, as a share of all: those that reads use; None keeps all."""
     overlay: bool = False
     """Write overlays/VIDEO.mp4, the frames with the objects colored, and link them in the report."""
     report: bool = True
     """Write report.html and figures/; --no-report does not."""
     workers: int | None = None
     """Processes that score; None takes one a core."""
-    json: bool = False
-    """Print the summary as JSON, alone on stdout."""
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:

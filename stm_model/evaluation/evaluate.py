@@ -33,19 +33,15 @@ from stm_model.evaluation.tables import (
 from stm_model.io.files import write_json
 from stm_model.network import STRIDE
 from stm_model.runtime import NetworkOptions, default_device, default_dtype, dtype_name, usable_device
-from stm_model.tracking.budget import MemoryRule
+from stm_model.tracking.budget import MemoryBudget, MemoryRule
 
 SUMMARY = "evaluation.json"
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Run an evaluation or a study and write its files.
+    """Run an evaluation or a study and write its files; what evaluation.json holds, in every process of a torchrun.
 
-    Returns:
-        What evaluation.json holds, in every process of a torchrun.
-
-    Raises:
-        FileNotFoundError, ValueError: data, results or settings make no sense; the message names the file.
+    Raises FileNotFoundError or ValueError where data, results or settings make no sense; the message names the file.
     """
     with Ranks() as ranks:
         # bad input is refused before anything is written
@@ -59,7 +55,8 @@ def _evaluation(config: EvaluateConfig, dataset: Dataset, ranks: Ranks) -> dict[
     if masks is None:
         masks = config.out / "masks"
         mine = ranks.share(dataset.videos, lambda video: len(video.frame_paths))
-        options, folder = {"memory": config.memory}, masks / dataset.submission_folder
+        options = {"memory": config.memory, "budget": MemoryBudget(share=config.memory_share)}
+        folder = masks / dataset.submission_folder
         speeds = ranks.each(lambda: track_videos(mine, config, options, folder, quiet=not ranks.first))
         speed = sum(speeds[1:], start=speeds[0])
     return ranks.on_first(lambda: _finish(config, dataset, masks, speed))
@@ -92,14 +89,14 @@ def _finish(config: EvaluateConfig, dataset: Dataset, masks: Path, speed: Speed 
 
 
 def _study(config: EvaluateConfig, dataset: Dataset, ranks: Ranks) -> dict[str, Any]:
-    study = STUDIES[str(config.study)]
-    rows = run_study(study, dataset, config, ranks)
-    summary = facts(config, dataset) | {"study": config.study, "variants": rows}
+    name = str(config.study)
+    rows = run_study(name, dataset, config, ranks)
+    summary = facts(config, dataset) | {"study": name, "variants": rows}
 
     def write() -> None:
         from stm_model.evaluation.figures import draw_study
 
-        draw_study(study, rows, config.out / f"study_{config.study}.png")
+        draw_study(STUDIES[name].title, rows, config.out / f"study_{name}.png")
         write_json(config.out / SUMMARY, summary)
 
     ranks.on_first(write)

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from stm_model.evaluation.scoring import ObjectScore
-from stm_model.evaluation.studies import PERCENTILES, Study
+from stm_model.evaluation.studies import PERCENTILES
 from stm_model.evaluation.tables import mean_contour, mean_region
 from stm_model.io.files import whole
 from stm_model.labels import VOID
@@ -28,16 +28,10 @@ MAX_BARS, MAX_PANELS = 60, 24
 
 
 def error_map(frame: np.ndarray, prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """A frame in gray with the errors of its mask in color.
+    """A frame, uint8 RGB `[H, W, 3]`, in gray with the errors of its mask in color; labels are uint8 `[H, W]`.
 
-    Args:
-        frame: uint8 RGB `[H, W, 3]`.
-        prediction: uint8 labels `[H, W]`.
-        truth: uint8 labels `[H, W]`; 255 is void and stays gray.
-
-    Returns:
-        uint8 RGB `[H, W, 3]`: false positives orange, false negatives blue, pixels with another object's label pink;
-        true positives are lighter than the background.
+    False positives are orange, false negatives blue, pixels with another object's label pink, true positives lighter
+    than the background; void pixels of the truth stay gray.
     """
     gray = np.repeat(frame.mean(-1, keepdims=True), 3, axis=-1)
     known, predicted, true = truth != VOID, prediction > 0, (truth > 0) & (truth < VOID)
@@ -108,62 +102,17 @@ def _lowest_first(scores: Sequence[ObjectScore]) -> list[tuple[str, list[ObjectS
     return sorted(videos.items(), key=lambda item: (mean_region(item[1]), mean_contour(item[1]), item[0]))
 
 
-def draw_attributes(means: Mapping[str, tuple[float, int]], path: Path) -> None:
-    """Mean J of the videos that have an attribute; attribute → (mean J, number of videos)."""
-    figure = Figure((6.4, 0.8 + 0.28 * len(means)), layout="constrained")
-    axes = figure.subplots()
-    rows = sorted(means.items(), key=lambda item: -item[1][0])
-    axes.barh(range(len(rows)), [mean for _, (mean, _) in rows], color=LINES[1])
-    axes.set_yticks(range(len(rows)), [f"{name} ({count})" for name, (_, count) in rows])
-    axes.set(xlim=(0, 1), xlabel="mean J (number of videos)")
-    save(figure, path)
-
-
-def draw_study(study: Study, rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """A study's figure: the distribution of J over frames, or J, speed and memory of each variant."""
-    figure = _percentiles(rows) if study.figure == "percentiles" else _panels(rows, bars=study.figure == "bars")
-    figure.suptitle(study.title)
-    save(figure, path)
-
-
-def _percentiles(rows: Mapping[str, Mapping[str, Any]]) -> Figure:
+def draw_study(title: str, rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """The distribution of J over frames, of each variant of a study."""
     figure = Figure((6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     for index, (name, row) in enumerate(rows.items()):
-        label = f"{name} (mean {row['J-Mean']:.3f})"
+        label = f"{name} (mean {row['J-Mean']:.3f})" if "J-Mean" in row else name
         axes.plot(PERCENTILES, row["percentiles"], label=label, linewidth=1.8, **line_style(index))
-    axes.set(xlabel="percentile of the frames, the hardest left", ylabel="J", xlim=(0, 100), ylim=(0, 1))
+    axes.set(xlabel="percentile of the frames, the hardest left", ylabel="J", xlim=(0, 100), ylim=(0, 1), title=title)
     axes.legend(loc="lower right", frameon=False)
     axes.grid(alpha=0.3)
-    return figure
-
-
-def _panels(rows: Mapping[str, Mapping[str, Any]], bars: bool) -> Figure:
-    titles = {
-        "J-Mean": "mean J",
-        "Overall": "overall G",
-        "FPS": "frames a second",
-        "Added-MiB": "memory above the network, MiB",
-    }
-    columns = [column for column in titles if all(column in row for row in rows.values())]
-    figure = Figure((3.2 * len(columns), 3.2), layout="constrained")
-    places = range(len(rows))
-    for panel, column in zip(figure.subplots(1, len(columns), squeeze=False).ravel(), columns):
-        values = [row[column] for row in rows.values()]
-        if bars:
-            panel.bar(places, values, 0.6, color=LINES[1])
-        else:
-            panel.plot(places, values, "o-", color=LINES[1])
-            panel.set_xlabel("N")
-        panel.set_xticks(places, list(rows))
-        for place, value in enumerate(values):
-            text = f"{value:.3f}" if column in ("J-Mean", "Overall") else f"{value:.{int(value < 100)}f}"
-            offset, side = ((0, 4), "center") if bars else ((4, 4), "left")
-            panel.annotate(text, (place, value), offset, textcoords="offset points", ha=side, fontsize=8)
-        panel.set(title=titles[column])
-        panel.margins(x=0.12)
-        panel.set_ylim(0, max(values) * 1.15 or 1)
-    return figure
+    save(figure, path)
 
 
 def save(figure: Figure, path: Path) -> None:

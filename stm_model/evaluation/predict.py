@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -20,8 +19,7 @@ from stm_model.io.images import MediaError, picture_size, read_image, width_by_h
 from stm_model.io.masks import write_mask
 from stm_model.labels import VOID
 from stm_model.network import STM
-from stm_model.network.weights import chosen_side
-from stm_model.runtime import NetworkOptions, held_process_memory, peak_process_memory
+from stm_model.runtime import NetworkOptions, chosen_side, held_process_memory, peak_process_memory, timed
 from stm_model.tracking.tracker import Tracker
 
 WARM_UP = 5
@@ -33,9 +31,8 @@ class Speed:
     """Tracking speed in frames, however many objects they have; reading and writing files is not counted."""
 
     frames: int
-    """Frames timed."""
     seconds: float
-    """Seconds they took, the device synchronized after each."""
+    """Seconds they took."""
     peak_bytes: int | None
     """Peak memory: allocated on a GPU, else of the process; None where the system does not say."""
     loaded_bytes: int | None
@@ -55,7 +52,7 @@ class Speed:
 def track_videos(
     videos: list[Video], network: NetworkOptions, options: Mapping[str, Any], out: Path, quiet: bool = False
 ) -> Speed:
-    """Track videos one after the other and write the masks that their benchmark asks for.
+    """Track videos one after the other and write OUT/VIDEO/ with the masks that their benchmark asks for.
 
     Args:
         videos: the videos.
@@ -64,29 +61,39 @@ def track_videos(
         out: folder that gets a folder of masks for each video.
         quiet: show no progress.
 
-    Returns:
-        The speed over all frames of all videos.
-
     Raises:
         MediaError: a frame or a mask cannot be read, or does not fit its video; the message names it.
-        ValueError: the settings make no sense.
     """
     model = STM.load(network.checkpoint, device=network.device, dtype=network.dtype)
     device = next(model.parameters()).device
-    meter = _Meter(device)
     trackers: dict[int | None, Tracker] = {}
+    spent, loaded, frames = {"tracking": 0.0, "reading": 0.0}, None, 0
     total = sum(len(video.frame_paths) for video in videos)
     with tqdm(total=total, desc="track", unit="frame", delay=1, disable=quiet or None) as progress:
-        for video in videos:
+        for number, video in enumerate(videos):
             size = chosen_side(network.size, network.checkpoint, picture_size(video.frame_paths[0]))
             if size not in trackers:
                 trackers[size] = Tracker(model, size=size, **options)
-            if meter.loaded_bytes is None:
-                for _ in zip(range(WARM_UP), _results(trackers[size], video, _Meter(device))):
+            if not number:
+                for _ in zip(range(WARM_UP), _results(trackers[size], video, dict(spent))):
                     pass
-                meter.start_counting()
-            _track_video(video, trackers[size], meter, out / video.name, progress)
-    return meter.speed()
+                loaded = _held_memory(device)
+            progress.set_postfix_str(video.name)
+            for _ in _write(video, _results(trackers[size], video, spent), out / video.name):
+                frames += 1
+                progress.update()
+    on_gpu = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated(device) if on_gpu else peak_process_memory()
+    return Speed(frames, spent["tracking"], peak, loaded)
+
+
+def _held_memory(device: torch.device) -> int | None:
+    """The memory held now; on a GPU the peak starts anew."""
+    gc.collect()
+    if device.type != "cuda":
+        return held_process_memory()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
 
 
 def track_videos_apart(*arguments: Any) -> Speed:
@@ -95,44 +102,28 @@ def track_videos_apart(*arguments: Any) -> Speed:
         return pool.submit(track_videos, *arguments).result()
 
 
-def _track_video(video: Video, tracker: Tracker, meter: _Meter, out: Path, progress: tqdm) -> None:
+def _write(video: Video, results: Iterable[tuple[int, np.ndarray]], out: Path) -> Iterator[None]:
+    """Write the masks that the benchmark asks for, as the annotations are; yields after each frame."""
     out.mkdir(parents=True, exist_ok=True)
     asked = set(video.asked)
-    # masks are written as the annotations are
     white = np.uint8(VOID if video.black_and_white else 1)
-    progress.set_postfix_str(video.name)
-    for index, labels in _results(tracker, video, meter):
+    for index, labels in results:
         if index in asked:
             write_mask(out / video.mask_name(index), labels * white)
-        progress.update()
+        yield
 
 
-def _results(tracker: Tracker, video: Video, meter: _Meter) -> Iterator[tuple[int, np.ndarray]]:
-    """(frame, labels) of a video; the meter runs only while the tracker does."""
-    given = _given_masks(video)
-    results = tracker.track(_frames(video, meter), given, frame_count=len(video.frame_paths))
-    while True:
-        meter.resume()
-        try:
-            result = next(results, None)
-        except MediaError:
-            raise
-        except ValueError as error:
-            raise MediaError(f"{video.name}: {error}") from error
-        meter.pause()
-        if result is None:
-            return
-        meter.frames += 1
-        yield result.index, result.labels
-
-
-def _frames(video: Video, meter: _Meter) -> Iterator[np.ndarray]:
-    """The frames as the tracker pulls them; the meter stops while they are read."""
-    for path in video.frame_paths:
-        meter.pause()
-        frame = read_image(path)
-        meter.resume()
-        yield frame
+def _results(tracker: Tracker, video: Video, spent: dict[str, float]) -> Iterator[tuple[int, np.ndarray]]:
+    """(frame, labels) of a video; `spent` gets the seconds of tracking, without those of reading."""
+    frames = timed(map(read_image, video.frame_paths), spent, "reading", "tracking")
+    results = tracker.track(frames, _given_masks(video), frame_count=len(video.frame_paths))
+    try:
+        for result in timed(results, spent, "tracking"):
+            yield result.index, result.labels
+    except MediaError:
+        raise
+    except ValueError as error:
+        raise MediaError(f"{video.name}: {error}") from error
 
 
 def _given_masks(video: Video) -> dict[int, np.ndarray]:
@@ -150,36 +141,3 @@ def _given_masks(video: Video) -> dict[int, np.ndarray]:
                     f"{video.annotations[frame]}: object {label} should enter here, but is not in the mask"
                 )
     return masks
-
-
-class _Meter:
-    """Seconds of tracking and peak memory."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.frames, self.seconds = device, 0, 0.0
-        self.loaded_bytes: int | None = None
-        self.running_since: float | None = None
-
-    def start_counting(self) -> None:
-        """Note the memory held now; on a GPU the peak starts anew."""
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.loaded_bytes = torch.cuda.memory_allocated(self.device)
-        else:
-            self.loaded_bytes = held_process_memory()
-
-    def resume(self) -> None:
-        self.running_since = time.perf_counter()
-
-    def pause(self) -> None:
-        if self.running_since is not None:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            self.seconds += time.perf_counter() - self.running_since
-            self.running_since = None
-
-    def speed(self) -> Speed:
-        on_gpu = self.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else peak_process_memory()
-        return Speed(self.frames, self.seconds, peak, self.loaded_bytes)

@@ -20,9 +20,8 @@ from tqdm import tqdm
 from stm_model.data import video as data
 from stm_model.data.davis import Year, davis_videos
 from stm_model.data.lvos import lvos_videos
-from stm_model.data.video import labels_in
 from stm_model.data.youtube_vos import read_meta, youtube_vos_videos
-from stm_model.labels import VOID
+from stm_model.labels import VOID, objects_in
 
 SEEN, UNSEEN = "seen", "unseen"
 
@@ -65,9 +64,7 @@ class Dataset:
     name: str
     """`davis2016`, `davis2017`, `youtube_vos` or `lvos`."""
     split: str
-    """Name of the split."""
     videos: tuple[Video, ...]
-    """Its videos."""
     submission_folder: str = ""
     """Folder inside a submission that holds the videos' folders."""
 
@@ -77,16 +74,9 @@ def open_dataset(
 ) -> Dataset:
     """Find the videos of a split and what its protocol asks for, without reading frames.
 
-    Args:
-        name: a key of `BENCHMARKS`.
-        root: the dataset's folder.
-        split: its list or folder; None is `val` for DAVIS, `valid` elsewhere.
-        resolution: folder under JPEGImages, DAVIS alone; None takes `480p`, or the only one.
-        videos: names of the videos to keep; none keeps all.
-
-    Raises:
-        FileNotFoundError: the folder, the split or a video's frames or masks are missing.
-        ValueError: frames, annotations and lists contradict each other.
+    `split` None is `val` for DAVIS, `valid` elsewhere; `resolution` is DAVIS' folder, None `480p` or the only one;
+    `videos` are the names to keep, none keeps all. Raises FileNotFoundError for what is missing, ValueError for
+    contradictions.
     """
     if name not in BENCHMARKS:
         raise ValueError(f"dataset: expected {', '.join(BENCHMARKS)}, got {name!r}")
@@ -119,7 +109,7 @@ def _open_davis(year: Year, root: Path, split: str, resolution: str | None, only
 
 
 def _davis_video(video: Video) -> Video:
-    objects = labels_in(video.read_annotation(0))
+    objects = tuple(sorted(objects_in(video.read_annotation(0))))
     if not objects:
         raise ValueError(f"{video.annotations[0]}: expected an object in the first frame, found none")
     count = len(video.frame_paths)
@@ -182,7 +172,7 @@ def _lvos_video(video: data.Video) -> Video:
     for frame in video.annotated:
         if known:
             scored[frame] = known
-        if entering := tuple(sorted(set(labels_in(video.read_annotation(frame))) - set(known))):
+        if entering := tuple(sorted(objects_in(video.read_annotation(frame)) - set(known))):
             entries[frame] = entering
             known = tuple(sorted((*known, *entering)))
     if not entries:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from stm_model.evaluation import figures
 from stm_model.evaluation.protocol import Dataset, Video
-from stm_model.evaluation.scoring import ObjectScore, find_results, read_result
+from stm_model.evaluation.scoring import find_results, read_result
 from stm_model.evaluation.tables import Evaluation, mean_region, quoted_results
 from stm_model.io.files import whole
 from stm_model.io.images import contact_sheet, encode_jpeg, overlay, read_image, resize_frame, write_image
@@ -26,13 +25,7 @@ PANEL_WIDTH = 320
 
 
 def write_page(path: Path, template: Path, **values: Any) -> None:
-    """Write an HTML page from a jinja2 template, whole or not at all.
-
-    Args:
-        path: the page.
-        template: may extend `base.html` of this package, which needs `title`, `command` and `versions`.
-        values: what the template shows; text is escaped.
-    """
+    """Write an HTML page from a jinja2 template, whole or not at all; it may extend `base.html`. Values are escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     loader = FileSystemLoader([template.parent, TEMPLATES])
@@ -47,14 +40,7 @@ def png_url(path: Path) -> str:
 
 
 def write_report(evaluation: Evaluation, out: Path, overlays: Mapping[str, Path], binary: bool) -> None:
-    """Write report.html, which holds all its pictures, and the pictures again as files under figures/.
-
-    Args:
-        evaluation: what to show.
-        out: folder for both.
-        overlays: video → overlay video, to be linked.
-        binary: the masks are black and white.
-    """
+    """Write report.html, which holds all its pictures and links `overlays`, and the pictures again under figures/."""
     folder = out / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     dataset, summary = evaluation.dataset, evaluation.summary
@@ -76,17 +62,7 @@ def write_report(evaluation: Evaluation, out: Path, overlays: Mapping[str, Path]
 
 
 def write_overlays(dataset: Dataset, masks: Path, out: Path, binary: bool) -> dict[str, Path]:
-    """Write VIDEO.mp4 for every video: the frames that have a mask, with the objects colored.
-
-    Args:
-        dataset: the videos.
-        masks: a submission.
-        out: folder for the overlays.
-        binary: the masks are black and white.
-
-    Returns:
-        Video → file.
-    """
+    """Write OUT/VIDEO.mp4 for every video, the frames that have a mask with the objects colored; video → file."""
     # only here: evaluating without --overlay must not need PyAV
     from stm_model.io.video import VideoWriter
 
@@ -144,20 +120,7 @@ def _charts(evaluation: Evaluation, folder: Path) -> list[tuple[str, str, str]]:
         ("Video by video", "videos.png", "J and F of every video"),
         ("Over time", "over_time.png", "J by frame, the lowest video first"),
     ]
-    if attributes := attribute_means(videos, scores):
-        figures.draw_attributes(attributes, folder / "attributes.png")
-        charts.append(("Attributes", "attributes.png", "mean J of the videos that have an attribute of the dataset"))
     return [(heading, png_url(folder / name), caption) for heading, name, caption in charts]
-
-
-def attribute_means(videos: Iterable[Video], scores: Sequence[ObjectScore]) -> dict[str, tuple[float, int]]:
-    """Attribute → mean J over the videos that have it, and their number."""
-    members: dict[str, list[float]] = {}
-    for video in videos:
-        if own := [score for score in scores if score.video == video.name]:
-            for attribute in video.attributes:
-                members.setdefault(attribute, []).append(mean_region(own))
-    return {attribute: (fmean(values), len(values)) for attribute, values in sorted(members.items())}
 
 
 def _worst(evaluation: Evaluation, folder: Path, binary: bool) -> list[tuple[str, list[str]]]:

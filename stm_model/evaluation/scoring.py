@@ -21,7 +21,6 @@ from stm_model.io.masks import read_mask
 from stm_model.labels import VOID
 
 CHUNK = 32
-"""Frames of a task."""
 
 
 class ResultError(MediaError):
@@ -33,13 +32,10 @@ class ObjectScore:
     """J and F of one object of a video."""
 
     video: str
-    """Name of the video."""
     label: int
-    """The object."""
     group: str | None
     """`seen` or `unseen`, where the benchmark tells."""
     frames: tuple[int, ...]
-    """Frames scored."""
     region: tuple[float, ...]
     """J of each."""
     contour: tuple[float, ...]
@@ -68,16 +64,13 @@ class _Task(NamedTuple):
 def score(
     dataset: Dataset, results: Path | None, *, binary: bool = False, workers: int | None = None
 ) -> list[ObjectScore]:
-    """J and F of every object of a split.
+    """J and F of every object of a split, by video and label; none for videos without public ground truth.
 
     Args:
         dataset: the split.
         results: a submission, with a folder of masks for each video. None scores the floor: every given mask repeated.
         binary: the masks are black and white: bright pixels are the one object of a video.
         workers: processes; None takes one a core.
-
-    Returns:
-        A score for each object, by video and label; none for videos without public ground truth.
 
     Raises:
         FileNotFoundError: the folder, a video's or a mask is missing.
@@ -126,17 +119,9 @@ def find_results(dataset: Dataset, results: Path, video: Video) -> Path:
 
 
 def read_result(path: Path, video: Video, size: tuple[int, ...], binary: bool = False) -> np.ndarray:
-    """Labels of a result mask, uint8 `[H, W]`.
+    """Labels of a result mask of a video, uint8 `[H, W]` of `size`; `binary` takes bright pixels for the one object.
 
-    Args:
-        path: the mask.
-        video: whose objects it may hold.
-        size: height and width that it must have, in pixels.
-        binary: the mask is black and white: bright pixels are the one object.
-
-    Raises:
-        ResultError: it has another size, a label of no object, or is black and white without `binary`.
-        MediaError: it cannot be read as a mask.
+    Raises ResultError for another size, a label of no object, or a black and white mask without `binary`.
     """
     if binary and len(video.objects) > 1:
         raise ResultError(f"{path}: a black-and-white mask can't tell the {len(video.objects)} objects of {video.name}")

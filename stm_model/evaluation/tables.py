@@ -19,9 +19,7 @@ class Quoted(NamedTuple):
     """A row of a published table."""
 
     system: str
-    """Name of the method."""
     source: str
-    """Where it is published."""
     values: dict[str, float]
     """Column → value, in [0, 1]."""
 
@@ -41,7 +39,6 @@ class Evaluation:
     """A finished evaluation."""
 
     dataset: Dataset
-    """The split."""
     masks: Path
     """Folder of the masks, laid out as a submission."""
     scores: list[ObjectScore]

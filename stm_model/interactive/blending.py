@@ -22,9 +22,6 @@ def cross_out(probabilities: Tensor, drawing: np.ndarray, objects: Sequence[int]
         probabilities: float `[n + 1, h, w]`, background first.
         drawing: int8 labels `[h, w]` of the frame's scribbles, NONE elsewhere.
         objects: labels of the n objects.
-
-    Returns:
-        New probabilities, `[n + 1, h, w]`.
     """
     labels = np.array([0, *objects])
     found = labels[probabilities.max(0).indices.cpu().numpy()]

@@ -26,7 +26,7 @@ from stm_model.io.images import MediaError, read_image
 from stm_model.io.masks import write_mask
 from stm_model.labels import VOID
 from stm_model.network import STM
-from stm_model.network.weights import DEFAULT_INTERACTIVE_WEIGHTS, chosen_side
+from stm_model.runtime import DEFAULT_INTERACTIVE_WEIGHTS, chosen_side
 
 
 class _Start(NamedTuple):
@@ -40,13 +40,9 @@ class _Start(NamedTuple):
 
 
 def evaluate_interactive(config: EvaluateInteractiveConfig) -> dict[str, Any]:
-    """Run the interactive evaluation and write its files.
+    """Run the interactive evaluation and write its files; what evaluation.json holds, in every process of a torchrun.
 
-    Returns:
-        What evaluation.json holds, in every process of a torchrun.
-
-    Raises:
-        FileNotFoundError, ValueError: data, scribbles or settings make no sense; the message names the file.
+    Raises FileNotFoundError or ValueError where data, scribbles or settings make no sense; the message names the file.
     """
     with Ranks() as ranks:
         # what can be refused is refused before anything is written
@@ -65,11 +61,7 @@ def describe_interactive(summary: dict[str, Any]) -> str:
 
 
 def open_interactive(config: EvaluateInteractiveConfig) -> Dataset:
-    """The split, of DAVIS 2017 where it is listed there, else of 2016; every frame has ground truth.
-
-    Raises:
-        FileNotFoundError, ValueError: as `open_dataset`, or a frame without ground truth.
-    """
+    """The split, of DAVIS 2017 where it is listed there, else of 2016; every frame must have ground truth."""
     split = config.split or "val"
     # the lists of the package are of 2016
     year = "2017" if (config.data / "ImageSets" / "2017" / f"{split}.txt").is_file() else "2016"
@@ -126,7 +118,8 @@ def _run_sample(config: EvaluateInteractiveConfig, model: STM, start: _Start, pr
     if any(truth.shape != frame.shape[:2] for frame, truth in zip(frames, truths)):
         raise MediaError(f"{video.name}: frames and annotations differ in size")
     try:
-        size = chosen_side(config.size, config.checkpoint, frames[0].shape[:2])
+        weights = config.checkpoint or DEFAULT_INTERACTIVE_WEIGHTS
+        size = chosen_side(config.size, weights, frames[0].shape[:2])
         session = ScribbleSession(model, frames, size=size)
         rounds, masks = [], np.zeros((len(frames), *truths[0].shape), np.uint8)
         results = run_rounds(session, truths, video.objects, first=start.first, interactions=config.interactions)

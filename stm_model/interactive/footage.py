@@ -15,15 +15,9 @@ from stm_model.io.video import BrokenVideo, open_video
 
 
 class Footage:
-    """The frames of a video, decoded once into a temporary file that lives as long as they do.
+    """The frames of a video, uint8 `[T, H, W, 3]`, decoded once into a temporary file that lives as long as they do.
 
-    Args:
-        path: a video file, or a folder of frames.
-        most_frames: longer videos are refused.
-        name: name of the video; None takes the file's.
-
-    Raises:
-        MediaError: not a video, or too long for the limit or the disk.
+    Raises MediaError for what is no video, or too long for `most_frames` or the disk. `name` None is the file's.
     """
 
     def __init__(self, path: str | os.PathLike, most_frames: int, name: str | None = None):

@@ -192,14 +192,10 @@ def drive(
     """Answer every interaction of an open `davisinteractive` session with our masks.
 
     Args:
-        official: the session, by its documented methods `next`, `get_scribbles` and `submit_masks`; its own clock runs
-            between the last two.
+        official: the session; its own clock runs between its `get_scribbles` and `submit_masks`.
         model: a network guided by scribbles.
         read_frames: sequence name → its frames, uint8 `[H, W, 3]`.
         size: shorter side in pixels at which the network runs; None keeps the frames' own.
-
-    Raises:
-        ScribbleError: the session gives invalid scribbles.
 
     Source: the package's user guide, interactive.davischallenge.org/user_guide/usage.
     """

@@ -22,18 +22,11 @@ MIN_PIXELS = 4
 
 
 def robot_scribbles(prediction: np.ndarray, truth: np.ndarray, objects: Collection[int]) -> list[dict[str, Any]]:
-    """Scribble on the errors of a frame's segmentation.
+    """Scribbles on the errors of a frame's segmentation, labels `[H, W]`, by ascending label; none if no error is
+    large.
 
     Each label's missing region, background included, is opened by a disk and thinned to its medial axis; the longest
-    path in each component of the axis, smoothed, is a scribble.
-
-    Args:
-        prediction: labels `[H, W]`.
-        truth: labels `[H, W]`; pixels with a label that is neither 0 nor an object's are no errors.
-        objects: labels that may be scribbled besides 0.
-
-    Returns:
-        Scribbles by ascending label; none if no error is larger than a few pixels.
+    path in each component of the axis, smoothed, is a scribble. Truth that is neither 0 nor an object's is no error.
 
     Source: Caelles et al. 2018, the DAVIS interactive track; interactive.davischallenge.org.
     """
@@ -63,16 +56,10 @@ def first_frame(truths: Sequence[np.ndarray], objects: Collection[int]) -> int:
 
 
 def medial_axis(mask: np.ndarray) -> np.ndarray:
-    """The center lines of a mask, running into its corners.
+    """The center lines of a mask, running into its corners: bool `[H, W]`, a subset with as many components.
 
     Pixels are removed in order of their distance to the background, corners after sides; a pixel stays if it connects
     its neighbors or ends a line.
-
-    Args:
-        mask: bool `[H, W]`; outside the picture is background.
-
-    Returns:
-        bool `[H, W]`, a subset of the mask with as many components.
 
     Source: Blum 1967; thinned by distance as Pudney 1998.
     """

@@ -156,14 +156,10 @@ def bezier(points: np.ndarray, count: int) -> np.ndarray:
 
 
 def scribble_maps(drawing: np.ndarray, objects: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The network's scribble input: for each of n objects its own scribbles, and as negative ones those of all others.
+    """Of n objects their own scribbles and, as negative ones, all others: 0 and 1, float32 `[n, H, W]`, five pixels
+    wide.
 
-    Args:
-        drawing: int8 labels `[H, W]` from `rasterize`, at the network's size.
-        objects: labels of the n objects.
-
-    Returns:
-        Positive and negative maps of 0 and 1, float32 `[n, H, W]`, dilated to lines five pixels wide.
+    `drawing` is int8 `[H, W]` from `rasterize`, at the network's size.
     """
     cross = ndimage.generate_binary_structure(2, 1)
     drawn = drawing != NONE

@@ -11,7 +11,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from stm_kernels import memory_read
-from stm_model.network import STM, STRIDE, Query, as_positions, fold_batch_norm, soft_aggregate
+from stm_model.network import STM, STRIDE, Query, as_positions, fold_batch_norm, fuse_activations, soft_aggregate
 from stm_model.network.encoders import FrameFeatures
 from stm_model.tracking.frames import check_frame, check_side, pad_to_stride, prepare_frame, scaled_size
 
@@ -39,16 +39,10 @@ class Memory(NamedTuple):
 
 
 class Segmenter:
-    """Segments frames of one video from annotated ones.
+    """Segments frames of one video, uint8 `[H, W, 3]`, from annotated ones, by a network guided by scribbles.
 
-    Args:
-        model: a network guided by scribbles.
-        frames: uint8 `[H, W, 3]`, all of one size.
-        size: shorter side in pixels at which the network runs; None keeps the frames' own.
-        memory_limit: bytes for cached features; frames beyond it are encoded again each time.
-
-    Raises:
-        ValueError: the network is guided by masks, there are no frames, or the size is too small.
+    It runs at `size` pixels on the shorter side, None keeps the frames'; at most `memory_limit` bytes of features are
+    cached.
     """
 
     def __init__(self, model: STM, frames: Sequence[np.ndarray], size: int | None, memory_limit: int):
@@ -56,7 +50,7 @@ class Segmenter:
         if not len(frames):
             raise ValueError("frames: expected at least one, got none")
         check_side(size)
-        self.model, self.frames, self.memory_limit = fold_batch_norm(model), frames, memory_limit
+        self.model, self.frames, self.memory_limit = fuse_activations(fold_batch_norm(model)), frames, memory_limit
         self.frame_size = check_frame(frames[0], 0, None).shape[:2]
         self.size = scaled_size(self.frame_size, size)
         self.device = next(self.model.parameters()).device

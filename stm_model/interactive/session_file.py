@@ -74,9 +74,7 @@ def _to_json(state: State, keep: Callable[[bytes], str]) -> dict[str, Any]:
 def read_session(path: str | os.PathLike, video: Mapping[str, Any]) -> tuple[list[State], int]:
     """The steps of a session of this video, and the index of the present one.
 
-    Raises:
-        SessionFileError: not a session file, a damaged one, or one of another video.
-        FileNotFoundError: there is no such file.
+    Raises SessionFileError for what is no session, a damaged one, or one of another video.
     """
     try:
         with zipfile.ZipFile(path) as archive:

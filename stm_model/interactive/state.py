@@ -22,7 +22,6 @@ class FrameMasks:
     """The soft masks of one frame at the network's size, compressed."""
 
     objects: tuple[int, ...]
-    """Labels of the n objects."""
     packed: bytes
     """Their probabilities in 1/255, uint8 `[n, h, w]`, by zlib."""
 
@@ -33,14 +32,8 @@ class FrameMasks:
         return cls(objects, zlib.compress(levels.tobytes(), 1))
 
     def unpack(self, size: tuple[int, int], objects: Sequence[int] | None = None) -> Tensor:
-        """Probabilities of background and objects, float32 `[n + 1, h, w]`.
-
-        Args:
-            size: height and width.
-            objects: labels in the order wanted, 0 everywhere for those without a mask; None is this frame's own.
-
-        Raises:
-            ValueError: the stored masks have another size.
+        """Probabilities of background and objects, float32 `[n + 1, h, w]`, of `size`, in the order of `objects`, 0
+        everywhere for those without a mask; None is this frame's own. Raises a ValueError if the size is another one.
         """
         stored = _decompress(self.packed, len(self.objects) * size[0] * size[1])
         levels = torch.from_numpy(stored.reshape(len(self.objects), *size).copy()).float()

@@ -25,14 +25,10 @@ at most so many pixels."""
 
 
 def synthesize(mask: np.ndarray, random: torch.Generator) -> np.ndarray:
-    """Scribble on a region as a person might: a stroke along the middle of each of its larger components.
+    """Scribble on a region, bool `[H, W]`, as a person might: a stroke along the middle of each of its larger
+    components.
 
-    Args:
-        mask: the region, bool `[H, W]`.
-        random: source of randomness.
-
-    Returns:
-        bool `[H, W]`, lines one pixel wide inside the region; empty only if the region is.
+    Returns bool `[H, W]`, lines one pixel wide inside the region; empty only if the region is.
 
     Source: Oh et al., DAVIS challenge 2019: skeleton and random walk.
     """
@@ -64,11 +60,9 @@ def synthesize_background(objects: np.ndarray, random: torch.Generator) -> np.nd
 def corrective(
     prediction: np.ndarray, truth: np.ndarray, label: int, random: torch.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scribble on the errors of one object in labels `[H, W]`; void pixels of the truth are no errors.
+    """Positive scribbles on false negatives of one object in labels `[H, W]` and negative ones on its false positives.
 
-    Returns:
-        Positive scribbles on false negatives and negative ones on false positives, bool `[H, W]`; empty where there is
-        no error.
+    Both bool `[H, W]`, empty where there is no error; void pixels of the truth are none.
     """
     missed = (truth == label) & (prediction != label)
     extra = (prediction == label) & (truth != label) & (truth != VOID)

@@ -12,10 +12,8 @@ from typing import Any
 
 @contextmanager
 def whole(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to `path` when the block ends without an error.
-
-    Raises:
-        OSError: with `path` as its file name where it has none.
+    """A temporary name beside `path`, renamed to `path` when the block ends without an error; an OSError names
+    `path`.
     """
     path = Path(path)
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
@@ -38,11 +36,7 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
 
 
 def write_torch(path: str | os.PathLike, content: Any) -> None:
-    """Write what `torch.save` takes, whole or not at all; it is on the disk when this returns.
-
-    Raises:
-        OSError: it cannot be written, as on a full disk; what was there before stays.
-    """
+    """Write what `torch.save` takes, whole or not at all; it is on the disk when this returns, or OSError is raised."""
     import torch
 
     with whole(path) as partial, open(partial, "wb") as file:

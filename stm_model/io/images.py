@@ -94,12 +94,7 @@ def resize_frame(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def fill_polygons(size: tuple[int, int], polygons: Sequence[Sequence[float]]) -> np.ndarray:
-    """Draw filled polygons: bool `[H, W]`, true inside any of them.
-
-    Args:
-        size: height and width in pixels.
-        polygons: each the corners x₀, y₀, x₁, y₁, … in pixels.
-    """
+    """Bool `[H, W]` of `size`, true inside any of the polygons: corners x₀, y₀, x₁, y₁, … in pixels."""
     canvas = Image.new("1", (size[1], size[0]))
     for corners in polygons:
         ImageDraw.Draw(canvas).polygon(list(corners), fill=1, outline=1)

@@ -67,20 +67,16 @@ def has_palette(path: str | os.PathLike) -> bool:
 def read_masks(
     path: str | os.PathLike, video: VideoFile | FrameFolder | None = None, *, binary: bool = False
 ) -> dict[int, np.ndarray]:
-    """Read the given masks of a video by frame index.
+    """Read the given masks of a video: frame → uint8 labels `[H, W]`.
 
     Args:
-        path: one mask (for frame 0), or a folder of masks. In a folder the number that ends a file's name is its frame
-            (`00005.png`, `mask_5.png`); if `video` is a folder with frames of the same names, the mask's name is.
-        video: the source that the masks belong to, if there is one to check against.
+        path: one mask (for frame 0), or a folder of masks, named by frame number (`00005.png`, `mask_5.png`) or, if
+            `video` is a folder with frames of the same names, as its frames.
+        video: checks that the frames exist.
         binary: see `read_mask`.
 
-    Returns:
-        uint8 labels `[H, W]` by frame index, in order.
-
     Raises:
-        MediaError: what `read_mask` raises, no masks, two for one frame, one of a frame that the video does not have,
-            or no object in any of them.
+        MediaError: as `read_mask`, no masks, two for one frame, one of no frame, or no object in any of them.
     """
     path = Path(path)
     files = picture_files(path) if path.is_dir() else [path]

@@ -61,13 +61,10 @@ class Prefetch(Generic[Item]):
 
 
 class Writer(Generic[Item]):
-    """Hands items to `work` in a thread of its own, in order, at most `DEPTH` behind; a context manager.
+    """Hands items to `work`, an iterator over them, in a thread, in order, at most `DEPTH` behind; a context manager.
 
     The block ends when all items are worked on, also when it ends by an exception. What `work` raises comes out of the
     next `put`, or of the end of the block; the items after it are dropped.
-
-    Args:
-        work: is called once, with an iterator over the items.
     """
 
     def __init__(self, work: Callable[[Iterator[Item]], None]):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from stm_model.runtime import DEFAULT_WEIGHTS
 
 # the network is imported where it is used: `stm train --help` answers without torch
 if TYPE_CHECKING:
@@ -116,8 +118,8 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Number format under autocast; None takes bfloat16 where the device computes it natively, else float32."""
     prior_noise: float = 0.2
-    """Share of the previous frame's masks that are missing or shifted when a network with a prior sees them, so that it
-    does not follow them blindly."""
+    """Share of the previous frame's masks that are missing, shifted or seen twice, there and shifted, when a network
+    with a prior sees them, so that it does not follow them blindly."""
     recompute: bool = False
     """Compute activations anew in the backward pass instead of keeping them: less memory, a third more time. Needs
     batch norm frozen from the start."""
@@ -293,12 +295,6 @@ class PaperConfig(TrainConfig):
     workers: int = 4
 
 
-def _default_weights() -> Path:
-    from stm_model.network.weights import DEFAULT_WEIGHTS
-
-    return DEFAULT_WEIGHTS
-
-
 @dataclass(frozen=True)
 class InteractiveConfig(TrainConfig):
     """Train a network guided by scribbles, for `stm interact`, from the weights of one that tracks.
@@ -308,7 +304,7 @@ class InteractiveConfig(TrainConfig):
 
     split: str = "fit"
     validation_split: str | None = "held"
-    init: Path | None = field(default_factory=_default_weights)
+    init: Path | None = DEFAULT_WEIGHTS
     freeze_first_stage: bool = True
     trunk_rate: float = 0.5
     freeze_batch_norm: float = 0.0

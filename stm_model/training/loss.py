@@ -53,7 +53,7 @@ def segment_clips(
         keys.append(key)
         values.append(value)
         readout = _read(model, query.key, torch.stack(keys, 2), torch.stack(values, 2), objects, implementation)
-        seen = [_disturbed(mask, clip, time, prior_noise) for mask, clip in zip(masks, clips)] if prior_noise else masks
+        seen = [disturbed(mask, clip, time, prior_noise) for mask, clip in zip(masks, clips)] if prior_noise else masks
         previous = torch.cat(seen), torch.cat([other_object_masks(mask) for mask in seen])
         probabilities = run(model.segment, readout, query, objects, previous).split(objects)
         logits = [soft_aggregate(part) for part in probabilities]
@@ -78,19 +78,21 @@ def _read(model: STM, query_key: Tensor, key: Tensor, value: Tensor, objects: li
     return torch.cat(readouts)
 
 
-def _disturbed(masks: Tensor, clip: Clip, time: int, share: float) -> Tensor:
-    """Masks `[n, H, W]`, a share of them missing or shifted by up to an eighth of the frame."""
+def disturbed(masks: Tensor, clip: Clip, time: int, share: float) -> Tensor:
+    """Masks `[n, H, W]`, a share of them missing, shifted by up to a quarter of the frame, or both here and there."""
     random = generator(clip.seed, 6, time)
     draws = torch.rand(len(masks), 3, generator=random).tolist()
     disturbed = []
     for mask, (draw, down, right) in zip(masks, draws):
-        if draw < share / 2:
+        if draw < share / 3:
             mask = torch.zeros_like(mask)
         elif draw < share:
-            rows, columns = (round((2 * part - 1) * side / 8) for part, side in zip((down, right), mask.shape))
+            rows, columns = (round((2 * part - 1) * side / 4) for part, side in zip((down, right), mask.shape))
             padded = F.pad(mask, (max(columns, 0), max(-columns, 0), max(rows, 0), max(-rows, 0)))
             top, left = max(-rows, 0), max(-columns, 0)
-            mask = padded[top : top + mask.shape[0], left : left + mask.shape[1]]
+            shifted = padded[top : top + mask.shape[0], left : left + mask.shape[1]]
+            # what an object leaves behind is the commonest error
+            mask = shifted if draw < share * 2 / 3 else torch.maximum(mask, shifted)
         disturbed.append(mask)
     return torch.stack(disturbed)
 

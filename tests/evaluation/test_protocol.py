@@ -19,7 +19,6 @@ def test_davis_gives_the_first_mask_and_scores_all_but_the_ends(davis, clips):
         assert video.asked == tuple(range(count))
         assert video.scored == dict.fromkeys(range(1, count - 1), (1, 2))
         np.testing.assert_array_equal(video.given_masks()[0], clips[video.name][1][0])
-    assert [video.attributes for video in dataset.videos] == [("AC", "FM"), ("FM",), ()]
 
 
 def test_davis_2016_has_one_object(davis, clips, tmp_path):

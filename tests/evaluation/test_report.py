@@ -33,12 +33,12 @@ def test_the_report_stands_alone(evaluate, tmp_path):
     assert outside == ["overlays/ant.mp4", "overlays/bee.mp4", "overlays/cat.mp4"]
     for url in outside:
         assert open_video(folder / url).frame_count >= 6
-    # bars, J over time, attributes, three views of the worst frame of each of three videos, the contact sheet
-    assert links.images == 3 + 3 * 3 + 1 and "url(" not in page and "@import" not in page and "<script" not in page
+    # bars, J over time, three views of the worst frame of each of three videos, the contact sheet
+    assert links.images == 2 + 3 * 3 + 1 and "url(" not in page and "@import" not in page and "<script" not in page
     assert 'name="viewport"' in page
     for words in ("STM (0.16 s a frame), quoted [1]", "0.887", "[1] Oh et al., ICCV 2019", "first mask repeated"):
         assert words in page
-    for name in ("videos", "over_time", "attributes", "worst", "contact_sheet"):
+    for name in ("videos", "over_time", "worst", "contact_sheet"):
         assert images.read_image(folder / "figures" / f"{name}.png").shape[1] > 240
     summary = json.loads((folder / "evaluation.json").read_text())
     worst = min((value, row["video"]) for row in summary["objects"] for value in row["J_by_frame"])

@@ -4,7 +4,7 @@ from drawing import middle, stroke
 
 from stm_model import STM
 from stm_model.interactive.session import ScribbleSession
-from stm_model.network.weights import DEFAULT_INTERACTIVE_WEIGHTS
+from stm_model.runtime import DEFAULT_INTERACTIVE_WEIGHTS
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from stm_model.network.weights import DEFAULT_WEIGHTS, read_tensors
+from stm_model.network.weights import read_tensors
+from stm_model.runtime import DEFAULT_WEIGHTS
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ["--steps", "5", "--batch", "4", "--crop", "32", "--dtype", "float32"]

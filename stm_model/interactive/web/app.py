@@ -55,11 +55,7 @@ def make_app(workbench: Workbench, hosts: list[str] | None = None) -> FastAPI:
 
 
 def serve(workbench: Workbench, host: str, port: int, ready: Callable[[str], Any]) -> None:
-    """Serve the page until interrupted; port 0 takes a free one, and `ready` gets the URL once it can be opened.
-
-    Raises:
-        OSError: the address cannot be used.
-    """
+    """Serve the page until interrupted; port 0 takes a free one, and `ready` gets the URL once it can be opened."""
     listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     address = listener.getsockname()[1]
     loopback = host in ("127.0.0.1", "localhost", "::1")

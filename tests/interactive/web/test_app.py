@@ -232,7 +232,7 @@ def test_bad_input_ends_with_one_line(files, capsys, arguments, message):
 
 
 def test_tracking_weights_are_refused(files, capsys):
-    from stm_model.network.weights import DEFAULT_WEIGHTS
+    from stm_model.runtime import DEFAULT_WEIGHTS
 
     pytest.importorskip("fastapi")
     assert main(["interact", str(files / "walk.mp4"), "--checkpoint", str(DEFAULT_WEIGHTS), "--device", "cpu"]) == 2
