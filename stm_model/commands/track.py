@@ -52,7 +52,8 @@ class TrackConfig(NetworkOptions):
     """What is dropped where the budget is full: the positions that reads use least, or the oldest frame. Those of given
     masks stay."""
     memory_share: float | None = None
-    """The most positions to keep, as a share of all remembered so far, in place of a budget: those that reads use."""
+    """The most positions to keep, as a share of all remembered so far but no fewer than one frame's, in place of a
+    budget: those that reads use."""
     skip_uncertain: bool = False
     """Don't remember frames for good in which an object is likely lost."""
     top_k: int | None = None

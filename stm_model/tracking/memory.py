@@ -318,8 +318,8 @@ class MemoryBank:
 
     @staticmethod
     def _keep_share(memory: SpaceTimeMemory, frame_index: int, share: float) -> None:
-        """Drop what exceeds a share of all positions seen, but for those on probation."""
-        limit = math.ceil(share * memory.seen)
+        """Drop what exceeds a share of all positions seen and one frame's, but for those on probation."""
+        limit = max(math.ceil(share * memory.seen), memory.positions)
         settled = int((memory.notes[:, FRAME] <= frame_index - PROBATION).sum())
         if settled > limit:
             stays = memory.stay(frame_index, int(limit * GIVEN_SHARE))

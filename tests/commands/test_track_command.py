@@ -150,7 +150,7 @@ def test_what_a_run_will_remember_is_said_before_and_after(track, tmp_path):
     code, out, _ = track("--memory", "every:1", "--dtype", "float32")
     assert code == 0 and out.startswith(f"remembers   {planned}\n")
     memory = json.loads((tmp_path / "out" / "summary.json").read_text())["memory"]
-    assert memory["planned"] == planned and memory["evicted"] == 0
+    assert memory["planned"] == planned and memory["positions_dropped"] == 0
     assert memory["most_bytes"]["device"] >= 7 * kib * 1024 and memory["most_bytes"]["host"] == 0
 
 

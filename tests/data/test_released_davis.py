@@ -107,16 +107,20 @@ def test_the_documents_have_commands_that_read_davis():
 
 def _write_others(root):
     """The other datasets that stand beside DAVIS in a command, each with one frame."""
-    youtube, coco = root / "YOUTUBE" / "train", root / "COCO"
-    for folder in (youtube / "JPEGImages/aaa", youtube / "Annotations/aaa", coco / "train2017", coco / "annotations"):
+    youtube = root / "YOUTUBE" / "train"
+    instances = [root / "COCO", root / "INSTANCES"]
+    frames = [youtube / "JPEGImages/aaa/00000.jpg", *(each / "train2017/1.jpg" for each in instances)]
+    labels = [youtube / "Annotations/aaa", *(each / "annotations" for each in instances)]
+    for folder in (*(path.parent for path in frames), *labels):
         folder.mkdir(parents=True)
-    for path in (youtube / "JPEGImages/aaa/00000.jpg", coco / "train2017/1.jpg"):
+    for path in frames:
         write_image(path, np.zeros((24, 32, 3), np.uint8))
     write_mask(youtube / "Annotations/aaa/00000.png", np.ones((24, 32)))
     (youtube / "meta.json").write_text('{"videos": {"aaa": {"objects": {}}}}')
     square = {"id": 1, "image_id": 1, "segmentation": [[2, 2, 9, 2, 9, 9]], "iscrowd": 0, "area": 24}
     content = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [square]}
-    (coco / "annotations/instances_train2017.json").write_text(json.dumps(content))
+    for each in instances:
+        (each / "annotations/instances_train2017.json").write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
