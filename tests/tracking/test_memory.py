@@ -132,7 +132,7 @@ def test_a_share_is_kept_beside_probation_and_half_of_it_is_given():
     frames = memory.notes[:, FRAME_COLUMN]
     # the last frames are on probation
     assert ((frames > 100 - PROBATION).sum(), (frames <= 100 - PROBATION).sum()) == (PROBATION * 9, 91)
-    # when the probation of the first one ended, a tenth of 54 positions was less than a frame's 9, so that 9 could stay:
+    # when the probation of the first ended, a tenth of 54 positions was less than a frame's 9, so that 9 could stay:
     # half of them for the given mask
     assert (frames == 0).sum() == 4
     (memory,) = filled(MemoryBudget(share=0.01), 41).memories
