@@ -22,6 +22,7 @@ TRITON_KEY_CHANNELS = 256
 
 def read(options: ReadOptions, query_key: Tensor, memory_key: Tensor, memory_value: Tensor) -> ReadResult:
     """Read by `options.implementation`, but "reference"; the inputs are checked."""
+    memory_key, memory_value = _hide_for_triton(options, query_key, memory_key, memory_value)
     key_bias, lengths, scale, shift = _flat(options, query_key, memory_key)
     settings = (scale, options.top_k or 0, options.dropped, options.implementation)
     out, lse, skipped, _ = read_operator(query_key, memory_key, memory_value, key_bias, lengths, *settings)
@@ -41,11 +42,32 @@ def select(options: ReadOptions, query_key: Tensor, memory_key: Tensor) -> tuple
 
 def usage(options: ReadOptions, lse: Tensor | None, query_key: Tensor, memory_key: Tensor) -> Tensor:
     """Column sums of the affinity, by `options.implementation`, but "reference"; the inputs are checked."""
+    (memory_key,) = _hide_for_triton(options, query_key, memory_key)
     key_bias, lengths, scale, shift = _flat(options, query_key, memory_key)
     if lse is not None:
         lse = lse.double() if shift is None else lse.double() + shift
     settings = (scale, options.top_k or 0, options.implementation)
     return usage_operator(query_key, memory_key, key_bias, lengths, lse, *settings)
+
+
+def _hide_for_triton(options: ReadOptions, query_key: Tensor, *memory: Tensor) -> tuple[Tensor, ...]:
+    """Keys and values with zeros at the positions that a bias of -inf hides: a weight of 0 times NaN is NaN.
+
+    The CPU's reads copy only what is not finite, see `_shown`; a GPU would have to be waited for to know.
+    """
+    if options.key_bias is None or resolve_implementation(options.implementation, query_key) != "triton":
+        return memory
+    hidden = options.key_bias.isneginf()[:, :, None]
+    return tuple(part.masked_fill(hidden, 0.0) for part in memory)
+
+
+def _shown(memory: Tensor, key_bias: Tensor | None, implementation: str) -> Tensor:
+    """Keys or values `[B, N, ·]` as plain PyTorch may multiply them: finite where they are hidden."""
+    if key_bias is None or implementation == "triton" or not (hidden := key_bias.isneginf()).any():
+        return memory
+    # a sum is finite only where all its terms are
+    hidden &= ~memory.sum(2).isfinite()
+    return memory.masked_fill(hidden[:, :, None], 0.0) if hidden.any() else memory
 
 
 def shift_back(lse: Tensor, shift: Tensor) -> Tensor:
@@ -68,10 +90,12 @@ def _flat(
     if options.similarity == "dot":
         return key_bias, lengths, scale, None
     visible = memory_key.to(wide)
+    # a gradient of 0 times NaN is NaN
     if lengths is not None:
-        # a gradient of 0 times NaN is NaN
         padding = torch.arange(memory_key.shape[1], device=lengths.device) >= lengths[:, None]
         visible = visible.masked_fill(padding[:, :, None], 0.0)
+    if key_bias is not None:
+        visible = visible.masked_fill(key_bias.isneginf()[:, :, None], 0.0)
     square = visible.square().sum(2) * -scale
     shift = query_key.double().square().sum(2) * scale
     return square if key_bias is None else square + key_bias, lengths, 2 * scale, shift
@@ -120,11 +144,13 @@ def read_operator(
         backward pass: `[B, M, min(k, N)]` int32, the chosen positions, for a top-k read; for one that skips
         `[B, ⌈M / SKIP_QUERIES⌉, ⌈N / SKIP_POSITIONS⌉]` uint8, 1 where a block's values were read; else `[B, 0]`.
     """
+    implementation = resolve_implementation(implementation, query_key)
+    memory_key, memory_value = (_shown(part, key_bias, implementation) for part in (memory_key, memory_value))
     affinity = _affinity_of(query_key, memory_key, key_bias, lengths, scale)
     if min(*query_key.shape, *memory_value.shape) == 0:
         out, lse, skipped, choice = _outputs(affinity, memory_value, top_k, skip)
         return out.zero_(), lse.fill_(float("-inf")), skipped.zero_(), choice.zero_()
-    on_gpu = resolve_implementation(implementation, query_key) == "triton"
+    on_gpu = implementation == "triton"
     if top_k:
         out, lse, choice = top_k_read(affinity, memory_value, top_k, _select_of(on_gpu))
         return out, lse, torch.zeros_like(lse, dtype=torch.float32), choice
@@ -173,11 +199,13 @@ def backward_operator(
 
     With `skip`, positions whose values were not read have no gradient.
     """
+    implementation = resolve_implementation(implementation, query_key)
+    memory_key, memory_value = (_shown(part, key_bias, implementation) for part in (memory_key, memory_value))
     affinity = Affinity(query_key, memory_key, scale, key_bias, lengths)
     if min(*query_key.shape, *memory_value.shape) == 0:
         by_query, by_key, by_value = map(torch.zeros_like, (query_key, memory_key, memory_value))
         return by_query, by_key, by_value, _empty_grad_key_bias(query_key, key_bias).zero_()
-    on_gpu = resolve_implementation(implementation, query_key) == "triton"
+    on_gpu = implementation == "triton"
     if top_k:
         grads = top_k_read_backward(grad_out, grad_lse, affinity, memory_value, out, lse, choice)
     elif on_gpu:
@@ -239,10 +267,11 @@ def usage_operator(
 
     With `top_k` they are those of a read of so many positions, and `lse` is not looked at.
     """
-    affinity = _affinity_of(query_key, memory_key, key_bias, lengths, scale)
+    implementation = resolve_implementation(implementation, query_key)
+    affinity = _affinity_of(query_key, _shown(memory_key, key_bias, implementation), key_bias, lengths, scale)
     if min(*query_key.shape, *memory_key.shape) == 0:
         return query_key.new_zeros(memory_key.shape[:2], dtype=wide_dtype(query_key.dtype))
-    on_gpu = resolve_implementation(implementation, query_key) == "triton"
+    on_gpu = implementation == "triton"
     if top_k:
         return top_k_usage(affinity, top_k, _select_of(on_gpu))
     if on_gpu:

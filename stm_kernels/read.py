@@ -62,7 +62,8 @@ def memory_read(
             lie side by side, `[B, N, K·V]`: the affinity is computed once for all.
         scale: factor of the similarity; None is C ** -0.5 (the released model), 1.0 the paper's equation.
         similarity: "dot", the dot product, or "l2", the negative squared distance of STCN.
-        key_bias: `[B, N]`, any floating dtype, added to every logit of a memory position; -inf hides the position.
+        key_bias: `[B, N]`, any floating dtype, added to every logit of a memory position; -inf hides the position,
+            which may hold anything, NaN included.
         lengths: `[B]`, integers on the device of the inputs, 0 to N: how many positions each memory of a batch has.
             What follows is padding and may hold anything, NaN included.
         top_k: weigh only so many positions, those of the greatest logits; ties go to the lower index. None is all.

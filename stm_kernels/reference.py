@@ -37,9 +37,8 @@ def reference_read(
     """
     logits_BMN = reference_logits(query_key, memory_key, scale, similarity, key_bias, lengths)
     weights_BMN, lse_BM = _softmax(logits_BMN, top_k)
-    if lengths is not None:
-        # 0 · NaN is NaN
-        memory_value = memory_value.masked_fill(_padding(memory_value, lengths)[:, :, None], 0.0)
+    # 0 · NaN is NaN
+    memory_value = memory_value.masked_fill(_hidden(memory_value, key_bias, lengths)[:, :, None], 0.0)
     return weights_BMN @ memory_value, lse_BM
 
 
@@ -75,9 +74,9 @@ def reference_logits(
     lengths: Tensor | None = None,
 ) -> Tensor:
     """The logits `[B, M, N]`, in the dtype of the keys; the arguments are those of `reference_read`."""
-    if lengths is not None:
-        # not only the logits: a gradient of 0 · NaN is NaN
-        memory_key = memory_key.masked_fill(_padding(memory_key, lengths)[:, :, None], 0.0)
+    hidden_BN = _hidden(memory_key, key_bias, lengths)
+    # not only the logits: a gradient of 0 · NaN is NaN
+    memory_key = memory_key.masked_fill(hidden_BN[:, :, None], 0.0)
     logits_BMN = query_key @ memory_key.mT
     if similarity == "l2":
         query_square = query_key.square().sum(2)[:, :, None]
@@ -85,14 +84,17 @@ def reference_logits(
     logits_BMN = logits_BMN * scale
     if key_bias is not None:
         logits_BMN = logits_BMN + key_bias[:, None].to(logits_BMN.dtype)
+    return logits_BMN.masked_fill(hidden_BN[:, None], -math.inf)
+
+
+def _hidden(memory: Tensor, key_bias: Tensor | None, lengths: Tensor | None) -> Tensor:
+    """`[B, N]`, true where a bias of -inf stands, and from the end of a memory on."""
+    hidden_BN = torch.zeros(memory.shape[:2], dtype=torch.bool, device=memory.device)
+    if key_bias is not None:
+        hidden_BN = key_bias.isneginf()
     if lengths is not None:
-        logits_BMN = logits_BMN.masked_fill(_padding(memory_key, lengths)[:, None], -math.inf)
-    return logits_BMN
-
-
-def _padding(memory: Tensor, lengths: Tensor) -> Tensor:
-    """`[B, N]`, true from the end of a memory on."""
-    return torch.arange(memory.shape[1], device=lengths.device) >= lengths[:, None]
+        hidden_BN = hidden_BN | (torch.arange(memory.shape[1], device=lengths.device) >= lengths[:, None])
+    return hidden_BN
 
 
 def _softmax(logits_BMN: Tensor, top_k: int | None) -> tuple[Tensor, Tensor]:

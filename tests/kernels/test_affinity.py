@@ -136,6 +136,35 @@ def test_a_hidden_position_is_as_if_it_were_not_there(implementation):
         torch.testing.assert_close(found, expected[name])
 
 
+READS = [("reference", {}), *[(name, {}) for name in ("chunked", "triton")]]
+READS += [(name, {"skip": 1e-3}) for name in ("chunked", "triton")]
+READS += [(name, {"top_k": k}) for name in ("reference", "chunked", "triton") for k in (5, 60)]
+
+
+@pytest.mark.parametrize("implementation, options", READS, ids=str)
+@pytest.mark.parametrize("similarity", ["dot", "l2"])
+def test_what_a_hidden_position_holds_is_not_read(implementation, options, similarity):
+    # more than 60 positions are hidden: the 60 best are fewer
+    problem = make_problem(2, 20, 90, 16, 24, similarity=similarity, biased=True, device=device_of(implementation))
+    problem.key_bias[:, 1::3] = -torch.inf
+    hidden = problem.key_bias.isneginf()
+    read = read_by(implementation, **options)
+    usage = {name: value for name, value in options.items() if name == "top_k"} | problem.options()
+
+    def found():
+        used = memory_usage(
+            problem.query_key, problem.memory_key, key_bias=problem.key_bias, implementation=implementation, **usage
+        )
+        return results(problem, read) | {"usage": used}
+
+    problem.memory_key[hidden] = problem.memory_value[hidden] = 0.0
+    expected = found()
+    for garbage in (torch.nan, torch.inf):
+        problem.memory_key[hidden] = problem.memory_value[hidden] = garbage
+        for name, tensor in found().items():
+            assert tensor.equal(expected[name]), name
+
+
 @each_implementation
 def test_a_bias_of_all_positions_shifts_the_log_sum_exp_alone(implementation):
     problem = make_problem(2, 20, 70, 16, 24, device=device_of(implementation))
