@@ -31,6 +31,8 @@ SKIPPING_KEYS_PER_CHUNK = 64 * SKIP_POSITIONS
 SKIPPING_BACKWARD_KEYS_PER_CHUNK = 8 * SKIP_POSITIONS
 # the maximum of a row with no visible key so far: -inf - (-inf) is NaN
 MIN_ROW_MAX = -1e30
+# a weight below 2^-100 counts as 0: products with subnormal numbers are slow, on Intel processors a hundredfold
+MIN_EXPONENT = -100.0
 
 
 def chunked_read(affinity: Affinity, memory_value: Tensor, skip: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -101,10 +103,10 @@ def _read_block(
         if bias is not None:
             products.add_(bias[chunk])
         new_max = torch.maximum(row_max, products.amax(1, keepdim=True)).clamp_(min=MIN_ROW_MAX)
-        shrink = (row_max - new_max).mul_(scale).exp_()
+        shrink = _exp2((row_max - new_max).mul_(scale * LOG2_E))
         row_max = new_max
         # the maximum is subtracted before scaling: a large logit loses no digit
-        weights = products.sub_(row_max).mul_(scale * LOG2_E).exp2_()
+        weights = _exp2(products.sub_(row_max).mul_(scale * LOG2_E))
         row_sum.mul_(shrink).add_(weights.sum(1, keepdim=True))
         total.mul_(shrink)
         values, runs = memory_value[chunk], None
@@ -234,7 +236,12 @@ def _row_top(lse: Tensor, scale: float, wide: torch.dtype) -> tuple[Tensor, Tens
 def _weights(products: Tensor, row_top: Sequence[Tensor], scale: float) -> Tensor:
     """The unscaled products `[M, N]` turned into weights, in place."""
     rounded, rest = row_top
-    return torch.add(rest, products.sub_(rounded), alpha=scale * LOG2_E, out=products).exp2_()
+    return _exp2(torch.add(rest, products.sub_(rounded), alpha=scale * LOG2_E, out=products))
+
+
+def _exp2(exponents: Tensor) -> Tensor:
+    """2 to the power of each, in place; 0 where that is next to nothing."""
+    return torch.threshold_(exponents, MIN_EXPONENT, -math.inf).exp2_()
 
 
 def _beside(matrix: Tensor, column: Tensor | None, joined: Tensor) -> Tensor:

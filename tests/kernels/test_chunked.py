@@ -111,16 +111,32 @@ def test_chunks_share_their_buffers(dtype, monkeypatch):
 
 
 class Products(TorchDispatchMode):
-    """The sizes of all matrix products: a library may compile each, and keep it."""
+    """The sizes of all matrix products: a library may compile each, and keep it. And the smallest factor but 0."""
 
     def __init__(self):
         super().__init__()
         self.sizes = set()
+        self.smallest = torch.inf
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         if operator.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.mkldnn._linear_pointwise):
-            self.sizes.add((operator, *(tuple(value.shape) for value in args if isinstance(value, torch.Tensor))))
+            factors = [value for value in args if isinstance(value, torch.Tensor)]
+            self.sizes.add((operator, *(tuple(value.shape) for value in factors)))
+            found = [value[value != 0].abs().amin().item() for value in factors[-2:] if value.any()]
+            self.smallest = min([self.smallest, *found])
         return operator(*args, **(kwargs or {}))
+
+
+def test_no_product_has_subnormal_numbers(monkeypatch):
+    monkeypatch.setattr(chunked, "KEYS_PER_CHUNK", 64)
+    # logits of ±70: weights end at e^-140, float32 at e^-87 and, subnormal, at e^-103
+    problem = make_problem(1, 16, 300, 32, 24, peak=22.0)
+    assert_exact(problem, read_by("chunked"))
+    affinity = Affinity(problem.query_key, problem.memory_key, problem.scale)
+    with Products() as products:
+        outputs = chunked.chunked_read(affinity, problem.memory_value, 0.0)
+        chunked.chunked_read_backward(problem.grad_out, problem.grad_lse, affinity, problem.memory_value, *outputs)
+    assert 0 < products.smallest < torch.inf and products.smallest > torch.finfo(torch.float32).tiny
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
