@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stm_kernels.affinity import Affinity, block_map_shape, wide_dtype
 from stm_kernels.cpu.chunked import chunked_read, chunked_read_backward, chunked_usage
+from stm_kernels.cpu.flash import flash_read, flash_reads
 from stm_kernels.cpu.top_k import Select, chunked_select, top_k_read, top_k_read_backward, top_k_usage
 from stm_kernels.merge import ReadResult
 from stm_kernels.options import ReadOptions
@@ -158,6 +159,9 @@ def read_operator(
         from stm_kernels.gpu.forward import triton_read
 
         return triton_read(affinity, memory_value, skip)
+    if not skip and flash_reads(affinity, memory_value):
+        out, lse, skipped, choice = (*flash_read(affinity, memory_value), *_outputs(affinity, memory_value, 0, 0.0)[2:])
+        return out, lse, skipped.zero_(), choice
     return chunked_read(affinity, memory_value, skip)
 
 

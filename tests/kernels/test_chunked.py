@@ -8,9 +8,15 @@ import stm_kernels.cpu.chunked as chunked
 import stm_kernels.cpu.top_k as cpu_top_k
 from stm_kernels import memory_read
 from stm_kernels.affinity import Affinity
-from stm_kernels.cpu import gemm
+from stm_kernels.cpu import flash, gemm
 from stm_kernels.cpu.gemm import even_slices, steady_slices
 from stm_kernels.testing import allocations, assert_exact, extra_memory, make_problem, read_by, results
+
+
+@pytest.fixture(autouse=True)
+def without_tiles(monkeypatch):
+    """Where the processor has matrix tiles, bfloat16 is not read in chunks."""
+    monkeypatch.setattr(flash, "has_tiles", lambda: False)
 
 
 def test_slices_cover_a_range_evenly():
