@@ -41,6 +41,7 @@ setup(
         "scipy",
         "matplotlib",
         "Jinja2",
+        "filelock",
         "pycocotools",
     ],
     extras_require={

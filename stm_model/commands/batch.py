@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -18,7 +19,7 @@ from stm_model import STM
 from stm_model.commands.exits import BAD_INPUT, fail
 from stm_model.commands.track import TrackConfig, finished, make_tracker, track_video
 from stm_model.distributed import Ranks
-from stm_model.io.files import write_json
+from stm_model.io.files import locked, write_json
 from stm_model.io.video import open_video
 from stm_model.runtime import is_out_of_memory, one_line
 from stm_model.tracking.folder import INTERRUPTED, SUMMARY, is_output_of, plain_settings
@@ -99,7 +100,7 @@ def track_list(config: TrackConfig) -> dict[str, Any]:
     or earlier results had others, and KeyboardInterrupt also after the video at hand was interrupted; what is done is
     kept.
     """
-    with Ranks() as ranks:
+    with Ranks() as ranks, locked(config.out) if ranks.first else contextlib.nullcontext():
         device = ranks.device(config.device)
         load = functools.cache(lambda: STM.load(config.checkpoint, device=device, dtype=config.dtype))
         jobs = ranks.on_first(lambda: _prepare(config, load))
@@ -126,8 +127,6 @@ def track_list(config: TrackConfig) -> dict[str, Any]:
 def _prepare(config: TrackConfig, load: Callable[[], STM]) -> list[Job]:
     """Refuse what can be refused before anything is written, and see what is left to do."""
     listed = read_list(config.video)
-    if config.out.exists() and not config.out.is_dir():
-        raise ValueError(f"--out {config.out}: is a file; expected a folder")
     if not config.overwrite and not is_output_of(COMMAND, config.out):
         raise ValueError(f"--out {config.out}: holds something other than results of a list; choose another folder")
     configs = {
@@ -155,8 +154,9 @@ def _length(video: Path) -> int:
 def _track(config: TrackConfig, load: Callable[[], STM], title: str | None) -> dict[str, Any]:
     """Track one video; its record, whatever becomes of it."""
     try:
-        run = track_video(config, load(), title, announce=False)
-        run.write_summary()
+        with locked(config.out):
+            run = track_video(config, load(), title, announce=False)
+            run.write_summary()
     except Exception as error:
         if not isinstance(error, (ValueError, OSError)) and not is_out_of_memory(error):
             traceback.print_exc()  # a bug of ours

@@ -65,8 +65,11 @@ def run() -> None:
 
 def _demo(argv: Sequence[str]) -> int:
     from stm_model.commands.demo import DemoConfig, demo
+    from stm_model.io.files import locked
 
-    return demo(_parse(DemoConfig, "stm demo", argv))
+    config = _parse(DemoConfig, "stm demo", argv)
+    with locked(config.out):
+        return demo(config)
 
 
 def _track(argv: Sequence[str]) -> int:

@@ -84,17 +84,22 @@ SAME_RESULTS = frozenset({"out", "device", "overwrite", "json", "resume", "save_
 
 def track(config: TrackConfig) -> int:
     """Track one video and print its summary; the exit code."""
-    if config.resume and not config.overwrite and (summary := finished(config)):
-        done = f"{summary['frames']} frames are tracked and in {config.out}: nothing is left to do"
-        print(json.dumps(summary, indent=2) if config.json else done)
-        return 0
-    return report(track_video(config), config.json)
+    from stm_model.io.files import locked
+
+    with locked(config.out):
+        if config.resume and not config.overwrite and (summary := finished(config)):
+            done = f"{summary['frames']} frames are tracked and in {config.out}: nothing is left to do"
+            print(json.dumps(summary, indent=2) if config.json else done)
+            return 0
+        return report(track_video(config), config.json)
 
 
 def track_video(
     config: TrackConfig, model: STM | None = None, title: str | None = "track", announce: bool = True
 ) -> FolderRun:
     """Track one video into its folder, with a model or the one of the settings; the summary is still to be written.
+
+    The folder is `locked`.
 
     No `title`, no progress bar; `announce` prints what will be remembered. Raises a ValueError or OSError where the
     input or a setting makes no sense; nothing was written then.
@@ -182,15 +187,14 @@ def make_tracker(config: TrackConfig, model: STM | None = None) -> Tracker:
 
 def check_output(config: TrackConfig) -> None:
     """Raise a ValueError where results would replace something they should not."""
+    from stm_model.io.files import is_empty
     from stm_model.tracking.folder import OUTPUTS
 
-    if config.out.exists() and not config.out.is_dir():
-        raise ValueError(f"--out {config.out}: is a file; expected a folder")
     if config.resume and config.overwrite:
         raise ValueError("--resume goes on with what --overwrite replaces; choose one of them")
     if config.resume:
         finished(config)
-    elif config.out.is_dir() and any(config.out.iterdir()) and not config.overwrite:
+    elif not is_empty(config.out) and not config.overwrite:
         raise ValueError(f"--out {config.out}: is not empty; choose another folder, or add --overwrite or --resume")
     ours = {(config.out / name).resolve() for name in OUTPUTS}
     for name in ("video", "mask"):

@@ -28,7 +28,7 @@ class Footage:
             raise MediaError(too_long.format(source.frame_count))
         frame_bytes = self.size[0] * self.size[1] * 3
         self.damage: str | None = None
-        """Why the video ends early, if it does."""
+        """Why the video ends early or has frames that stand in for missing ones, if so."""
         with tempfile.TemporaryFile() as file:
             free = shutil.disk_usage(Path(tempfile.gettempdir())).free
             if (source.frame_count or 1) * frame_bytes > free:

@@ -1,11 +1,13 @@
-"""Files written whole or not at all: to a temporary name, then renamed."""
+"""Files written whole or not at all, to a temporary name, then renamed; folders that one run at a time writes to."""
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,53 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+LOCK = ".lock"
+"""In a folder that a run writes to: the file that it holds locked, which says who it is."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder for the time of the block; it is made if it is not there, and not left behind
+    empty. The lock of a process that was killed ends with it.
+
+    Raises:
+        ValueError: it is a file, or another run writes there.
+    """
+    from filelock import FileLock, Timeout
+
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder}: is a file; expected a folder")
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        holder = path.read_text(encoding="utf-8") or "one that starts"
+        raise ValueError(
+            f"--out {folder}: another run writes there ({holder}); wait until it ends, or choose another folder"
+        ) from None
+    try:
+        started = datetime.now().isoformat(" ", "seconds")
+        path.write_text(f"process {os.getpid()} on {platform.node()} since {started}", encoding="utf-8")
+        yield
+    finally:
+        # while it is held: who has opened the same file sees that it is gone, and makes a new one
+        path.unlink(missing_ok=True)
+        lock.release()
+        with suppress(OSError):
+            for place in made:
+                place.rmdir()
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder is missing or holds nothing but the lock and the temporary names of a run that was killed."""
+    if not folder.exists():
+        return True
+    return folder.is_dir() and all(file.name == LOCK or ".partial" in file.name for file in folder.iterdir())
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

@@ -24,10 +24,18 @@ from stm_model.io.images import (
 )
 
 FOLDER_FPS = Fraction(24)
+ONE_FRAME_A_PACKET = frozenset({"h264", "hevc", "av1", "vp9", "mpeg2video", "mjpeg", "prores", "ffv1"})
+"""Codecs of which a packet without a frame is damage; others store some frames that are never shown."""
+TIMED = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "flv"})
+"""Containers that say when each frame is shown, by FFmpeg's names."""
+TRANSPORT_PACKETS = ((188, 0), (192, 4), (204, 0))
+"""Sizes of a transport stream's packets, and where in one its first byte, 0x47, is."""
 
 
 class BrokenVideo(MediaError):
-    """A video that stops before its end; `frames_read` frames came out before that."""
+    """A video that stops before its end, or some of whose frames are damaged; `frames_read` frames came out before
+    that.
+    """
 
     def __init__(self, message: str, frames_read: int):
         super().__init__(message)
@@ -47,7 +55,8 @@ def open_video(path: str | os.PathLike) -> VideoFile | FrameFolder:
 
     Raises:
         MediaError: nothing there, not a video, no frames, or frames of different sizes in a folder.
-        BrokenVideo: while iterating, after the last whole frame of a video that breaks off.
+        BrokenVideo: while iterating, after the last frame of a video that breaks off or has damaged frames. In place
+            of a missing frame comes the one before it, so that those after it keep their numbers.
     """
     path = Path(path)
     if path.is_dir():
@@ -95,25 +104,31 @@ class VideoFile:
             self.fps = Fraction(stream.average_rate or stream.guessed_rate or FOLDER_FPS)
             self.frame_count = stream.frames or None
         # some containers (mkv, webm) do not say how many frames they hold: count them without decoding
+        self._lost: list[int] = []
         self.frame_count = self.frame_count or self._count_packets()
         first = next(self._decoded(), None)
         if first is None:
             raise MediaError(f"{path}: no frame in it can be decoded")
-        self.size = first.shape[:2]
+        self.size = first[0].shape[:2]
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        count = 0
+        count, damaged = 0, []
         try:
-            for frame in self._decoded():
+            for frame, whole in self._decoded():
                 if frame.shape[:2] != self.size:
                     sizes = f"{width_by_height(self.size)} to {width_by_height(frame.shape)}"
                     raise _Break(f"its frames change from {sizes} pixels")
+                if not whole:
+                    damaged.append(count)
                 yield frame
                 count += 1
         except _Break as stop:
             known = f" of {self.frame_count}" if (self.frame_count or 0) > count else ""
-            message = f"{self.path}: the video breaks off after {count}{known} frames ({stop})"
+            also = f"; {_which(damaged, count)}" if damaged else ""
+            message = f"{self.path}: the video breaks off after {count}{known} frames ({stop}){also}"
             raise BrokenVideo(message, count) from stop
+        if damaged:
+            raise BrokenVideo(f"{self.path}: {_which(damaged, count)}", count)
 
     @contextmanager
     def _opened(self):
@@ -129,33 +144,55 @@ class VideoFile:
     def _count_packets(self) -> int | None:
         with self._opened() as (container, stream):
             try:
-                return sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream)) or None
+                packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
             except (av.error.FFmpegError, OSError):
                 return None
+            if container.format.name == "mpegts":
+                self._lost = _lost_times([packet.pts for packet in packets if packet.pts is not None])
+            return len(packets) + len(self._lost) or None
 
-    def _decoded(self) -> Iterator[np.ndarray]:
-        """Every frame that can be decoded; `_Break` where the rest cannot be."""
-        started = False
+    def _decoded(self) -> Iterator[tuple[np.ndarray, bool]]:
+        """Every frame and whether it is whole, the one before in place of a missing one; `_Break` where the rest cannot
+        be decoded.
+        """
+        picture: np.ndarray | None = None
+        failure: Exception | None = None
         with self._opened() as (container, stream):
             stream.thread_type = "SLICE"  # frame threads report damage late, after pictures that follow it
             packets = container.demux(stream)
             clock = _Clock(container, stream, self.fps)
+            timed = False
+            due = set(self._lost)  # time stamps of frames that have not come out yet
             while True:
                 packet = None
                 try:
                     if (packet := next(packets, None)) is None:
                         break
                     clock.see(packet)
+                    timed = container.format.name in TIMED and packet.pts is not None
+                    if timed and packet.size and not packet.is_discard and stream.codec.name in ONE_FRAME_A_PACKET:
+                        due.add(packet.pts)
                     frames = packet.decode()
                 except (av.error.FFmpegError, OSError) as error:
-                    if not started:  # a video cut out of a longer one may start with frames that need an earlier one
+                    if picture is None:  # a video cut out of a longer one may start with frames that need earlier ones
                         continue
-                    yield from map(_upright, _held_back(stream, packet))
-                    raise _Break(reason(error)) from error
-                started = started or bool(frames)
-                yield from map(_upright, frames)
-            if started and (shortfall := clock.shortfall()):
+                    if packet is None or not timed:
+                        raise _Break(reason(error)) from error
+                    failure, frames = error, []
+                    due.add(packet.pts)
+                for frame in frames:
+                    earlier = {time for time in due if frame.pts is not None and time < frame.pts}
+                    if picture is not None:
+                        yield from [(picture, False)] * len(earlier)
+                    due -= earlier | {frame.pts}
+                    picture = _upright(frame)
+                    yield picture, not frame.is_corrupt
+            if picture is not None and due:
+                raise _Break("the rest cannot be decoded" if failure is None else reason(failure)) from failure
+            if picture is not None and (shortfall := clock.shortfall()):
                 raise _Break(shortfall)
+            if container.format.name == "mpegts" and _ends_within_a_packet(self.path):
+                raise _Break("the file ends within a packet")
 
 
 class _Break(Exception):
@@ -167,6 +204,7 @@ class _Clock:
 
     def __init__(self, container, stream, fps: Fraction):
         self.fps = fps
+        self.packets, self.listed = 0, stream.frames if "mp4" in container.format.name else 0
         self.start: Fraction | None = None
         self.end: Fraction | None = None
         self.expected: Fraction | None = None
@@ -178,6 +216,7 @@ class _Clock:
             self.expected = stream.duration * stream.time_base
 
     def see(self, packet) -> None:
+        self.packets += packet.size > 0
         if packet.pts is not None:
             start = packet.pts * packet.time_base
             end = start + (packet.duration * packet.time_base if packet.duration else 1 / self.fps)
@@ -186,6 +225,8 @@ class _Clock:
 
     def shortfall(self) -> str | None:
         """What is missing, if the stream ends early."""
+        if self.packets < self.listed:
+            return f"it holds {self.packets} of {self.listed} packets"
         if self.start is None or self.end is None or self.expected is None:
             return None
         # some files count from their first frame, some from zero
@@ -194,15 +235,36 @@ class _Clock:
         return f"it ends at {float(self.end):.2f} s of {float(self.expected):.2f} s"
 
 
-def _held_back(stream, bad_packet) -> list:
-    """The frames that the decoder holds back to put them in order, up to the one that cannot be decoded."""
-    try:
-        frames = stream.codec_context.decode(None)
-    except (av.error.FFmpegError, OSError):
+def _which(damaged: list[int], count: int) -> str:
+    """The numbers of damaged frames, the first few, and what became of them."""
+    first = ", ".join(map(str, damaged[:5])) + (", …" if len(damaged) > 5 else "")
+    return (
+        f"{len(damaged)} of {count} frames are damaged ({first}); the one before a missing one stands in for it, and "
+        "those after it may be wrong"
+    )
+
+
+def _lost_times(times: list[int]) -> list[int]:
+    """The time stamps that are missing among those of frames at a constant rate, in gaps of up to a dozen frames."""
+    times = sorted(times)
+    gaps = np.diff(times)
+    if not len(gaps) or (step := int(np.median(gaps))) <= 0:
         return []
-    if bad_packet is None or bad_packet.pts is None:
-        return frames
-    return [frame for frame in frames if frame.pts is not None and frame.pts < bad_packet.pts]
+    return [
+        time + turn * step
+        for time, frames in zip(times, np.round(gaps / step).astype(int).tolist())
+        for turn in range(1, frames)
+        if frames <= 12
+    ]
+
+
+def _ends_within_a_packet(path: Path) -> bool:
+    with open(path, "rb") as file:
+        head = file.read(512)
+    for size, first in TRANSPORT_PACKETS:
+        if head[first : first + 1] == head[first + size : first + size + 1] == b"G":
+            return path.stat().st_size % size > 0
+    return False
 
 
 def _upright(frame) -> np.ndarray:

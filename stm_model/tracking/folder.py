@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from stm_model.io.files import write_json
+from stm_model.io.files import is_empty, write_json
 from stm_model.io.images import overlay
 from stm_model.io.masks import read_mask, write_mask
 from stm_model.io.threads import Prefetch, Writer
@@ -39,7 +39,7 @@ class FolderRun:
     """One video tracked into a folder by `command`; the summary records `settings`, a dataclass."""
 
     def __init__(self, command: str, out: Path, tracker: Tracker, settings: Any):
-        self.out, self.tracker = out, tracker
+        self.out, self.tracker, self._ended = out, tracker, False
         self._seconds = dict.fromkeys(("tracking", "waiting", "decoding", "writing", "wall"), 0.0)
         parameter = next(tracker.model.parameters())
         self.summary: dict[str, Any] = {
@@ -120,10 +120,11 @@ class FolderRun:
                         writer.flush()
                         spent["wall"] = time.perf_counter() - started
                         resume_file.write(self._state())
-            self.summary["stopped"] = None
+            self.summary["stopped"], self._ended = None, True
         except (BrokenVideo, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
             if not self.summary["frames"] or (isinstance(error, RuntimeError) and not is_out_of_memory(error)):
                 raise
+            self._ended = isinstance(error, BrokenVideo)
             self.summary["stopped"] = INTERRUPTED if isinstance(error, KeyboardInterrupt) else one_line(error)
         spent["wall"] = time.perf_counter() - started
         if overlay_fps is not None:
@@ -135,9 +136,9 @@ class FolderRun:
         return self.out / "masks" / f"{index:05d}.png"
 
     def write_summary(self) -> None:
-        """Write summary.json; a run that is finished needs no state to resume from."""
+        """Write summary.json; a run that has seen all of its video needs no state to resume from."""
         write_json(self.out / SUMMARY, self.summary)
-        if self.summary["stopped"] is None:
+        if self._ended:
             (self.out / RESUME_FILE).unlink(missing_ok=True)
 
     def _take_up(self, saved: dict[str, Any]) -> int:
@@ -209,8 +210,7 @@ class FolderRun:
 
 def is_output_of(command: str, out: Path) -> bool:
     """Whether a folder is missing, empty, or was written by `command`."""
-    # a run that is killed as it begins leaves no more than a file's temporary name
-    if not out.exists() or (out.is_dir() and all(".partial" in file.name for file in out.iterdir())):
+    if is_empty(out):
         return True
     try:
         return json.loads((out / SUMMARY).read_text())["command"] == command

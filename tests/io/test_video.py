@@ -122,23 +122,36 @@ def _blank_packet(path, number):
 
 
 @pytest.mark.parametrize(("name", "codec"), [("a.webm", "libvpx"), ("a.mp4", "libx264")])
-def test_damage_that_cannot_be_decoded_stops_a_video_there(tmp_path, name, codec):
+def test_in_place_of_a_frame_that_cannot_be_decoded_comes_the_one_before(tmp_path, name, codec):
     frames = _frames(24, noise=60)
-    path = _write_video(tmp_path / name, frames, codec)
+    path = _write_video(tmp_path / name, frames, codec, gop_size=12)
     with av.open(str(path)) as container:  # packets are stored in the order of decoding
         times = [packet.pts for packet in container.demux(video=0) if packet.size]
-    number = 12
+    number = 11  # the next one needs none before it
     if codec == "libx264":  # one that is shown before a picture already decoded
         number = next(n for n in range(8, 24) if times[n] < max(times[:n]))
     _blank_packet(path, number)
     read = []
-    with pytest.raises(BrokenVideo, match=rf"{name}: the video breaks off after \d+ of 24 frames") as caught:
+    blank = sorted(times).index(times[number])
+    with pytest.raises(BrokenVideo, match=rf"{name}: 1 of 24 frames are damaged \({blank}\)") as caught:
         for frame in open_video(path):
             read.append(frame)
-    # all that is shown before the blank one, of what is stored before it
-    assert len(read) == caught.value.frames_read == sorted(times[: number + 1]).index(times[number])
+    assert caught.value.frames_read == 24
     nearest = [np.abs(frame.astype(int) - frames).mean((1, 2, 3)).argmin() for frame in read]
-    assert nearest == list(range(len(read)))
+    assert nearest == [*range(blank), blank - 1, *range(blank + 1, 24)]
+
+
+@pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
+def test_damage_in_a_file_without_time_stamps_stops_a_video_there(tmp_path, codec):
+    frames = _frames(24, noise=60)
+    path = _write_video(tmp_path / "a.avi", frames, codec)
+    assert len(list(open_video(path))) == 24
+    _blank_packet(path, 12)
+    read = []
+    with pytest.raises(BrokenVideo, match=r"a.avi: the video breaks off after \d+ of 24 frames"):
+        read.extend(open_video(path))
+    nearest = [np.abs(frame.astype(int) - frames).mean((1, 2, 3)).argmin() for frame in read]
+    assert 8 <= len(read) <= 12 and nearest == list(range(len(read)))
 
 
 def test_a_video_that_starts_with_damage_is_read_from_its_first_good_frame(tmp_path):
