@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -65,7 +66,8 @@ def usable_device(device: str | torch.device | None) -> torch.device:
 
     try:
         found = default_device() if device is None else torch.device(device)
-        torch.empty(1, device=found)
+        # asks for a value, which the meta device has none of
+        torch.zeros(1, device=found).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: {device} cannot be used here ({one_line(error)})") from error
     return found
@@ -138,12 +140,19 @@ class OtherRankFailed(Exception):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory of the process or of a GPU ran out."""
-    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
+    """Whether memory of the process or of a GPU ran out, or what it may address (`ulimit -v`)."""
+    # EAGAIN: a thread cannot be started, for want of its stack
+    lacking = isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.EAGAIN)
+    return lacking or isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "can't start new thread", "failed to map segment")
+"""How libraries say it."""
 
 
 def one_line(error: BaseException) -> str:
     """What an error says, as one line."""
-    if isinstance(error, OSError) and error.strerror:
+    if isinstance(error, OSError) and error.strerror and not is_out_of_memory(error):
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).strip().partition("\n")[0].split()) or type(error).__name__
+    said = " ".join(str(error).strip().partition("\n")[0].split()) or type(error).__name__
+    return said if "out of memory" in said or not is_out_of_memory(error) else f"out of memory ({said})"

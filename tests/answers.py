@@ -1,6 +1,16 @@
 """What the tests of commands share."""
 
+import sys
 from collections.abc import Callable
+
+STM = (
+    sys.executable,
+    "-c",
+    # tests that were started in the background of a shell ignore Ctrl-C, and their children would too
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "from stm_model.commands.main import run; run()",
+)
+"""The `stm` command in a process of its own."""
 
 
 def refused(result: tuple[int, str, str], *parts: str) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from stm_model import STM
-from stm_model.commands.exits import BAD_INPUT, fail
+from stm_model.commands.exits import BAD_INPUT, fail, interrupted
 from stm_model.commands.track import TrackConfig, finished, make_tracker, track_video
 from stm_model.distributed import Ranks
 from stm_model.io.files import locked, write_json
@@ -84,7 +84,10 @@ def _listed(words: list[str], folder: Path) -> ListedVideo:
 
 def track_all(config: TrackConfig) -> int:
     """Track the videos of a list and print what became of each; the exit code."""
-    summary = track_list(config)
+    try:
+        summary = track_list(config)
+    except KeyboardInterrupt:
+        return interrupted(f"interrupted; what is done is kept in {config.out}, and the same command goes on")
     if Ranks().first:
         print(json.dumps(summary, indent=2) if config.json else describe(summary))
         for name, record in summary["videos"].items():

@@ -32,6 +32,13 @@ class DemoConfig:
 
 def demo(config: DemoConfig) -> int:
     """Run the demo; the exit code."""
+    from stm_model.io.files import locked
+
+    with locked(config.out):
+        return _demo(config)
+
+
+def _demo(config: DemoConfig) -> int:
     if config.frames < 3:
         raise ValueError(f"--frames: expected at least 3, got {config.frames}")
     if not 1 <= config.objects <= 20:

@@ -9,7 +9,7 @@ from stm_model.evaluation.config import EvaluateConfig
 from stm_model.interactive.config import EvaluateInteractiveConfig
 
 BENCHMARKS: tuple[str, ...] = get_args(get_type_hints(EvaluateConfig)["dataset"])
-"""Datasets with the options of EvaluateConfig."""
+"""The first is the default; davis-interactive has the options of EvaluateInteractiveConfig."""
 
 
 def evaluate(config: EvaluateConfig | EvaluateInteractiveConfig) -> int:

@@ -3,53 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypeVar
-
-import tyro
+from functools import partial
 
 # a command's file is imported when it is asked for, and torch, PyAV and the model by what it runs: help answers at once
 from stm_model import __version__
-from stm_model.commands.exits import BAD_INPUT, INTERRUPTED, fail
+from stm_model.commands.exits import BAD_INPUT, fail, interrupted, signals_interrupt, was_interrupted
 from stm_model.runtime import OtherRankFailed, is_out_of_memory, one_line
 
-Config = TypeVar("Config")
+Command = Callable[[], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `stm` with the arguments after it, None for the process's; 0, 2 for bad input (one line on stderr), 130
-    interrupted.
+    """Run `stm` with the arguments after it, None for the process's; 0, 2 for bad input (one line on stderr), 128 and
+    the number of the signal that ended it: 130 for Ctrl-C.
     """
-    name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    try:
-        if name in ("-h", "--help"):
-            print(_usage())
-            return 0
-        if name == "--version":
-            print(f"stm-kernels {__version__}")
-            return 0
-        if name not in COMMANDS:
-            raise ValueError(f"unknown command {name!r}; expected {', '.join(COMMANDS)}")
-        with _short_warnings():
-            return COMMANDS[name][0](rest)
-    except OtherRankFailed:  # which says why
-        return BAD_INPUT
-    except (ValueError, OSError) as error:
-        return fail(one_line(error), BAD_INPUT)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
+    with signals_interrupt():
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv) or ["--help"])
+        except BaseException as error:
+            # what is interrupted may fail in its own way: a worker that the same signal ended, half an import
+            if isinstance(error, KeyboardInterrupt) or was_interrupted():
+                return interrupted()
             raise
-        return fail(one_line(error), BAD_INPUT)
-    except KeyboardInterrupt:
-        return fail("interrupted", INTERRUPTED)
-    except SystemExit as stop:  # tyro, after showing a command's help
-        return int(stop.code or 0)
 
 
 def run() -> None:
@@ -63,55 +43,92 @@ def run() -> None:
     sys.exit(exit_code)
 
 
-def _demo(argv: Sequence[str]) -> int:
+def _run(arguments: list[str]) -> int:
+    _print_anything()
+    name, *rest = arguments
+    try:
+        if name in ("-h", "--help"):
+            print(_usage())
+            return 0
+        if name == "--version":
+            print(f"stm-kernels {__version__}")
+            return 0
+        if name not in COMMANDS:
+            raise ValueError(f"unknown command {name!r}; expected {', '.join(COMMANDS)}")
+        command = COMMANDS[name][0](rest)
+        if sys.stderr.isatty():
+            # importing torch takes seconds
+            print("loading…", file=sys.stderr, flush=True)
+        with _short_warnings():
+            return command()
+    except OtherRankFailed:  # which says why
+        return BAD_INPUT
+    except Exception as error:
+        foreseen = isinstance(error, (ValueError, OSError)) or is_out_of_memory(error)
+        # pathlib's, up to Python 3.12
+        foreseen |= isinstance(error, RuntimeError) and str(error).startswith("Symlink loop")
+        if was_interrupted() or not foreseen:
+            raise
+        return fail(one_line(error), BAD_INPUT)
+    except SystemExit as stop:  # tyro, after showing a command's help
+        return int(stop.code or 0)
+
+
+def _demo(argv: Sequence[str]) -> Command:
     from stm_model.commands.demo import DemoConfig, demo
-    from stm_model.io.files import locked
+    from stm_model.commands.options import parse
 
-    config = _parse(DemoConfig, "stm demo", argv)
-    with locked(config.out):
-        return demo(config)
+    return partial(demo, parse(DemoConfig, "stm demo", argv))
 
 
-def _track(argv: Sequence[str]) -> int:
+def _track(argv: Sequence[str]) -> Command:
+    from stm_model.commands.options import parse
     from stm_model.commands.track import TrackConfig, track
 
-    config = _parse(TrackConfig, "stm track", argv)
-    if config.mask is not None:
-        return track(config)
-    from stm_model.commands.batch import track_all
+    config = parse(TrackConfig, "stm track", argv)
 
-    return track_all(config)
+    def track_listed() -> int:
+        from stm_model.commands.batch import track_all
+
+        return track_all(config)
+
+    return track_listed if config.mask is None else partial(track, config)
 
 
-def _train(argv: Sequence[str]) -> int:
+def _train(argv: Sequence[str]) -> Command:
+    from stm_model.commands.options import choose, parse
     from stm_model.commands.train import PRESETS, train
 
-    preset, rest = _choose("preset", tuple(PRESETS), "stm train", argv)
-    return train(_parse(PRESETS[preset], f"stm train --preset {preset}", rest))
+    preset, rest = choose("preset", tuple(PRESETS), "stm train", argv)
+    note = f"Presets: {', '.join(PRESETS)}."
+    return partial(train, parse(PRESETS[preset], f"stm train --preset {preset}", rest, note))
 
 
-def _evaluate(argv: Sequence[str]) -> int:
+def _evaluate(argv: Sequence[str]) -> Command:
     from stm_model.commands.evaluate import BENCHMARKS, EvaluateConfig, EvaluateInteractiveConfig, evaluate
+    from stm_model.commands.options import choose, parse
 
-    dataset, rest = _choose("dataset", (*BENCHMARKS, "davis-interactive"), "stm evaluate", argv)
+    dataset, rest = choose("dataset", BENCHMARKS, "stm evaluate", argv)
     if dataset == "davis-interactive":
-        return evaluate(_parse(EvaluateInteractiveConfig, "stm evaluate --dataset davis-interactive", rest))
-    return evaluate(_parse(EvaluateConfig, "stm evaluate", argv))
+        return partial(evaluate, parse(EvaluateInteractiveConfig, "stm evaluate --dataset davis-interactive", rest))
+    return partial(evaluate, parse(EvaluateConfig, "stm evaluate", argv))
 
 
-def _interact(argv: Sequence[str]) -> int:
+def _interact(argv: Sequence[str]) -> Command:
     from stm_model.commands.interact import InteractConfig, interact
+    from stm_model.commands.options import parse
 
-    return interact(_parse(InteractConfig, "stm interact", argv))
+    return partial(interact, parse(InteractConfig, "stm interact", argv))
 
 
-def _info(argv: Sequence[str]) -> int:
+def _info(argv: Sequence[str]) -> Command:
     from stm_model.commands.info import InfoConfig, info
+    from stm_model.commands.options import parse
 
-    return info(_parse(InfoConfig, "stm info", argv))
+    return partial(info, parse(InfoConfig, "stm info", argv))
 
 
-COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], Command], str]] = {
     "demo": (_demo, "track objects through a made-up clip, to see it work"),
     "track": (_track, "track the objects of a mask through a video"),
     "train": (_train, "train the network"),
@@ -119,6 +136,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "interact": (_interact, "segment a video with scribbles, in the browser"),
     "info": (_info, "versions, devices and what would run on them"),
 }
+"""What reads the arguments of a command and returns it, ready to run; what it does."""
 
 
 def _usage() -> str:
@@ -129,41 +147,21 @@ def _usage() -> str:
     )
 
 
-def _parse(config: type[Config], program: str, argv: Sequence[str]) -> Config:
-    """Arguments to a config. Raises a ValueError of one line for what tyro refuses."""
-    with _one_line_refusal(program):
-        return tyro.cli(config, prog=program, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
-
-
-def _choose(option: str, choices: tuple[str, ...], program: str, argv: Sequence[str]) -> tuple[str, list[str]]:
-    """The value of an option that decides what the others are, by default the first, and the arguments without it."""
-    kind: Any = dataclasses.make_dataclass("Choice", [(option, Literal[choices], choices[0])])
-    with _one_line_refusal(program):
-        choice, rest = tyro.cli(kind, prog=program, args=argv, return_unknown_args=True, add_help=False)
-    return getattr(choice, option), rest
-
-
-@contextlib.contextmanager
-def _one_line_refusal(program: str) -> Iterator[None]:
-    """Turn the framed message with which tyro exits into a ValueError of one line: tyro has no public way to get it."""
-    message = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(message):
-            yield
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        lines = [line.strip("│╰╯") for line in re.sub(r"\x1b\[[0-9;]*m", "", message.getvalue()).splitlines()]
-        # a title, what is wrong, a rule or an empty line, hints; help texts are set in by eight columns
-        start = next(place for place, line in enumerate(lines[1:], 1) if line.strip(" ─-"))
-        end = next((place for place, line in enumerate(lines) if place > start and not line.strip(" ─-╭╮")), None)
-        said = [line.strip() for line in lines[start:end] if not line.startswith(" " * 8)]
-        raise ValueError(f"{' '.join(said).rstrip('.')} (see {program} --help)") from None
+def _print_anything() -> None:
+    """What a terminal's encoding lacks, or a file's name that is no text, is printed as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextlib.contextmanager
 def _short_warnings() -> Iterator[None]:
-    """Warnings as one line, without the source line that Python shows."""
+    """Warnings as one line, without the source line that Python shows; none of what an interrupt cut off."""
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        if not was_interrupted():
+            print(f"stm: warning: {message}", file=sys.stderr)
+
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(f"stm: warning: {message}", file=sys.stderr)
+        warnings.showwarning = show
         yield

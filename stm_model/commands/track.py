@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from stm_model.commands.exits import BAD_INPUT, INTERRUPTED, fail, option_bytes
+from stm_model.commands.exits import BAD_INPUT, fail, interrupted, option_bytes
 from stm_model.runtime import NetworkOptions
 
 # torch, PyAV and the model are imported where they are used: `stm track --help` answers at once
@@ -65,7 +65,7 @@ class TrackConfig(NetworkOptions):
     resize_mask: bool = False
     """Resize masks that are not of the video's size, instead of refusing them."""
     overlay: bool = True
-    """Write overlay.mp4, the video with the objects colored; --no-overlay does not."""
+    """Write overlay.mp4, the video with the objects colored."""
     overwrite: bool = False
     """Replace earlier results in a folder that is not empty; other files in it stay. Without it a list goes on with the
     videos that are not done."""
@@ -235,8 +235,8 @@ def report(run: FolderRun, as_json: bool) -> int:
     kept = f"the masks of {summary['frames']} frames are kept in {run.out}"
     if (run.out / folder.RESUME_FILE).exists():
         kept += "; --resume goes on"
-    code = INTERRUPTED if summary["stopped"] == folder.INTERRUPTED else BAD_INPUT
-    return fail(f"{summary['stopped']}; {kept}", code)
+    line = f"{summary['stopped']}; {kept}"
+    return interrupted(line) if summary["stopped"] == folder.INTERRUPTED else fail(line, BAD_INPUT)
 
 
 def describe(summary: dict[str, Any]) -> str:

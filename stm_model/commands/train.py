@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from stm_model.commands.exits import interrupted
 from stm_model.training.config import PRESETS, TrainConfig
 
 __all__ = ["PRESETS", "train"]
@@ -11,5 +12,9 @@ def train(config: TrainConfig) -> int:
     """Run or resume a training run and print where its weights are; the exit code."""
     from stm_model.training.train import train as run_training
 
-    print(f"weights: {run_training(config)}")
+    try:
+        print(f"weights: {run_training(config)}")
+    except KeyboardInterrupt:
+        saved = f"from the last checkpoint in {config.out}" if (config.out / "checkpoint.pt").is_file() else "anew"
+        return interrupted(f"interrupted; the same command goes on {saved}")
     return 0

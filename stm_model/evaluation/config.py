@@ -37,9 +37,9 @@ class EvaluateConfig(EvaluationOptions):
     the videos over processes.
     """
 
-    dataset: Literal["davis2016", "davis2017", "youtube_vos", "lvos"] = "davis2016"
+    dataset: Literal["davis2016", "davis2017", "youtube_vos", "lvos", "davis-interactive"] = "davis2016"
     """The benchmark: its folders, what it gives and what it scores. davis-interactive has options of its own: stm
-    evaluate --dataset davis-interactive --help."""
+    evaluate --dataset davis-interactive --help; from Python it is an EvaluateInteractiveConfig."""
     results: Path | None = None
     """Folder of masks to score, laid out as a submission; None tracks."""
     binary: bool = False
@@ -54,11 +54,13 @@ class EvaluateConfig(EvaluationOptions):
     overlay: bool = False
     """Write overlays/VIDEO.mp4, the frames with the objects colored, and link them in the report."""
     report: bool = True
-    """Write report.html and figures/; --no-report does not."""
+    """Write report.html and figures/."""
     workers: int | None = None
     """Processes that score; None takes one a core."""
 
     def __post_init__(self) -> None:
+        if self.dataset == "davis-interactive":
+            raise ValueError("dataset: davis-interactive takes an EvaluateInteractiveConfig")
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers: expected at least 1, got {self.workers}")
         if self.results is not None and self.study is not None:

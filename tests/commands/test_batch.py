@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -232,6 +231,8 @@ def test_quotes_comments_and_names_of_a_list(tmp_path):
 
 KILLED = """
 import os, signal, sys
+# tests that were started in the background of a shell ignore it, and their children would too
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from stm_model import Tracker
 from stm_model.commands.main import main
 track = Tracker.track
@@ -251,12 +252,14 @@ def _run(*command):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGINT", "SIGTERM"])
 def test_a_run_that_was_stopped_goes_on(track, folder, tmp_path, name):
     """It dies in the second of three videos; the same command does that one anew and the third."""
     done = _run("-c", KILLED.format(signal=name), *_arguments(folder, folder / "list.txt", tmp_path / "out"))
-    expected = (130, "interrupted") if name == "SIGINT" else (-signal.SIGKILL, "unfinished")
+    expected = {"SIGINT": (130, "interrupted"), "SIGTERM": (143, "interrupted"), "SIGKILL": (-9, "unfinished")}[name]
     assert done.returncode == expected[0], done.stderr
+    said = f"stm: error: interrupted; what is done is kept in {tmp_path / 'out'}, and the same command goes on\n"
+    assert done.stderr == ("" if name == "SIGKILL" else said)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["stopped"] == expected[1] and summary["videos"]["cat"]["state"] == "unfinished"
     assert json.loads((tmp_path / "out" / "bee" / "summary.json").read_text())["stopped"] is None

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from answers import STM
 
 from stm_model import Tracker
 from stm_model.data.synthetic import procedural_clip
@@ -111,14 +111,15 @@ def test_a_bug_of_ours_shows_its_traceback(track, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
-def test_ctrl_c_keeps_what_was_tracked(weights, tmp_path):
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_keeps_what_was_tracked(weights, tmp_path, name, code):
     frames, labels = procedural_clip(frames=24, size=(240, 432), objects=1)
     with VideoWriter(tmp_path / "clip.mp4") as writer:
         for frame in np.concatenate([frames, frames[::-1]] * 8):
             writer.write(frame)
     write_mask(tmp_path / "mask.png", labels[0])
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "stm_model", "track", "clip.mp4", "--mask", "mask.png", "--out", "out"]
+    command = [*STM, "track", "clip.mp4", "--mask", "mask.png", "--out", "out"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(
         [*command, "--checkpoint", str(weights), "--device", "cpu"],
@@ -132,11 +133,11 @@ def test_ctrl_c_keeps_what_was_tracked(weights, tmp_path):
         deadline = time.monotonic() + 60
         while not (out / "masks" / "00003.png").exists() and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(getattr(signal, name))
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130, err
+    assert process.returncode == code, err
     count = len(list((out / "masks").glob("?????.png")))
     assert "interrupted; the masks of" in err and "Traceback" not in err and 4 <= count < 384
     assert open_video(out / "overlay.mp4").frame_count == count

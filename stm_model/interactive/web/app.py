@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import socket
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from stm_model.interactive.web.workbench import Refused, TakenElsewhere, Workben
 PAGE = Path(__file__).parent / "page"
 PAGE_TYPES = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
 """The page's files and their media types; no other file is served."""
+LOOPBACK = ["127.0.0.1", "localhost", "[::1]"]
+"""Host names under which a page is asked for that this machine alone can reach."""
 TAB = "x-stm-tab"
 """Header with the tab's name. Pages of other sites cannot send it, so they can change nothing here."""
 MAX_JSON = 2**20
@@ -54,14 +57,12 @@ def make_app(workbench: Workbench, hosts: list[str] | None = None) -> FastAPI:
     return app
 
 
-def serve(workbench: Workbench, host: str, port: int, ready: Callable[[str], Any]) -> None:
-    """Serve the page until interrupted; port 0 takes a free one, and `ready` gets the URL once it can be opened."""
-    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    address = listener.getsockname()[1]
-    loopback = host in ("127.0.0.1", "localhost", "::1")
-    app = make_app(workbench, ["127.0.0.1", "localhost", "[::1]"] if loopback else None)
+def serve(workbench: Workbench, listener: socket.socket, ready: Callable[[str], Any]) -> None:
+    """Serve the page at a socket that listens until interrupted; `ready` gets the URL once it can be opened."""
+    host, port = listener.getsockname()[:2]
+    app = make_app(workbench, LOOPBACK if ipaddress.ip_address(host).is_loopback else None)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-    ready(f"http://{f'[{host}]' if ':' in host else host}:{address}")
+    ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
     server.run(sockets=[listener])
 
 

@@ -72,11 +72,17 @@ class Workbench:
         self._lock = threading.RLock()
         self._owner: str | None = None
         self.job: Job | None = None
+        self._threads: list[threading.Thread] = []
         self.files: dict[str, Path] = {}
         """Exported files by name."""
         self._folder = tempfile.TemporaryDirectory(prefix="stm-interact-")
         # differs from run to run: a browser may still cache pictures of another one
         self._nonce, self._version = uuid.uuid4().hex[:8], 0
+
+    def start_warm_up(self) -> None:
+        """`warm_up` in the background."""
+        self._threads.append(threading.Thread(target=self.warm_up, daemon=True))
+        self._threads[-1].start()
 
     def warm_up(self) -> None:
         """Compute and drop a preview: the first one of a process takes longer than the others."""
@@ -85,9 +91,12 @@ class Workbench:
         session.preview(0)
 
     def close(self) -> None:
-        """Stop the work and remove the files."""
+        """Stop the work, wait for its end and remove the files."""
         if self.job is not None:
             self.job.stopping = True
+        # a process that ends under a thread that computes aborts
+        for thread in self._threads:
+            thread.join()
         self._folder.cleanup()
 
     @property
@@ -273,7 +282,9 @@ class Workbench:
 
     def _start(self, name: str, work: Callable[[Progress], None]) -> None:
         self.job = Job(name)
-        threading.Thread(target=self._work, args=(self.job, work), daemon=True).start()
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        self._threads.append(threading.Thread(target=self._work, args=(self.job, work), daemon=True))
+        self._threads[-1].start()
 
     def _work(self, job: Job, work: Callable[[Progress], None]) -> None:
         try:
