@@ -49,7 +49,7 @@ class FrameTrunk(nn.Module):
         self.register_buffer("std", torch.tensor(parts.std).view(1, 3, 1, 1))
 
     def _stem(self, frames: Tensor) -> Tensor:
-        normalized = (frames - self.mean.to(frames)) / self.std.to(frames)
+        normalized = (frames - self.mean.to(frames)).div_(self.std.to(frames))
         return self.conv1(normalized.to(self.conv1.weight.dtype))
 
 

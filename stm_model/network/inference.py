@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from stm_model.network.efficientnet import InvertedResidual
-from stm_model.network.encoders import MemoryEncoder
+from stm_model.network.encoders import MemoryEncoder, QueryEncoder
 from stm_model.network.resnet import BasicBlock, Bottleneck
+from stm_model.network.shared import SharedEncoder
 from stm_model.network.stm import STM
 
 
@@ -47,7 +48,13 @@ def fuse_activations(model: STM) -> STM:
             if module.expand is not None:
                 module.expand = _ConvReLU6(module.expand[0])
             module.depthwise = _ConvReLU6(module.depthwise[0])
-            module.relu = nn.Identity()
+        elif isinstance(module, (QueryEncoder, SharedEncoder)) and _by_onednn(module.conv1.weight):
+            if not isinstance(module.relu, nn.ReLU6):
+                continue
+            module.conv1 = _ConvReLU6(module.conv1)
+        else:
+            continue
+        module.relu = nn.Identity()
     return model
 
 

@@ -307,15 +307,17 @@ class _Video:
             # of the mask as given: an object too small for the network's size is still an object
             given = frozenset(objects_in(mask))
             probabilities = self._apply_mask(probabilities, prepare_mask(mask, size, self.device), given)
-        certainty = _certainty(probabilities)
+        # max, not argmax, which takes ten times as long over a strided axis on a CPU
+        most, winners = probabilities.max(0)
+        certainty = _certainty(most, winners, len(self.objects))
         encoded = query if self.model.shares_keys else None
         self.previous = _Previous(index, frame, image, probabilities, given, certainty, encoded)
         full = probabilities
         if size != frame_size:
             full = F.interpolate(full[None], frame_size, mode="bilinear", align_corners=False)[0]
+            winners = full.max(0).indices
         values = torch.tensor([0, *self.objects], dtype=torch.uint8, device=self.device)
-        # max, not argmax, which takes ten times as long over a strided axis on a CPU
-        labels = values[full.max(0).indices].cpu().numpy()
+        labels = values[winners].cpu().numpy()
         if mask is not None and size != frame_size:
             # a given mask comes back exactly as it was given, though the network saw it resized
             objects = sorted(given)
@@ -376,8 +378,13 @@ class _Video:
         return probabilities
 
 
-def _certainty(probabilities: Tensor) -> list[float]:
-    """The mean probability of each object over the pixels where it is the most probable, of `[n + 1, h, w]`."""
-    most, winners = probabilities.max(0)
-    found = [most[winners == channel] for channel in range(1, len(probabilities))]
+def _certainty(most: Tensor, winners: Tensor, count: int) -> list[float]:
+    """The mean probability of each object over the pixels where it is the most probable.
+
+    Args:
+        most: `[h, w]`, the largest probability of each pixel.
+        winners: `[h, w]`, its channel; that of the first object is 1.
+        count: number of objects.
+    """
+    found = [most[winners == channel] for channel in range(1, count + 1)]
     return [values.mean().item() if len(values) else 0.0 for values in found]

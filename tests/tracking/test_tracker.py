@@ -356,7 +356,7 @@ def test_familiarity_is_the_similarity_that_the_read_finds(small_model, clip):
 def test_uncertain_frames_are_kept_out_of_the_memory(small_model, clip, monkeypatch, skip_uncertain):
     frames, labels = clip
     certainties = iter([[1.0, 1.0], [0.9, 0.7], [0.7, 0.1], [0.9, 0.8], [0.1, 0.1], [0.9, 0.9], [1.0, 1.0], [1.0, 1.0]])
-    monkeypatch.setattr(tracker_module, "_certainty", lambda probabilities: next(certainties))
+    monkeypatch.setattr(tracker_module, "_certainty", lambda *_: next(certainties))
     tracker = Tracker(small_model, memory="every:1", skip_uncertain=skip_uncertain)
     assert len(list(tracker.track(frames, {0: labels[0], 2: labels[2]}))) == 8
     # the mask of frame 2 was given; frame 7 is nobody's previous frame
