@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +13,10 @@ SHEET_FRAMES = 8
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Track the objects of a made-up clip with the default weights and score the masks against the true ones.
+    """Track the fish of a made-up clip with the default weights and score the masks against the true ones.
 
-    Writes overlay.mp4, contact_sheet.png, masks/ and summary.json.
+    Writes the clip and its first mask, clip.mp4 and mask.png, and what is made of them: overlay.mp4, contact_sheet.png,
+    masks/ and summary.json. Prints the command that tracks the same by stm track.
     """
 
     out: Path = Path("stm-demo")
@@ -21,9 +24,9 @@ class DemoConfig:
     frames: int = 48
     """Length of the clip, in frames."""
     objects: int = 2
-    """Objects in the clip."""
-    seed: int = 15
-    """Which clip; in this one both objects stay in the picture, and one passes behind the other."""
+    """Fish in the clip."""
+    seed: int = 0
+    """Which clip."""
     device: str | None = None
     """Where to run, like cpu or cuda:0; None takes the GPU if there is one."""
     json: bool = False
@@ -45,25 +48,40 @@ def _demo(config: DemoConfig) -> int:
         raise ValueError(f"--objects: expected 1 to 20, got {config.objects}")
     from stm_model import STM, Tracker
     from stm_model.commands.track import report
-    from stm_model.data.synthetic import procedural_clip
+    from stm_model.data.aquarium import aquarium_clip
     from stm_model.evaluation.metrics import sequence_scores
     from stm_model.io.images import contact_sheet, overlay, write_image
-    from stm_model.io.masks import read_mask
+    from stm_model.io.masks import read_mask, write_mask
+    from stm_model.io.video import VideoWriter, open_video
     from stm_model.tracking.folder import FolderRun, is_output_of
 
     if not is_output_of("demo", config.out):
         raise ValueError(f"{config.out}: holds something other than an earlier demo; choose another folder with --out")
-    model = STM.load(device=config.device)
-    frames, truths = procedural_clip(frames=config.frames, objects=config.objects, seed=config.seed)
-    run = FolderRun("demo", config.out, Tracker(model), config)
-    run.track(frames, {0: truths[0]}, frame_count=config.frames, overlay_fps=24)
+    frames, truths = aquarium_clip(frames=config.frames, objects=config.objects, seed=config.seed)
+    run = FolderRun("demo", config.out, Tracker(STM.load(device=config.device)), config)
+    # the folder is known as a demo's from its first file on
+    run.write_summary()
+    clip, mask, sheet = (config.out / name for name in ("clip.mp4", "mask.png", "contact_sheet.png"))
+    with VideoWriter(clip) as writer:
+        for frame in frames:
+            writer.write(frame)
+    write_mask(mask, truths[0])
+    run.summary["files"] |= {"clip": str(clip), "mask": str(mask)}
+    # what is in the file, so that stm track on it gives the same
+    video = open_video(clip)
+    run.track(video, {0: truths[0]}, frame_count=config.frames, overlay_fps=video.fps)
     if run.summary["stopped"] is None:
         predictions = [read_mask(run.mask_file(index)) for index in range(config.frames)]
         scores = sequence_scores(predictions, list(truths), range(1, config.objects + 1))
         region, contour = (sum(score[part] for score in scores.values()) / len(scores) for part in (0, 1))
         run.summary["scores"] = {"J": region, "F": contour, "J&F": (region + contour) / 2}
         shown = [round(step * (config.frames - 1) / (SHEET_FRAMES - 1)) for step in range(SHEET_FRAMES)]
-        sheet = contact_sheet([overlay(frames[index], predictions[index]) for index in shown], columns=4)
-        run.summary["files"]["contact_sheet"] = str(config.out / "contact_sheet.png")
-        write_image(config.out / "contact_sheet.png", sheet)
-    return report(run, config.json)
+        write_image(sheet, contact_sheet([overlay(frames[index], predictions[index]) for index in shown], columns=4))
+        run.summary["files"]["contact_sheet"] = str(sheet)
+    code = report(run, config.json)
+    if not config.json:
+        # as this command was called
+        stm = sys.argv[0] if Path(sys.argv[0]).name == "stm" else "stm"
+        again = [stm, "track", clip, "--mask", mask, "--size", min(video.size), "--out", f"{config.out}-again"]
+        print(f"the same by   {shlex.join(map(str, again))}")
+    return code

@@ -1,6 +1,7 @@
 """The other commands, and what all have in common."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -61,9 +62,17 @@ def test_demo_scores_itself_and_overwrites_only_itself(weights, tmp_path, capsys
         assert main(["demo", "--out", str(out), "--frames", "4", "--device", "cpu", "--json"]) == 0
         summary = json.loads(capsys.readouterr().out)
         assert 0 <= summary["scores"]["J&F"] <= 1 and summary["frames"] == 4
-    assert sorted(file.name for file in out.iterdir()) == ["contact_sheet.png", "masks", "overlay.mp4", "summary.json"]
+    made = ["clip.mp4", "contact_sheet.png", "mask.png", "masks", "overlay.mp4", "summary.json"]
+    assert sorted(file.name for file in out.iterdir()) == made
     assert main(["demo", "--out", str(out), "--frames", "4", "--device", "cpu"]) == 0
-    assert "J&F" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "J&F" in shown
+    # the command that it prints gives the same masks
+    stm, *command = shlex.split(shown.splitlines()[-1].partition("the same by   ")[2])
+    assert stm == "stm" and main([*command, "--checkpoint", str(weights), "--device", "cpu"]) == 0
+    for file in (out / "masks").iterdir():
+        assert file.read_bytes() == (tmp_path / "stm-demo-again" / "masks" / file.name).read_bytes()
+    capsys.readouterr()
     (out / "summary.json").write_text('{"command": "track"}')
     result = main(["demo", "--out", str(out)])
     assert refused((result, *capsys.readouterr()), "holds something other than an earlier demo", "--out")
