@@ -62,9 +62,15 @@ setup(
             "httpx2",
             # drives a browser that is there already
             "playwright",
+            # what users read exported masks with
+            "supervision",
+            "cvat-sdk",
+            "OpenEXR",
         ],
         "train": ["tensorboard"],
         "app": ["fastapi", "uvicorn"],
+        "exr": ["OpenEXR"],
+        "supervision": ["supervision"],
     },
     entry_points={"console_scripts": ["stm=stm_model.commands.main:main"]},
     classifiers=[

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stm_model.data.coco import CocoImage, coco_images, decode_segmentation
+from stm_model.data.coco import CocoImage, coco_images
 from stm_model.data.folders import open_folder
 from stm_model.data.images import ImageClips, folder_images, voc_images
 from stm_model.data.synthetic import procedural_clip
 from stm_model.data.video import VideoClips
 from stm_model.data.youtube_vos import youtube_vos_videos
+from stm_model.io.formats.rle import decode_segmentation
 from stm_model.io.images import MediaError
 from stm_model.io.masks import write_mask
 

@@ -1,0 +1,123 @@
+"""COCO: images and annotations, or videos as YouTube-VIS has them; run lengths that pycocotools reads."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from stm_model.io.files import whole
+from stm_model.io.formats.export import Clip, Export, Spool, box_of, object_name, objects_of
+from stm_model.io.formats.rle import encode_mask
+
+
+class _Spooled(Export):
+    """The run lengths of every object, spooled."""
+
+    def __init__(self, out: Path, clip: Clip, keep: int = 0):
+        super().__init__(out, clip, keep)
+        self.spool, self.frames, self.size = Spool(self.path), array("q"), (0, 0)
+
+    def write(self, index: int, labels: np.ndarray, frame: np.ndarray | None) -> None:
+        for label in objects_of(labels):
+            mask = labels == label
+            left, top, right, bottom = box_of(mask)
+            found = {
+                "segmentation": encode_mask(mask),
+                "area": int(mask.sum()),
+                "bbox": [left, top, right - left, bottom - top],
+            }
+            self.spool.add(label, json.dumps({"place": len(self.frames)} | found))
+        self.frames.append(index)
+        self.size = labels.shape
+
+    def close(self) -> None:
+        try:
+            if self.frames:
+                with whole(self.path) as partial, open(partial, "w", encoding="utf-8") as file:
+                    self.finish(file)
+        finally:
+            self.spool.close()
+
+    def discard(self) -> None:
+        self.spool.close()
+
+    def finish(self, file: IO[str]) -> None:
+        """Write the file."""
+        raise NotImplementedError
+
+    def categories(self) -> list[dict[str, Any]]:
+        """A category an object: what it is, the tracker does not know."""
+        return [{"id": label, "name": object_name(label), "supercategory": "object"} for label in self.spool.labels]
+
+
+class CocoExport(_Spooled):
+    """COCO's instances json, one image a frame; `track_id` is the object's label."""
+
+    target = "coco.json"
+
+    def finish(self, file: IO[str]) -> None:
+        height, width = self.size
+        images = (
+            {
+                "id": place + 1,
+                "file_name": self.clip.picture(index),
+                "width": width,
+                "height": height,
+                "frame_index": index,
+            }
+            for place, index in enumerate(self.frames)
+        )
+        annotations = (
+            {"image_id": found.pop("place") + 1, "category_id": label, "track_id": label, "iscrowd": 0} | found
+            for label in self.spool.labels
+            for found in map(json.loads, self.spool.lines(label))
+        )
+        file.write(f'{{"info": {json.dumps({"description": self.clip.name})}, "licenses": [],\n"images": ')
+        _write_list(file, images)
+        file.write(',\n"annotations": ')
+        _write_list(file, ({"id": number} | found for number, found in enumerate(annotations, 1)))
+        file.write(f',\n"categories": {json.dumps(self.categories())}}}\n')
+
+
+class YoutubeVisExport(_Spooled):
+    """YouTube-VIS' json: one video, and of each object a mask or null for every frame."""
+
+    target = "ytvis.json"
+
+    def finish(self, file: IO[str]) -> None:
+        height, width = self.size
+        shape = {"width": width, "height": height, "length": len(self.frames)}
+        names = [self.clip.picture(index) for index in self.frames]
+        video = {"id": 1, "name": self.clip.name} | shape | {"file_names": names, "frame_indices": list(self.frames)}
+        info = json.dumps({"description": self.clip.name})
+        file.write(f'{{"info": {info}, "licenses": [],\n"videos": [{json.dumps(video)}],\n"annotations": [')
+        for number, label in enumerate(self.spool.labels, 1):
+            start = {"id": number, "video_id": 1, "category_id": label, "iscrowd": 0} | shape
+            file.write(("," if number > 1 else "") + "\n" + json.dumps(start)[:-1])
+            for key, name in (("segmentation", "segmentations"), ("bbox", "bboxes"), ("area", "areas")):
+                file.write(f',\n"{name}": ')
+                _write_list(file, self._over_time(label, key))
+            file.write("}")
+        file.write(f'],\n"categories": {json.dumps(self.categories())}}}\n')
+
+    def _over_time(self, label: int, key: str) -> Iterable[Any]:
+        """What was noted of an object under a key, null where it is not in the frame."""
+        next_place = 0
+        for found in map(json.loads, self.spool.lines(label)):
+            yield from [None] * (found["place"] - next_place)
+            yield found[key]
+            next_place = found["place"] + 1
+        yield from [None] * (len(self.frames) - next_place)
+
+
+def _write_list(file: IO[str], items: Iterable[Any]) -> None:
+    separator = "["
+    for item in items:
+        file.write(separator + json.dumps(item))
+        separator = ",\n"
+    file.write("[]" if separator == "[" else "]")

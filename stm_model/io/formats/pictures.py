@@ -1,0 +1,88 @@
+"""Formats of one picture a frame: palette masks, MOTS, cut-outs with alpha, layers of OpenEXR."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy.ndimage import maximum_filter
+
+from stm_model.io.files import whole
+from stm_model.io.formats.export import Clip, FileEach, object_name, objects_of
+from stm_model.io.masks import write_mask
+from stm_model.labels import VOID
+
+RIM = 8
+"""Pixels around objects whose colors are kept where they are transparent: lossy codecs mix neighbours."""
+MOTS_CLASS, MOTS_IGNORED = 1000, 10000
+"""What MOTS adds to the number of an object of its first class; its value of what is not known."""
+
+
+class PaletteExport(FileEach):
+    """Palette PNGs, as `stm track` writes them."""
+
+    target, suffix = "masks", ".png"
+
+    def write(self, index: int, labels: np.ndarray, frame: np.ndarray | None) -> None:
+        write_mask(self.file(index), labels)
+
+
+class MotsExport(FileEach):
+    """MOTS' PNGs of 16 bits: 1000 times the class, of which there is one, plus the object's label."""
+
+    target, inner, suffix = "mots", "instances", ".png"
+
+    def __init__(self, out: Path, clip: Clip, keep: int = 0):
+        super().__init__(out, clip, keep)
+        (self.folder / "labels.txt").write_text("object\n", encoding="utf-8")
+
+    def write(self, index: int, labels: np.ndarray, frame: np.ndarray | None) -> None:
+        values = np.arange(VOID + 1, dtype=np.uint16) + MOTS_CLASS
+        values[0], values[VOID] = 0, MOTS_IGNORED
+        with whole(self.file(index)) as partial:
+            Image.fromarray(values[labels]).save(partial, compress_level=1)
+
+
+class AlphaExport(FileEach):
+    """RGBA PNGs: the frame, transparent where no object is."""
+
+    target, suffix, needs_frames = "alpha", ".png", True
+
+    def write(self, index: int, labels: np.ndarray, frame: np.ndarray | None) -> None:
+        assert frame is not None
+        with whole(self.file(index)) as partial:
+            Image.fromarray(with_alpha(frame, labels)).save(partial, compress_level=1)
+
+
+class ExrExport(FileEach):
+    """OpenEXR files of half floats, one layer an object: `object_7.A` is 1 where it is."""
+
+    target, suffix, extra = "exr", ".exr", "OpenEXR"
+
+    def write(self, index: int, labels: np.ndarray, frame: np.ndarray | None) -> None:
+        import OpenEXR
+
+        header = {"compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage}
+        layers = {
+            f"{object_name(label).replace(' ', '_')}.A": (labels == label).astype(np.float16)
+            for label in objects_of(labels)
+        }
+        # a file must have a channel
+        layers = layers or {"A": np.zeros(labels.shape, dtype=np.float16)}
+        with whole(self.file(index)) as partial, OpenEXR.File(header, layers) as file:
+            file.write(str(partial))
+
+
+def with_alpha(frame: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """A frame with labels uint8 `[H, W]` as RGBA uint8 `[H, W, 4]`: opaque on the objects, black further than `RIM`
+    from them.
+    """
+    alpha = cut_out(labels)
+    near = maximum_filter(alpha, 2 * RIM + 1)
+    return np.dstack([frame & near[..., None], alpha])
+
+
+def cut_out(labels: np.ndarray) -> np.ndarray:
+    """255 on the objects of uint8 `[H, W]`, else 0."""
+    return np.where((labels > 0) & (labels < VOID), 255, 0).astype(np.uint8)
