@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import stm_model.progress
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -30,6 +32,8 @@ settings.load_profile("quick")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # tests compare all that a command says, on slow machines too
+    stm_model.progress.SECONDS = 3600.0
     # the interpreter's own: how it indexes, and what it computes for the masked edge of a tile
     config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning:triton")
     config.addinivalue_line("filterwarnings", "ignore:overflow encountered in cast:RuntimeWarning:triton")

@@ -13,14 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from stm_model import STM
 from stm_model.commands.exits import BAD_INPUT, fail, interrupted
 from stm_model.commands.track import TrackConfig, finished, make_tracker, track_video
 from stm_model.distributed import Ranks
 from stm_model.io.files import locked, write_json
 from stm_model.io.video import open_video
+from stm_model.progress import Progress
 from stm_model.runtime import is_out_of_memory, one_line
 from stm_model.tracking.folder import INTERRUPTED, SUMMARY, is_output_of, plain_settings
 
@@ -140,7 +139,7 @@ def _prepare(config: TrackConfig, load: Callable[[], STM]) -> list[Job]:
     make_tracker(config, load())
     jobs = [
         Job(name, own, earlier[name], 0 if earlier[name] else _length(own.video))
-        for name, own in tqdm(configs.items(), desc="open", unit="video", delay=1, disable=None)
+        for name, own in Progress(configs.items(), desc="open", unit="video")
     ]
     config.out.mkdir(parents=True, exist_ok=True)
     _write_summary(config, jobs, {}, "unfinished")

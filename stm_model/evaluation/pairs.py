@@ -16,7 +16,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from stm_model.data.augment import paste_objects, visible_objects
 from stm_model.data.clips import Clip, clip_of, generator
@@ -24,6 +23,7 @@ from stm_model.data.davis import davis_videos
 from stm_model.data.video import Video
 from stm_model.io.images import encode_jpeg, width_by_height
 from stm_model.io.masks import write_mask
+from stm_model.progress import Progress, say
 
 JPEG_QUALITY = 95
 
@@ -59,7 +59,7 @@ def write_pairs(sequences: list[Video], distances: list[int], root: Path, split:
     written = []
     pairs = [(at, (at + distance) % len(sequences)) for distance in distances for at in range(len(sequences))]
     clips: dict[int, Clip] = {}
-    for seed, (first, second) in enumerate(tqdm(pairs, unit="pair")):
+    for seed, (first, second) in enumerate(Progress(pairs, desc="pair", unit="video")):
         for index in (first, second):
             if index not in clips:
                 clips[index] = read_clip(sequences[index])
@@ -72,7 +72,7 @@ def write_pairs(sequences: list[Video], distances: list[int], root: Path, split:
             )
         made = pair(clips[first], clips[second], seed)
         if made.objects < clips[first].objects + clips[second].objects:
-            tqdm.write(f"{', '.join(names)}: an object is hidden at first, left out")
+            say(f"{', '.join(names)}: an object is hidden at first, left out")
             continue
         written.append("_".join(names))
         write_video(made, root, written[-1])

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from stm_model.evaluation.protocol import Video
 from stm_model.io.images import MediaError, picture_size, read_image, width_by_height
 from stm_model.io.masks import write_mask
 from stm_model.labels import VOID
 from stm_model.network import STM
+from stm_model.progress import Progress
 from stm_model.runtime import NetworkOptions, chosen_side, held_process_memory, peak_process_memory, timed
 from stm_model.tracking.tracker import Tracker
 
@@ -69,7 +69,7 @@ def track_videos(
     trackers: dict[int | None, Tracker] = {}
     spent, loaded, frames = {"tracking": 0.0, "reading": 0.0}, None, 0
     total = sum(len(video.frame_paths) for video in videos)
-    with tqdm(total=total, desc="track", unit="frame", delay=1, disable=quiet or None) as progress:
+    with Progress(desc="track", unit="frame", total=total, shown=not quiet) as progress:
         for number, video in enumerate(videos):
             size = chosen_side(network.size, network.checkpoint, picture_size(video.frame_paths[0]))
             if size not in trackers:
@@ -78,7 +78,7 @@ def track_videos(
                 for _ in zip(range(WARM_UP), _results(trackers[size], video, dict(spent))):
                     pass
                 loaded = _held_memory(device)
-            progress.set_postfix_str(video.name)
+            progress.set_postfix_str(video.name, refresh=False)
             for _ in _write(video, _results(trackers[size], video, spent), out / video.name):
                 frames += 1
                 progress.update()

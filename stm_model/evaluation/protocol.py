@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from stm_model.data import video as data
 from stm_model.data.davis import Year, davis_videos
 from stm_model.data.lvos import lvos_videos
 from stm_model.data.youtube_vos import read_meta, youtube_vos_videos
 from stm_model.labels import VOID, objects_in
+from stm_model.progress import Progress
 
 SEEN, UNSEEN = "seen", "unseen"
 
@@ -160,7 +160,7 @@ def _youtube_video(video: data.Video, seen: set[str | None]) -> Video:
 
 def _open_lvos(root: Path, split: str, resolution: str | None, only: set[str]) -> list[Video]:
     videos = lvos_videos(root / split, only)
-    progress = tqdm(videos, desc="find objects", unit="video", leave=False, delay=1, disable=None)
+    progress = Progress(videos, desc="find objects", unit="video", leave=False)
     return [_lvos_video(video) for video in progress]
 
 

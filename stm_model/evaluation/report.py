@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from stm_model.evaluation import figures
 from stm_model.evaluation.protocol import Dataset, Video
@@ -16,6 +15,7 @@ from stm_model.evaluation.scoring import find_results, read_result
 from stm_model.evaluation.tables import Evaluation, mean_region, quoted_results
 from stm_model.io.files import whole
 from stm_model.io.images import contact_sheet, encode_jpeg, overlay, read_image, resize_frame, write_image
+from stm_model.progress import Progress
 
 TEMPLATES = Path(__file__).parent / "templates"
 WORST_FRAMES = 6
@@ -68,7 +68,7 @@ def write_overlays(dataset: Dataset, masks: Path, out: Path, binary: bool) -> di
 
     out.mkdir(parents=True, exist_ok=True)
     files = {}
-    for video in tqdm(dataset.videos, desc="overlay", unit="video", leave=False, delay=1, disable=None):
+    for video in Progress(dataset.videos, desc="overlay", unit="video", leave=False):
         folder = find_results(dataset, masks, video)
         files[video.name] = out / f"{video.name}.mp4"
         with VideoWriter(files[video.name]) as writer:

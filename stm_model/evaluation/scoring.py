@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from stm_model.evaluation.metrics import Statistics, contour_accuracy, region_similarity, statistics
 from stm_model.evaluation.protocol import Dataset, Video
 from stm_model.io.images import MediaError, width_by_height
 from stm_model.io.masks import read_mask
 from stm_model.labels import VOID
+from stm_model.progress import Progress
 
 CHUNK = 32
 
@@ -85,7 +85,7 @@ def score(
         for frames in _chunks(tuple(video.scored))
     ]
     scored: dict[tuple[str, int], list[tuple[int, float, float]]] = {}
-    with tqdm(total=sum(len(task.frames) for task in tasks), desc="score", unit="frame", delay=1, disable=None) as bar:
+    with Progress(desc="score", unit="frame", total=sum(len(task.frames) for task in tasks)) as bar:
         for task, rows in _each(tasks, workers):
             for frame, label, region, contour in rows:
                 scored.setdefault((task.video.name, label), []).append((frame, region, contour))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from stm_model.distributed import Ranks
 from stm_model.evaluation.evaluate import SUMMARY, begin, check_network, check_out, facts
@@ -26,6 +25,7 @@ from stm_model.io.images import MediaError, read_image
 from stm_model.io.masks import write_mask
 from stm_model.labels import VOID
 from stm_model.network import STM
+from stm_model.progress import Progress
 from stm_model.runtime import DEFAULT_INTERACTIVE_WEIGHTS, chosen_side
 
 
@@ -102,15 +102,15 @@ def _run(config: EvaluateInteractiveConfig, starts: Sequence[_Start], quiet: boo
     model = STM.load(weights, device=config.device, dtype=config.dtype)
     samples: list[Sample] = []
     total = len(starts) * config.interactions
-    with tqdm(total=total, desc="interact", unit="round", disable=quiet or None) as progress:
+    with Progress(desc="interact", unit="round", total=total, shown=not quiet) as progress:
         for start in starts:
-            progress.set_postfix_str(start.name)
+            progress.set_postfix_str(start.name, refresh=False)
             samples.append(_run_sample(config, model, start, progress))
             progress.update(len(samples) * config.interactions - progress.n)
     return samples
 
 
-def _run_sample(config: EvaluateInteractiveConfig, model: STM, start: _Start, progress: tqdm) -> Sample:
+def _run_sample(config: EvaluateInteractiveConfig, model: STM, start: _Start, progress: Progress) -> Sample:
     video = start.video
     # read before the clock runs
     frames = [read_image(path) for path in video.frame_paths]

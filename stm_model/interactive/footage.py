@@ -8,10 +8,10 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from stm_model.io.images import MediaError
 from stm_model.io.video import BrokenVideo, open_video
+from stm_model.progress import Progress
 
 
 class Footage:
@@ -36,7 +36,7 @@ class Footage:
                 raise MediaError(f"{self.name}: needs {need} in {tempfile.gettempdir()}, which has {free >> 20} MiB")
             count = 0
             try:
-                for frame in tqdm(source, total=source.frame_count, desc="read", unit="frame", delay=1):
+                for frame in Progress(source, desc="read", unit="frame", total=source.frame_count):
                     if count == most_frames:
                         raise MediaError(too_long.format("more"))
                     file.write(np.ascontiguousarray(frame).data)

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from stm_model.io.files import is_empty, write_json
 from stm_model.io.images import overlay
 from stm_model.io.masks import read_mask, write_mask
 from stm_model.io.threads import Prefetch, Writer
 from stm_model.io.video import BrokenVideo, VideoWriter
+from stm_model.progress import Progress
 from stm_model.runtime import dtype_name, is_out_of_memory, one_line, peak_process_memory, timed
 from stm_model.tracking.resume import FORMAT, ResumeFile
 from stm_model.tracking.tracker import UNCERTAIN, FrameResult, Tracker
@@ -91,7 +91,7 @@ class FolderRun:
         spent, started = self._seconds, time.perf_counter() - self._seconds["wall"]
         prefetch = Prefetch(timed(frames, spent, "decoding"))
         writer: Writer[Written] = Writer(lambda items: self._write(items, overlay_fps))
-        bar = tqdm(total=frame_count, desc=title, unit="frame", delay=1, disable=True if title is None else None)
+        bar = Progress(desc=title or "", unit="frame", total=frame_count, shown=title is not None)
         frame: np.ndarray = np.empty(0)
 
         def source() -> Iterator[np.ndarray]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from tqdm import tqdm
 
 from stm_model.data.augment import visible_objects
 from stm_model.data.clips import Clip, clip_of
@@ -18,6 +16,7 @@ from stm_model.data.video import Video
 from stm_model.evaluation.metrics import sequence_scores
 from stm_model.io.images import contact_sheet, overlay, write_image
 from stm_model.network import STM
+from stm_model.progress import Progress, say
 from stm_model.tracking.frames import pad_to_stride
 from stm_model.tracking.tracker import Tracker
 from stm_model.training.config import TrainConfig
@@ -99,7 +98,7 @@ def validate(model: STM, sequences: list[Video], rank: int = 0, processes: int =
     processes share the videos out; all get the same result.
     """
     totals = torch.zeros(3, dtype=torch.float64)
-    for sequence in tqdm(sequences[rank::processes], desc="validate", leave=False, disable=rank > 0):
+    for sequence in Progress(sequences[rank::processes], desc="validate", unit="video", leave=False, shown=not rank):
         labels, truths = (_tracked if model.config.guidance == "masks" else _corrected)(model, sequence)
         for region, contour in sequence_scores(labels, truths).values():
             totals += torch.tensor([region, contour, 1], dtype=torch.float64)
@@ -129,7 +128,7 @@ def _corrected(model: STM, sequence: Video) -> tuple[list[np.ndarray], list[np.n
 
 def warn(message: str) -> None:
     """One line above the progress bar."""
-    tqdm.write(f"stm: warning: {message}", file=sys.stderr)
+    say(f"stm: warning: {message}")
 
 
 def mean(values: list[float]) -> float:

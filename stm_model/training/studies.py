@@ -20,9 +20,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tqdm import tqdm
-
 from stm_model.io.files import write_json
+from stm_model.progress import Progress
 
 REFERENCE = "reference"
 Outcome = dict[str, float]
@@ -100,7 +99,7 @@ def main(words: Sequence[str] | None = None) -> None:
             for name, seed in jobs
         }
         try:
-            for (name, _), run in tqdm(running.items(), desc="runs", unit="run"):
+            for (name, _), run in Progress(running.items(), desc="train", unit="run"):
                 results[name].append(run.result())
         except ValueError as error:
             pool.shutdown(cancel_futures=True)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from stm_model.data.clips import Clip
 from stm_model.distributed import Ranks
+from stm_model.progress import Progress
 from stm_model.runtime import default_dtype, usable_device
 from stm_model.training.config import TrainConfig
 from stm_model.training.datasets import batches, training_clips, validation_sequences
@@ -82,8 +82,8 @@ class _Training:
         config, state = self.config, self.state
         parts = batches(config, dataset, state.step, self.rank, self.processes)
         numbers = range(state.step + 1, config.steps + 1)
-        progress = tqdm(
-            numbers, initial=state.step, total=config.steps, desc="train", unit="step", disable=self.rank > 0
+        progress = Progress(
+            numbers, desc="train", unit="step", shown=not self.rank, initial=state.step, total=config.steps
         )
         losses: list[float] = []
         spent = waited = 0.0
@@ -93,7 +93,7 @@ class _Training:
             loss, waiting = self._step(step, parts)
             spent, waited = spent + time.perf_counter() - started, waited + waiting
             losses.append(loss)
-            progress.set_postfix(loss=f"{mean(losses[-50:]):.3f}")
+            progress.set_postfix(loss=f"{mean(losses[-50:]):.3f}", refresh=False)
             if step % config.log_every == 0:
                 self._log(step, mean(losses[-config.log_every :]), spent / len(losses), waited / len(losses))
             last = step == config.steps
