@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import stm_model.tracking.memory
-import stm_model.tracking.tracker
+import stm_model.tracking.session
 from bench.harness import alternate, at_least, describe, options, synchronize, table, write_json
 from stm_kernels import PagedMemory
 from stm_model import STM, Tracker
@@ -49,7 +49,7 @@ from stm_model.io.video import VideoWriter, open_video
 from stm_model.network import Query
 from stm_model.runtime import chosen_side, default_dtype
 from stm_model.tracking.budget import MemoryRule
-from stm_model.tracking.tracker import FrameResult
+from stm_model.tracking.session import FrameResult
 from stm_model.training.state import initialize
 
 VERSIONS = ("naive", "default")
@@ -208,11 +208,11 @@ class Pipeline:
 
     def step(self) -> dict[str, list[float]]:
         """Decode, track and write a frame; what its stages took."""
-        aggregate = self.clock.timed("aggregation", stm_model.tracking.tracker.soft_aggregate)
+        aggregate = self.clock.timed("aggregation", stm_model.tracking.session.soft_aggregate)
         with self.clock.stage("decode"):
             frame = next(self.source)
         self.waiting.append(frame)
-        with self.clock.stage("track"), mock.patch.object(stm_model.tracking.tracker, "soft_aggregate", aggregate):
+        with self.clock.stage("track"), mock.patch.object(stm_model.tracking.session, "soft_aggregate", aggregate):
             result = next(self.track)
         with self.clock.stage("write"):
             self.write(iter([(result.index, result.labels, frame)]))

@@ -23,7 +23,8 @@ from stm_model.io.video import BrokenVideo, VideoWriter
 from stm_model.progress import Progress
 from stm_model.runtime import dtype_name, is_out_of_memory, one_line, peak_process_memory, timed
 from stm_model.tracking.resume import FORMAT, ResumeFile
-from stm_model.tracking.tracker import UNCERTAIN, FrameResult, Tracker
+from stm_model.tracking.session import UNCERTAIN, FrameResult
+from stm_model.tracking.tracker import Tracker
 
 Written = tuple[int, np.ndarray, "np.ndarray | None", tuple[int, ...]]
 """Index, frame, labels and objects."""

@@ -128,6 +128,32 @@ class SpaceTimeMemory:
         order = torch.where(new, torch.inf, self.notes[:, USED]).masked_fill_(stays, torch.nan)
         self.evict(order.argsort(stable=True)[:count])
 
+    def remove(self, place: int) -> None:
+        """Forget one of several objects."""
+        staying = torch.tensor([other for other in range(self.objects) if other != place])
+        self.objects -= 1
+        if self.pages is None:
+            return
+        before, state = self.pages, self.pages.state()
+        # values lie side by side under one key, or every object has keys of its own
+        channels, batch = before.value_channels, before.batch
+        sharing = batch <= self.objects
+
+        def without(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            index = staying.to(key.device)
+            if not sharing:
+                return key[index], value[index]
+            parts = rearrange(value, "k p (n v) -> k p n v", n=self.objects + 1)
+            return key, rearrange(parts[:, :, index], "k p n v -> k p (n v)")
+
+        if sharing:
+            channels = channels // (self.objects + 1) * self.objects
+        else:
+            batch -= 1
+        options: dict[str, Any] = {"page_size": before.page_size, "dtype": before.dtype, "device": before.device}
+        self.pages = PagedMemory(batch, before.key_channels, channels, **options, device_pages=before.device_pages)
+        self.pages.load_state(state | {"pages": [without(*page) for page in state["pages"]]})
+
     def read(self, query_key: Tensor) -> tuple[Tensor, Tensor]:
         """What each of the n objects reads at every position of a frame, and how familiar the position is.
 
@@ -212,6 +238,17 @@ class MemoryBank:
         weighed = limited and self.budget.eviction == "use"
         memory = SpaceTimeMemory(self.rule, count, limit=self.budget.device, weighed=weighed, **self.read_options)
         self.memories.append(memory)
+
+    def remove(self, place: int) -> None:
+        """Forget the object at that place among all."""
+        for memory in self.memories:
+            if place < memory.objects:
+                break
+            place -= memory.objects
+        if memory.objects == 1:
+            self.memories.remove(memory)
+        else:
+            memory.remove(place)
 
     def read(self, query_key: Tensor) -> tuple[Tensor, Tensor]:
         """What every object reads, and how familiar each position is, as `SpaceTimeMemory.read`."""

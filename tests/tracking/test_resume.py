@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-import stm_model.tracking.tracker as tracker_module
+import stm_model.tracking.session as session_module
 from stm_model import Tracker
 from stm_model.tracking.budget import MemoryBudget
 
@@ -51,7 +51,7 @@ def saved(tracker, path):
 def test_it_goes_on_from_any_frame(small_model, clip, tmp_path, monkeypatch, case):
     (frames, labels), options = clip, SETTINGS[case]
     # between what this network is certain of, so that some frames are kept and some are not
-    monkeypatch.setattr(tracker_module, "UNCERTAIN", 0.395)
+    monkeypatch.setattr(session_module, "UNCERTAIN", 0.395)
     masks, unbroken, states = masks_of(labels), [], []
     tracker = Tracker(small_model, **options)
     for result in tracker.track(frames, masks):

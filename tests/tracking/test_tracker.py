@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import stm_model.tracking.tracker as tracker_module
+import stm_model.tracking.session as session_module
 from stm_model.tracking.budget import MemoryRule
 from stm_model.tracking.frames import pad_to_stride, scaled_size
 from stm_model.tracking.tracker import Tracker
@@ -120,12 +120,12 @@ def test_at_another_network_size_a_mask_of_one_object_leaves_the_other(small_mod
     frames, labels = clip
     found = torch.zeros(3, 32, 41)
     found[2, :, :20], found[0, :, 20:] = 1, 1  # object 2 on the left
-    segment = tracker_module._Video._segment
+    segment = session_module.TrackingSession._segment
 
     def segmented(video, image):
         return (None, found, [0.0, 0.0]) if video.objects else segment(video, image)
 
-    monkeypatch.setattr(tracker_module._Video, "_segment", segmented)
+    monkeypatch.setattr(session_module.TrackingSession, "_segment", segmented)
     mask = np.zeros_like(labels[1])
     mask[:30, :30] = 1
     result = track(small_model, frames[:2], {0: labels[0], 1: mask}, size=32)[1].labels
@@ -356,7 +356,7 @@ def test_familiarity_is_the_similarity_that_the_read_finds(small_model, clip):
 def test_uncertain_frames_are_kept_out_of_the_memory(small_model, clip, monkeypatch, skip_uncertain):
     frames, labels = clip
     certainties = iter([[1.0, 1.0], [0.9, 0.7], [0.7, 0.1], [0.9, 0.8], [0.1, 0.1], [0.9, 0.9], [1.0, 1.0], [1.0, 1.0]])
-    monkeypatch.setattr(tracker_module, "_certainty", lambda *_: next(certainties))
+    monkeypatch.setattr(session_module, "_certainty", lambda *_: next(certainties))
     tracker = Tracker(small_model, memory="every:1", skip_uncertain=skip_uncertain)
     assert len(list(tracker.track(frames, {0: labels[0], 2: labels[2]}))) == 8
     # the mask of frame 2 was given; frame 7 is nobody's previous frame

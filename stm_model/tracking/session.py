@@ -1,0 +1,307 @@
+"""One video, tracked as its frames come: a frame in, its masks out; objects may enter, be corrected and leave."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stm_model.labels import VOID, objects_in
+from stm_model.network import STM, STRIDE, Query, other_object_masks, soft_aggregate
+from stm_model.tracking.frames import check_frame, check_mask, pad_to_stride, prepare_frame, prepare_mask, scaled_size
+from stm_model.tracking.memory import MemoryBank
+
+UNCERTAIN = 0.8
+"""A certainty below which an object counts as lost: so low that on held-out videos few frames fall below it, and those
+are lost.
+"""
+
+
+@dataclass(frozen=True)
+class FrameResult:
+    """One segmented frame."""
+
+    index: int
+    """Position of the frame in the video, from 0."""
+    labels: np.ndarray
+    """`[H, W]` uint8, the caller's own label values; 0 is background."""
+    probabilities: Tensor
+    """`[n + 1, H, W]` float32 on the model's device, background first, then `objects` in order; sums to one."""
+    objects: tuple[int, ...]
+    """Label value of each object, in the order they entered (ascending within a mask)."""
+    certainty: tuple[float, ...] = ()
+    """How sure the network is of each object: the mean probability over the pixels that it labels so, 0 where there
+    are none. Below `UNCERTAIN` the object is likely lost."""
+    familiarity: tuple[float, ...] = ()
+    """How like what is remembered the picture looks where each object is: the logarithm of the mean exponential
+    similarity that the memory read finds there; -inf before anything is remembered."""
+
+
+@dataclass
+class _Previous:
+    """The frame that was segmented last."""
+
+    index: int
+    frame: np.ndarray
+    """uint8 `[H, W, 3]`, as it was given."""
+    image: Tensor
+    """float32 `[1, 3, h, w]`, as the network sees it, not padded."""
+    probabilities: Tensor
+    """`[n + 1, h, w]`, background first."""
+    familiarity: list[float]
+    """Of each object, see `FrameResult`; likewise the certainty."""
+    query: Query | None
+    """What was computed of the frame alone, if it was segmented and its key is shared."""
+    certainty: list[float] = field(default_factory=list)
+    given: frozenset[int] = frozenset()
+    """Labels of the objects whose mask the user gave."""
+
+
+class TrackingSession:
+    """The objects of one video, followed frame by frame; made by `Tracker.start`.
+
+    What is corrected, added or removed after a frame counts for that frame's result, and for all frames after it.
+
+    Args:
+        model: as `Tracker` prepared it.
+        bank: an empty memory.
+        masks: given masks by frame index, checked.
+        shorter_side: of the network's frames, None is the video's own.
+        skip_uncertain: as in `Tracker`.
+    """
+
+    def __init__(
+        self, model: STM, bank: MemoryBank, masks: dict[int, np.ndarray], shorter_side: int | None, skip_uncertain: bool
+    ):
+        self.model, self.bank, self.masks, self.skip_uncertain = model, bank, masks, skip_uncertain
+        self.shorter_side, self.device = shorter_side, next(model.parameters()).device
+        self.objects: list[int] = []
+        """Label of each object, in the order they entered."""
+        self.previous: _Previous | None = None
+
+    @torch.inference_mode()
+    def step(self, frame: np.ndarray) -> FrameResult:
+        """Segment the next frame, RGB uint8 `[H, W, 3]`.
+
+        Raises:
+            ValueError: the frame or its mask has another form or size than those before; the memory's budget is full.
+        """
+        index = 0 if self.previous is None else self.previous.index + 1
+        frame = check_frame(frame, index, self._frame_size)
+        mask = self.masks.get(index)
+        if mask is not None:
+            _check_size(mask, frame, index)
+        image = prepare_frame(frame, scaled_size(frame.shape[:2], self.shorter_side), self.device)
+        query, probabilities, familiarity = self._segment(image)
+        encoded = query if self.model.shares_keys else None
+        self.previous = _Previous(index, frame, image, probabilities, familiarity, encoded)
+        return self._apply(mask)
+
+    @torch.inference_mode()
+    def correct(self, mask: np.ndarray | Tensor) -> FrameResult:
+        """Replace what was found in the last frame, and take in objects that enter there.
+
+        Args:
+            mask: label map `[H, W]`: 0 says nothing, 1…254 are objects, 255 is void. The mask of a tracked label is
+                replaced; another label is a new object.
+
+        Raises:
+            ValueError: no frame was given yet; the mask has the wrong form or size.
+        """
+        previous = self._last()
+        checked = check_mask(mask, previous.index)
+        _check_size(checked, previous.frame, previous.index)
+        if (given := self.masks.get(previous.index)) is not None:
+            rest = np.where(np.isin(given, sorted(objects_in(checked))), 0, given)
+            checked = np.where(checked == 0, rest, checked)
+        self.masks[previous.index] = checked
+        return self._apply(checked)
+
+    def add_object(self, label: int, mask: np.ndarray | Tensor) -> FrameResult:
+        """Follow one more object, from the last frame on.
+
+        Args:
+            label: 1…254, of no other object.
+            mask: `[H, W]`, true or not 0 where the object is.
+
+        Raises:
+            ValueError: no frame was given yet; the label is another object's or makes no sense; the mask is empty or of
+                another size.
+        """
+        if label in self.objects:
+            raise ValueError(f"object {label}: expected a label that is not tracked yet; `correct` replaces its mask")
+        if not 1 <= label < VOID:
+            raise ValueError(f"object {label}: expected a label from 1 to {VOID - 1}")
+        found = np.asarray(mask) != 0
+        if not found.any():
+            raise ValueError(f"object {label}: expected a mask with the object in it, got an empty one")
+        return self.correct(found * np.uint8(label))
+
+    @torch.inference_mode()
+    def remove(self, label: int) -> FrameResult:
+        """Follow an object no longer: the last frame's result without it, what is remembered of it forgotten.
+
+        Raises:
+            ValueError: no such object is tracked.
+        """
+        if label not in self.objects:
+            raise ValueError(f"object {label}: expected one of {self.objects}, which are tracked")
+        previous, place = self._last(), self.objects.index(label)
+        probabilities = previous.probabilities.clone()
+        probabilities[0] += probabilities[1 + place]
+        staying = [channel for channel in range(len(probabilities)) if channel != 1 + place]
+        self.bank.remove(place)
+        del self.objects[place]
+        previous.probabilities, previous.given = probabilities[staying], previous.given - {label}
+        previous.familiarity = previous.familiarity[:place] + previous.familiarity[place + 1 :]
+        mask = self.masks.get(previous.index)
+        if mask is not None:
+            mask = self.masks[previous.index] = np.where(mask == label, 0, mask)
+        return self._result(mask)
+
+    def state(self) -> dict[str, Any]:
+        """All that going on after the last frame needs; what is remembered as `PagedMemory.state`.
+
+        Raises:
+            ValueError: no frame was given yet.
+        """
+        previous = self._last()
+        return {
+            "index": previous.index,
+            "frame": torch.from_numpy(np.ascontiguousarray(previous.frame)),
+            "probabilities": previous.probabilities,
+            "given": sorted(previous.given),
+            "certainty": previous.certainty,
+            "objects": list(self.objects),
+            "bank": self.bank.state(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Be where another one was at its `state`."""
+        frame = state["frame"].numpy()
+        image = prepare_frame(frame, scaled_size(frame.shape[:2], self.shorter_side), self.device)
+        probabilities = state["probabilities"].to(self.device, copy=True)
+        self.objects = list(state["objects"])
+        unknown = [-math.inf] * len(self.objects)
+        self.previous = _Previous(state["index"], frame, image, probabilities, unknown, None)
+        self.previous.given, self.previous.certainty = frozenset(state["given"]), list(state["certainty"])
+        self.bank.load_state(state["bank"], self.device)
+
+    @property
+    def _frame_size(self) -> tuple[int, int] | None:
+        """Height and width of the frames, once one is known."""
+        return None if self.previous is None else self.previous.frame.shape[:2]
+
+    def _last(self) -> _Previous:
+        if self.previous is None:
+            raise ValueError("expected a frame to be tracked before, got none")
+        return self.previous
+
+    def _apply(self, mask: np.ndarray | None) -> FrameResult:
+        """The last frame's result with a given mask of it."""
+        previous = self._last()
+        if mask is not None:
+            # of the mask as given: an object too small for the network's size is still an object
+            given = frozenset(objects_in(mask))
+            labels = prepare_mask(mask, previous.image.shape[-2:], self.device)
+            previous.probabilities = self._overwrite(previous.probabilities, labels, given)
+            previous.given |= given
+            previous.familiarity += [-math.inf] * (len(self.objects) - len(previous.familiarity))
+        return self._result(mask)
+
+    def _result(self, mask: np.ndarray | None) -> FrameResult:
+        """The last frame's result, with the mask that was given of it."""
+        previous = self._last()
+        probabilities = full = previous.probabilities
+        # max, not argmax, which takes ten times as long over a strided axis on a CPU
+        most, winners = probabilities.max(0)
+        previous.certainty = _certainty(most, winners, len(self.objects))
+        frame_size = previous.frame.shape[:2]
+        resized = previous.image.shape[-2:] != frame_size
+        if resized:
+            full = F.interpolate(full[None], frame_size, mode="bilinear", align_corners=False)[0]
+            winners = full.max(0).indices
+        values = torch.tensor([0, *self.objects], dtype=torch.uint8, device=self.device)
+        labels = values[winners].cpu().numpy()
+        if mask is not None and resized:
+            # a given mask comes back exactly as it was given, though the network saw it resized
+            objects = sorted(objects_in(mask))
+            labels = np.where(np.isin(labels, objects) & (mask != VOID), 0, labels)
+            labels = np.where(np.isin(mask, objects), mask, labels)
+        signals = tuple(previous.certainty), tuple(previous.familiarity)
+        return FrameResult(previous.index, labels, full, tuple(self.objects), *signals)
+
+    def _segment(self, image: Tensor) -> tuple[Query | None, Tensor, list[float]]:
+        """The query of a frame, probabilities `[n + 1, h, w]` of the objects known so far, and their familiarity."""
+        if not self.objects or self.previous is None:
+            return None, torch.ones(1, *image.shape[-2:], device=self.device), []
+        masks = pad_to_stride(self.previous.probabilities[1:])[0]
+        others = other_object_masks(masks)
+        self._remember(self.previous, masks, others)
+        padded, (top, left) = pad_to_stride(image)
+        query = self.model.encode_query(padded)
+        readout, similarity = self.bank.read(query.key)
+        objects = self.model.segment(readout, query, [len(self.objects)], (masks, others))
+        # of the padded frame, whose cells are whole
+        cells = F.avg_pool2d(objects, STRIDE)
+        familiarity = ((cells * similarity).sum((1, 2)) / cells.sum((1, 2)).clamp(min=1e-12)).tolist()
+        height, width = image.shape[-2:]
+        found = objects[:, top : top + height, left : left + width]
+        return query, torch.softmax(soft_aggregate(found), 0), familiarity
+
+    def _remember(self, previous: _Previous, masks: Tensor, others: Tensor) -> None:
+        """Put the previous frame, with its soft masks `[n, H, W]`, into the memories that want it."""
+        given = [label in previous.given for label in self.objects]
+        certain = [not self.skip_uncertain or value >= UNCERTAIN for value in previous.certainty]
+        entries = self.bank.wanted(previous.index, given, certain)
+        if not entries:
+            return
+        frame = pad_to_stride(previous.image)[0] if previous.query is None else previous.query
+        key, value = self.model.memorize(frame, masks, others, [len(masks)])
+        self.bank.remember(previous.index, entries, key, value)
+
+    def _overwrite(self, probabilities: Tensor, labels: Tensor, given: frozenset[int]) -> Tensor:
+        """Overwrite predictions by a given mask and take in new objects; void pixels keep their prediction."""
+        new = sorted(given - set(self.objects))
+        if new:
+            self.objects += new
+            self.bank.add_objects(len(new))
+            absent = torch.zeros(len(new), *probabilities.shape[1:], device=self.device)
+            probabilities = torch.cat([probabilities, absent])
+        known, named = labels != VOID, torch.zeros_like(labels, dtype=torch.bool)
+        probabilities = probabilities.clone()
+        for label in given:
+            channel = 1 + self.objects.index(label)
+            # where an object that was given is not, what was predicted for it becomes background
+            lost = torch.where(known, probabilities[channel], 0)
+            probabilities[0] += lost
+            probabilities[channel] -= lost
+            named |= labels == label
+        probabilities[:, named] = 0
+        for label in given:
+            probabilities[1 + self.objects.index(label)][labels == label] = 1
+        return probabilities
+
+
+def _check_size(mask: np.ndarray, frame: np.ndarray, index: int) -> None:
+    if mask.shape != frame.shape[:2]:
+        size, found = list(frame.shape[:2]), list(mask.shape)
+        raise ValueError(f"mask of frame {index}: expected [H, W] = {size} like its frame, got {found}")
+
+
+def _certainty(most: Tensor, winners: Tensor, count: int) -> list[float]:
+    """The mean probability of each object over the pixels where it is the most probable.
+
+    Args:
+        most: `[h, w]`, the largest probability of each pixel.
+        winners: `[h, w]`, its channel; that of the first object is 1.
+        count: number of objects.
+    """
+    found = [most[winners == channel] for channel in range(1, count + 1)]
+    return [values.mean().item() if len(values) else 0.0 for values in found]
