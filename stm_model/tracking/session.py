@@ -209,7 +209,8 @@ class TrackingSession:
         if mask is not None:
             # of the mask as given: an object too small for the network's size is still an object
             given = frozenset(objects_in(mask))
-            labels = prepare_mask(mask, previous.image.shape[-2:], self.device)
+            size = scaled_size(mask.shape, self.shorter_side)
+            labels = prepare_mask(mask, size, self.device)
             previous.probabilities = self._overwrite(previous.probabilities, labels, given)
             previous.given |= given
             previous.familiarity += [-math.inf] * (len(self.objects) - len(previous.familiarity))

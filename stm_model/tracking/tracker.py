@@ -100,12 +100,13 @@ class Tracker:
         """
         if frame_count is None and isinstance(frames, Sized):
             frame_count = len(frames)
-        session = self.start(masks, frame_count)
+        session = self._begin(masks, frame_count)
         if not any(objects_in(mask) for mask in session.masks.values()):
             raise ValueError("masks: expected at least one labelled object (1…254), got none")
         if resume is not None:
             check_same(resume["made_with"], self._made_with(session, resume["video"]["index"]))
             session.load_state(resume["video"])
+        self.bank, self._session = session.bank, session
         return self._track(frames, session)
 
     def start(
@@ -120,10 +121,14 @@ class Tracker:
         Raises:
             ValueError: a mask has the wrong form, or the rule needs the number of frames.
         """
-        checked = {int(index): check_mask(mask, index) for index, mask in (masks or {}).items()}
-        self.bank = MemoryBank(self._rule(frame_count), self.budget, **self.read_options)
-        self._session = TrackingSession(self.model, self.bank, checked, self.size, self.skip_uncertain)
+        self._session = self._begin(masks or {}, frame_count)
+        self.bank = self._session.bank
         return self._session
+
+    def _begin(self, masks: Mapping[int, np.ndarray | Tensor], frame_count: int | None) -> TrackingSession:
+        checked = {int(index): check_mask(mask, index) for index, mask in masks.items()}
+        bank = MemoryBank(self._rule(frame_count), self.budget, **self.read_options)
+        return TrackingSession(self.model, bank, checked, self.size, self.skip_uncertain)
 
     def state(self) -> dict[str, Any]:
         """All that `track` needs to go on after the result that it gave last, for `torch.save`.
