@@ -5,6 +5,7 @@ An operator of torch.library takes tensors and numbers, no dataclass: `read` and
 """
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, Optional
 
@@ -118,7 +119,23 @@ def _affinity_of(
     return Affinity(query_key, memory_key, scale, key_bias, lengths)
 
 
-@torch.library.custom_op("stm_kernels::memory_read", mutates_args=())
+def _operator(name: str) -> Callable[[Callable], Any]:
+    """Make a function the operator `stm_kernels::name` on every device; it changes none of its arguments.
+
+    torch.library.custom_op would import torch._dynamo at the operator's first call: a second in every process.
+    """
+
+    def define(function: Callable) -> Any:
+        full_name = f"stm_kernels::{name}"
+        schema = torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(full_name, schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(full_name, "default")(function)
+        return getattr(torch.ops.stm_kernels, name).default
+
+    return define
+
+
+@_operator("memory_read")
 def read_operator(
     query_key: Tensor,
     memory_key: Tensor,
@@ -165,7 +182,7 @@ def read_operator(
     return chunked_read(affinity, memory_value, skip)
 
 
-@read_operator.register_fake
+@torch.library.register_fake(read_operator)
 def _(query_key, memory_key, memory_value, key_bias, lengths, scale, top_k, skip, implementation):
     return _outputs(Affinity(query_key, memory_key, scale), memory_value, top_k, skip)
 
@@ -181,7 +198,7 @@ def _outputs(affinity: Affinity, memory_value: Tensor, top_k: int, skip: float) 
     return out, out.new_empty(B, M, dtype=torch.float64), out.new_empty(B, M, dtype=torch.float32), choice
 
 
-@torch.library.custom_op("stm_kernels::memory_read_backward", mutates_args=())
+@_operator("memory_read_backward")
 def backward_operator(
     grad_out: Tensor,
     grad_lse: Tensor,
@@ -222,7 +239,7 @@ def backward_operator(
     return by_query, by_key, by_value, _empty_grad_key_bias(query_key, key_bias) if by_bias is None else by_bias
 
 
-@backward_operator.register_fake
+@torch.library.register_fake(backward_operator)
 def _(grad_out, grad_lse, query_key, memory_key, memory_value, key_bias, *rest):
     grads = (torch.empty_like(tensor) for tensor in (query_key, memory_key, memory_value))
     return *grads, _empty_grad_key_bias(query_key, key_bias)
@@ -252,11 +269,11 @@ def _refuse(ctx, *grads):
     )
 
 
-read_operator.register_autograd(_differentiate, setup_context=_save)
-backward_operator.register_autograd(_refuse)
+torch.library.register_autograd(read_operator, _differentiate, setup_context=_save)
+torch.library.register_autograd(backward_operator, _refuse)
 
 
-@torch.library.custom_op("stm_kernels::memory_usage", mutates_args=())
+@_operator("memory_usage")
 def usage_operator(
     query_key: Tensor,
     memory_key: Tensor,
@@ -285,7 +302,7 @@ def usage_operator(
     return chunked_usage(affinity, lse)
 
 
-@usage_operator.register_fake
+@torch.library.register_fake(usage_operator)
 def _(query_key, memory_key, key_bias, lengths, lse, scale, top_k, implementation):
     return query_key.new_empty(memory_key.shape[:2], dtype=wide_dtype(query_key.dtype))
 
@@ -305,7 +322,7 @@ def _register_vmap(operator: Any) -> None:
             return outputs.unflatten(0, (size, len(outputs) // size)), 0
         return tuple(output.unflatten(0, (size, len(output) // size)) for output in outputs), (0,) * len(outputs)
 
-    operator.register_vmap(folded)
+    torch.library.register_vmap(operator, folded)
 
 
 for _operator in (read_operator, backward_operator, usage_operator):

@@ -91,6 +91,7 @@ def test_every_package_and_every_file_in_it_is_shipped():
         ("stm_model", "torch numpy triton scipy PIL av tyro tqdm safetensors matplotlib fastapi"),
         ("stm_model.network, stm_model.tracking.tracker", "triton scipy PIL av tyro tqdm matplotlib fastapi"),
         ("stm_model.io.video, stm_model.io.masks", "torch triton scipy tyro tqdm safetensors matplotlib fastapi"),
+        ("stm_model.interactive.session", "scipy.stats tyro matplotlib fastapi"),
         ("stm_model.evaluation.metrics", "torch triton PIL av tyro tqdm safetensors matplotlib fastapi"),
     ],
 )

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from scipy import ndimage
-from scipy.stats import binom
 
 Scribble = Mapping[str, Any]
 
@@ -150,6 +149,9 @@ def bezier(points: np.ndarray, count: int) -> np.ndarray:
 
     Ties in rounding to pixels depend on the direction; the challenge draws in this one.
     """
+    # half a second of imports
+    from scipy.stats import binom
+
     # Bernstein polynomials as binomial probabilities, which do not overflow for long paths
     weight = binom.pmf(np.arange(len(points)), len(points) - 1, np.linspace(1, 0, count)[:, None])
     return weight @ points

@@ -1,6 +1,9 @@
 """The read under PyTorch's transformations: autograd, torch.compile, autocast, vmap."""
 
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,3 +146,11 @@ def test_space_time_read_is_differentiable():
         problem.memory_value.mT.unflatten(2, (2, 2, 3)),
     )
     torch.autograd.gradcheck(space_time_memory_read, [tensor.detach().requires_grad_() for tensor in inputs])
+
+
+def test_a_read_does_not_load_the_compiler():
+    """It takes a second, which a process that only reads need not wait."""
+    code = "import sys, torch, stm_kernels\n"
+    code += "stm_kernels.memory_read(*torch.zeros(3, 1, 2, 4), implementation='chunked')\n"
+    code += "sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
