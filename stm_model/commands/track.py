@@ -157,7 +157,11 @@ def finished(config: TrackConfig) -> dict[str, Any] | None:
         return None
     asked = plain_settings(config) | {"size": chosen_side(config.size, config.checkpoint, summary["size"])}
     for name, value in asked.items():
-        if name not in SAME_RESULTS and (found := summary["settings"].get(name)) != value:
+        found = summary["settings"].get(name)
+        if isinstance(getattr(config, name), Path) and isinstance(found, str):
+            # as earlier versions wrote it
+            found = str(Path(found).resolve())
+        if name not in SAME_RESULTS and found != value:
             raise ValueError(
                 f"{config.out}: was tracked with --{name.replace('_', '-')} {found}, now it is {value}; choose another "
                 "--out, or add --overwrite"
@@ -218,6 +222,11 @@ def _given_masks(config: TrackConfig, video: VideoFile | FrameFolder) -> dict[in
                 f"{width_by_height(video.size)}; add --resize-mask to resize it"
             )
         masks[index] = resize_mask(labels, video.size)
+    if first := min(masks):
+        warnings.warn(
+            f"the first mask is for frame {first}, counted from 0: in the {first} before it all is background",
+            stacklevel=1,
+        )
     if len(masks) == video.frame_count:
         warnings.warn("every frame has a given mask: nothing is left to track", stacklevel=1)
     return masks

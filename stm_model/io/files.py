@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -9,7 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
+
+CHECKSUM = 16
+"""Bytes of the checksum at the end of a file by `write_torch`."""
 
 
 @contextmanager
@@ -84,13 +88,30 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+class _Summed:
+    """A file to write to that knows the checksum of what was written."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.digest = file, hashlib.blake2b(digest_size=CHECKSUM)
+        self.flush = file.flush
+
+    def write(self, part: bytes) -> int:
+        self.digest.update(part)
+        return self.file.write(part)
+
+
 def write_torch(path: str | os.PathLike, content: Any) -> None:
-    """Write what `torch.save` takes, whole or not at all; it is on the disk when this returns, or OSError is raised."""
+    """Write what `torch.save` takes, whole or not at all; it is on the disk when this returns, or OSError is raised.
+
+    A checksum follows it, which `torch.load` passes over.
+    """
     import torch
 
     with whole(path) as partial, open(partial, "wb") as file:
+        summed = _Summed(file)
         try:
-            torch.save(content, file)
+            torch.save(content, cast(IO[bytes], summed))
+            file.write(summed.digest.digest())
         except RuntimeError as error:
             # where writing fails, torch.save fails once more as it closes the archive
             if isinstance(error.__context__, OSError):
@@ -98,3 +119,13 @@ def write_torch(path: str | os.PathLike, content: Any) -> None:
             raise
         file.flush()
         os.fsync(file.fileno())
+
+
+def is_unchanged(path: str | os.PathLike) -> bool:
+    """Whether a file is to the bit as `write_torch` wrote it."""
+    digest, left = hashlib.blake2b(digest_size=CHECKSUM), os.path.getsize(path) - CHECKSUM
+    with open(path, "rb") as file:
+        while left > 0 and (part := file.read(min(left, 2**20))):
+            digest.update(part)
+            left -= len(part)
+        return file.read() == digest.digest()

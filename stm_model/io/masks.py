@@ -71,7 +71,7 @@ def read_masks(
 
     Args:
         path: one mask (for frame 0), or a folder of masks, named by frame number (`00005.png`, `mask_5.png`) or, if
-            `video` is a folder with frames of the same names, as its frames.
+            `video` is a folder, as its frames, or by the numbers in their names.
         video: checks that the frames exist.
         binary: see `read_mask`.
 
@@ -96,20 +96,32 @@ def read_masks(
 
 
 def _frame_indices(files: list[Path], video: VideoFile | FrameFolder | None) -> list[int]:
-    frame_stems = {file.stem: index for index, file in enumerate(video.files)} if video else {}
-    by_name = any(file.stem in frame_stems for file in files)
+    frames = video.files if video else ()
+    stems = {file.stem: index for index, file in enumerate(frames)}
+    # frames may count from 1, or with gaps
+    numbers = {_number(file): index for index, file in enumerate(frames)}
+    numbered = None not in numbers and len(numbers) == len(frames) > 0
+    by_name = any(file.stem in stems for file in files)
     indices = []
     for file in files:
-        number = re.search(r"(\d+)$", file.stem)
-        index = frame_stems.get(file.stem) if by_name else int(number[1]) if number else None
+        number = _number(file)
+        index = stems.get(file.stem) if by_name else numbers.get(number) if numbered else number
         if index is None:
             expected = "the name of a frame of the video" if by_name else "a name that ends in the frame's number"
+            if numbered and not by_name:
+                expected += f", of {frames[0].name} to {frames[-1].name}"
             raise MediaError(f"{file}: expected {expected}")
         if video and video.frame_count is not None and index >= video.frame_count:
             last = video.frame_count - 1
             raise MediaError(f"{file}: a mask for frame {index}, but {video.path} has the frames 0 to {last}")
         indices.append(index)
     return indices
+
+
+def _number(file: Path) -> int | None:
+    """The number in which a file's name ends."""
+    number = re.search(r"(\d+)$", file.stem)
+    return int(number[1]) if number else None
 
 
 def write_mask(path: str | os.PathLike, labels: np.ndarray) -> None:

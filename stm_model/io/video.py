@@ -325,6 +325,13 @@ class VideoWriter:
         finally:
             self._partial.unlink(missing_ok=True)
 
+    def discard(self) -> None:
+        """Leave no file, and what was there before as it is."""
+        if self._container is not None:
+            container, self._container = self._container, None
+            container.close()
+            self._partial.unlink(missing_ok=True)
+
     def __enter__(self) -> VideoWriter:
         return self
 

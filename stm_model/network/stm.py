@@ -15,7 +15,7 @@ from stm_model.network.backbones import BACKBONES
 from stm_model.network.decoder import Decoder
 from stm_model.network.encoders import GUIDANCE, KeyValue, MemoryEncoder, Query, QueryEncoder, per_object
 from stm_model.network.shared import SharedDecoder, SharedEncoder, ValueEncoder
-from stm_model.network.weights import check_tensors, read_tensors
+from stm_model.network.weights import check_finite, check_tensors, read_tensors
 from stm_model.runtime import DEFAULT_WEIGHTS, default_dtype, usable_device
 
 STRIDE = 16
@@ -165,7 +165,7 @@ class STM(nn.Module):
 
         Raises:
             FileNotFoundError: there is no such file.
-            CheckpointError: the file is no checkpoint, or its tensors are not those of an STM.
+            CheckpointError: the file is no checkpoint, or its tensors are not those of an STM, or not finite.
             ValueError: the device cannot be used.
         """
         path = DEFAULT_WEIGHTS if path is None else path
@@ -177,7 +177,10 @@ class STM(nn.Module):
         check_tensors(model.state_dict(), tensors, path)
         model.load_state_dict(tensors, assign=True)
         model.requires_grad_(False)
-        return _channels_last(model.eval().to(device, dtype or default_dtype(device)))
+        model = model.eval().to(device, dtype or default_dtype(device))
+        # in the dtype that computes: float16 may not hold what float32 does
+        check_finite(model.state_dict(), path)
+        return _channels_last(model)
 
     def expect_guidance(self, guidance: Literal["masks", "scribbles"]) -> None:
         """Raise a ValueError if the network is guided by something else."""

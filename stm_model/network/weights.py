@@ -64,6 +64,15 @@ def check_tensors(
         raise CheckpointError(f"checkpoint: {path} does not hold {kind}: {'; '.join(differences[:5])}{rest}")
 
 
+def check_finite(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+    """Raise a CheckpointError that names the first five tensors with NaN or infinity in them."""
+    bad = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        rest = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        dtype = str(tensors[bad[0]].dtype).removeprefix("torch.")
+        raise CheckpointError(f"checkpoint: {path} has NaN or infinity, in {dtype}, in {', '.join(bad[:5])}{rest}")
+
+
 def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
     """Write named tensors as safetensors, to a temporary name first.
 

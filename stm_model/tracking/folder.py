@@ -40,7 +40,8 @@ class FolderRun:
     """One video tracked into a folder by `command`; the summary records `settings`, a dataclass."""
 
     def __init__(self, command: str, out: Path, tracker: Tracker, settings: Any):
-        self.out, self.tracker, self._ended = out, tracker, False
+        self.out, self.tracker = out, tracker
+        self._began = self._ended = False
         self._seconds = dict.fromkeys(("tracking", "waiting", "decoding", "writing", "wall"), 0.0)
         parameter = next(tracker.model.parameters())
         self.summary: dict[str, Any] = {
@@ -107,12 +108,16 @@ class FolderRun:
         results = self.tracker.track(
             timed(source(), spent, "waiting", "tracking"), masks, frame_count, resume=saved and saved["tracker"]
         )
-        self._clear(done)
+        self.out.mkdir(parents=True, exist_ok=True)
+        for partial in (*self.out.glob(".*.partial.*"), *self.out.glob("masks/.*.partial.*")):
+            partial.unlink()
         for line in announce:
             print(line, flush=True)
         try:
             with prefetch, writer, bar:
                 for result in timed(results, spent, "tracking"):
+                    # only now it is known that all that was given, and the frames passed over, make sense
+                    self._clear(done)
                     self._note(result)
                     writer.put((result.index, frame, result.labels, result.objects))
                     bar.update()
@@ -121,12 +126,15 @@ class FolderRun:
                         writer.flush()
                         spent["wall"] = time.perf_counter() - started
                         resume_file.write(self._state())
+                self._clear(done)
             self.summary["stopped"], self._ended = None, True
         except (BrokenVideo, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
             if not self.summary["frames"] or (isinstance(error, RuntimeError) and not is_out_of_memory(error)):
                 raise
             self._ended = isinstance(error, BrokenVideo)
-            self.summary["stopped"] = INTERRUPTED if isinstance(error, KeyboardInterrupt) else one_line(error)
+            late = sorted(index for index in masks if index >= self.summary["frames"])
+            unused = f"; the masks of frames {late} were not used" if self._ended and late else ""
+            self.summary["stopped"] = INTERRUPTED if isinstance(error, KeyboardInterrupt) else one_line(error) + unused
         spent["wall"] = time.perf_counter() - started
         if overlay_fps is not None:
             self.summary["files"]["overlay"] = str(self.out / OVERLAY)
@@ -158,16 +166,17 @@ class FolderRun:
         return {"tracker": self.tracker.state(), "summary": summary, "seconds": dict(self._seconds)}
 
     def _clear(self, done: int) -> None:
-        """Remove what an earlier run wrote, but for its first `done` masks, and nothing else."""
-        self.out.mkdir(parents=True, exist_ok=True)
+        """Remove, once, what an earlier run wrote, but for its first `done` masks, and nothing else."""
+        if self._began:
+            return
+        self._began = True
+        (self.out / "masks").mkdir(exist_ok=True)
         # says at any time whose results these are, and that a run that is killed is unfinished
         self.write_summary()
         masks = [file for file in (self.out / "masks").glob("*.png") if file.stem.isdigit() and int(file.stem) >= done]
-        partial = [*self.out.glob(".*.partial.*"), *self.out.glob("masks/.*.partial.*")]
         others = [self.out / name for name in (OVERLAY, SHEET, *([] if done else [RESUME_FILE]))]
-        for file in [*masks, *partial, *others]:
+        for file in [*masks, *others]:
             file.unlink(missing_ok=True)
-        (self.out / "masks").mkdir(exist_ok=True)
 
     def _note(self, result: FrameResult) -> None:
         """Note the area, certainty and familiarity of each object, and where it is likely lost."""
@@ -200,6 +209,8 @@ class FolderRun:
                 if video is not None:
                     video.write(overlay(frame, read_mask(self.mask_file(index)) if labels is None else labels))
                 self._seconds["writing"] += time.perf_counter() - started
+            if video is not None and not self._began:
+                video.discard()
 
     def _measure(self) -> None:
         self.summary["seconds"] = dict(self._seconds)
@@ -220,6 +231,6 @@ def is_output_of(command: str, out: Path) -> bool:
 
 
 def plain_settings(settings: Any) -> dict[str, Any]:
-    """The fields of a dataclass of settings as JSON takes them."""
+    """The fields of a dataclass of settings as JSON takes them; paths are absolute."""
     fields = dataclasses.asdict(settings)
-    return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
+    return {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in fields.items()}

@@ -22,6 +22,16 @@ def check_frame(frame: np.ndarray, index: int, size: tuple[int, int] | None) -> 
     return frame
 
 
+def check_index(index: int, frame_count: int | None) -> int:
+    """The frame of a mask; raise a ValueError if there is no such frame. `frame_count` is None if unknown."""
+    if isinstance(index, bool) or not isinstance(index, (int, np.integer)):
+        raise ValueError(f"masks: expected whole frame numbers as keys, got {index!r}")
+    if index < 0 or (frame_count is not None and index >= frame_count):
+        last = "" if frame_count is None else f" to {frame_count - 1}"
+        raise ValueError(f"masks: expected frame numbers from 0{last}, got {index}")
+    return int(index)
+
+
 def check_mask(mask: np.ndarray | Tensor, index: int) -> np.ndarray:
     """A label map as uint8 `[H, W]`; raise a ValueError that says what is wrong with it."""
     array = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)

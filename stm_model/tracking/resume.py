@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stm_model.io.files import write_torch
+from stm_model.io.files import is_unchanged, write_torch
 
 FORMAT = 3
 """Of the resume file and of the run's folder; those of another are refused."""
@@ -66,7 +66,7 @@ class ResumeFile:
         """What it holds; None if there is none. Tensors stay in the file until they are used.
 
         Raises:
-            ValueError: it can't be read, is of another version, or of another video.
+            ValueError: it can't be read, is of another version, was changed since, or is of another video.
         """
         if not self.path.exists():
             return None
@@ -81,6 +81,11 @@ class ResumeFile:
                 f"{self.path}: can't be read as a state to resume from ({type(error).__name__})"
             ) from error
         check_format(self.path, version)
+        if not is_unchanged(self.path):
+            raise ValueError(
+                f"{self.path}: is damaged, its checksum is wrong; --overwrite tracks from the start, and the masks in "
+                f"{self.path.parent / 'masks'} are as they were"
+            )
         check_same(content["made_with"], self.made_with)
         return content
 

@@ -15,7 +15,7 @@ from stm_kernels import memory_read
 from stm_model.labels import objects_in
 from stm_model.network import STM, STRIDE, compile_parts, fold_batch_norm, fuse_activations
 from stm_model.tracking.budget import MemoryBudget, MemoryPlan, MemoryRule, plan_memory
-from stm_model.tracking.frames import check_mask, check_side, scaled_size
+from stm_model.tracking.frames import check_index, check_mask, check_side, scaled_size
 from stm_model.tracking.memory import MemoryBank
 from stm_model.tracking.resume import array_digest, check_same
 from stm_model.tracking.session import FrameResult, TrackingSession
@@ -95,8 +95,8 @@ class Tracker:
             A result for every frame, in order. Before the first mask everything is background.
 
         Raises:
-            ValueError: there are no frames; a frame or mask has the wrong form; no mask names an object; a setting, the
-                weights, the masks or the frames are not those that the state was made with.
+            ValueError: there are no frames; a frame or mask has the wrong form; a mask is for no frame; none names an
+                object; a setting, the weights, the masks or the frames are not those that the state was made with.
         """
         if frame_count is None and isinstance(frames, Sized):
             frame_count = len(frames)
@@ -119,14 +119,14 @@ class Tracker:
             frame_count: as in `track`.
 
         Raises:
-            ValueError: a mask has the wrong form, or the rule needs the number of frames.
+            ValueError: a mask has the wrong form or is for no frame, or the rule needs the number of frames.
         """
         self._session = self._begin(masks or {}, frame_count)
         self.bank = self._session.bank
         return self._session
 
     def _begin(self, masks: Mapping[int, np.ndarray | Tensor], frame_count: int | None) -> TrackingSession:
-        checked = {int(index): check_mask(mask, index) for index, mask in masks.items()}
+        checked = {check_index(index, frame_count or None): check_mask(mask, index) for index, mask in masks.items()}
         bank = MemoryBank(self._rule(frame_count), self.budget, **self.read_options)
         return TrackingSession(self.model, bank, checked, self.size, self.skip_uncertain)
 

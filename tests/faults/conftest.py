@@ -38,9 +38,10 @@ def out(tmp_path):
 def track(clip, weights, out, capsys):
     """Run `stm track` on the clip, with changed arguments; the exit code, stdout and stderr."""
 
-    def run(*extra, video=clip / "clip.mp4", mask=clip / "mask.png", out=out, checkpoint=weights):
+    def run(*extra, video=clip / "clip.mp4", mask=clip / "mask.png", out=out, checkpoint=weights, overlay=False):
         arguments = [video, "--mask", mask, "--out", out, "--checkpoint", checkpoint, "--device", "cpu"]
-        code = main(["track", *map(str, arguments), "--dtype", "float32", "--no-overlay", *map(str, extra)])
+        arguments += ["--dtype", "float32", *([] if overlay else ["--no-overlay"]), *extra]
+        code = main(["track", *map(str, arguments)])
         return code, *capsys.readouterr()
 
     return run

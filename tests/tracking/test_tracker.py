@@ -327,7 +327,14 @@ def test_a_read_that_makes_no_sense_is_refused_at_once(options, message, small_m
 def test_masks_after_the_end_are_said(small_model, clip):
     frames, labels = clip
     with pytest.warns(UserWarning, match=r"masks of frames \[30\] were not used: the video ended at frame 7"):
-        track(small_model, frames, {0: labels[0], 30: labels[1]})
+        track(small_model, iter(frames), {0: labels[0], 30: labels[1]})
+    # where their number is known, at once
+    for index in (30, 8, -1):
+        with pytest.raises(ValueError, match=f"masks: expected frame numbers from 0 to 7, got {index}"):
+            Tracker(small_model).track(frames, {0: labels[0], index: labels[1]})
+    for index in ("1", 1.5, True):
+        with pytest.raises(ValueError, match="masks: expected whole frame numbers as keys, got"):
+            Tracker(small_model).track(frames, {0: labels[0], index: labels[1]})
 
 
 def test_certainty_is_the_mean_probability_of_a_mask(small_model, clip):

@@ -12,6 +12,7 @@ from stopping import FRAMES, arguments, at, files, killed_at, stopped_at, summar
 import stm_model.tracking.resume as resume
 from stm_model import Tracker
 from stm_model.commands.main import main
+from stm_model.io.files import write_torch
 from stm_model.io.masks import write_mask
 from stm_model.io.video import VideoWriter
 from stm_model.tracking import folder as folder_run
@@ -75,7 +76,7 @@ def test_times_are_those_of_all_runs(track, tmp_path, monkeypatch):
     assert all(value > 0 for value in earlier.values())
     earlier["wall"] += 1000
     content = torch.load(tmp_path / "out" / "resume.pt", weights_only=True)
-    torch.save(content | {"seconds": earlier}, tmp_path / "out" / "resume.pt")
+    write_torch(tmp_path / "out" / "resume.pt", content | {"seconds": earlier})
     assert track("--resume")[0] == 0
     now = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert 1000 < now["seconds"]["wall"] < 1100
