@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,9 @@ class TrackConfig(NetworkOptions):
     """Softmax mass that each pixel's read of the memory may drop to be faster, from 0 (exact) to below 1."""
     binary: bool = False
     """The mask is black and white: what is bright is one object, label 1."""
+    colors: bool = False
+    """Each color of the mask is an object, however many and however thin; labels are 1, 2, … for the colors of an RGB
+    picture."""
     resize_mask: bool = False
     """Resize masks that are not of the video's size, instead of refusing them."""
     overlay: bool = True
@@ -156,8 +160,10 @@ def finished(config: TrackConfig) -> dict[str, Any] | None:
     if summary["stopped"] is not None:
         return None
     asked = plain_settings(config) | {"size": chosen_side(config.size, config.checkpoint, summary["size"])}
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name, value in asked.items():
-        found = summary["settings"].get(name)
+        # a setting that there was not yet had its default
+        found = summary["settings"].get(name, defaults.get(name))
         if isinstance(getattr(config, name), Path) and isinstance(found, str):
             # as earlier versions wrote it
             found = str(Path(found).resolve())
@@ -212,7 +218,9 @@ def _given_masks(config: TrackConfig, video: VideoFile | FrameFolder) -> dict[in
     from stm_model.io.masks import read_masks, resize_mask
 
     assert config.mask is not None
-    masks = read_masks(config.mask, video, binary=config.binary)
+    if config.binary and config.colors:
+        raise ValueError("--binary takes the mask for one object, --colors for one of each color; choose one of them")
+    masks = read_masks(config.mask, video, binary=config.binary, colors=config.colors)
     for index, labels in masks.items():
         if labels.shape == video.size:
             continue
@@ -220,6 +228,15 @@ def _given_masks(config: TrackConfig, video: VideoFile | FrameFolder) -> dict[in
             raise ValueError(
                 f"{config.mask}: the mask of frame {index} is {width_by_height(labels.shape)} pixels, the video "
                 f"{width_by_height(video.size)}; add --resize-mask to resize it"
+            )
+        (height, width), (video_height, video_width) = labels.shape, video.size
+        # the sides' ratios are less alike than those of the mask's turned by 90°
+        if abs(math.log(height * video_width / width / video_height)) > abs(
+            math.log(width * video_width / height / video_height)
+        ):
+            raise ValueError(
+                f"{config.mask}: the mask of frame {index} is {width_by_height(labels.shape)} pixels, the video "
+                f"{width_by_height(video.size)}; expected a mask that is not turned by 90°"
             )
         masks[index] = resize_mask(labels, video.size)
     if first := min(masks):

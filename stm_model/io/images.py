@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import ExifTags, Image, ImageDraw, ImageOps
 
 from stm_model.io.files import whole
 from stm_model.labels import VOID
@@ -62,17 +62,31 @@ def open_picture(path: str | os.PathLike) -> Iterator[Image.Image]:
 
 
 def picture_size(path: Path) -> tuple[int, int]:
-    """Height and width of a picture, without decoding it."""
+    """Height and width of a picture as it is shown, without decoding it."""
     with open_picture(path) as image:
-        return image.height, image.width
+        return (image.width, image.height) if _orientation(image) >= 5 else (image.height, image.width)
+
+
+def _orientation(image: Image.Image) -> int:
+    """How a picture is turned or mirrored, by EXIF: 1 is not at all, from 5 on its sides are exchanged."""
+    # without it in front of the pixels, a PNG would have to be decoded to look for it
+    sought = image.format != "PNG" or "exif" in image.info
+    return image.getexif().get(ExifTags.Base.Orientation, 1) if sought else 1
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A picture turned as its EXIF orientation says."""
+    return ImageOps.exif_transpose(image) if _orientation(image) > 1 else image
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
-    """Read a picture as uint8 RGB `[H, W, 3]`. Raises MediaError if it cannot be read or has 16 bits a channel."""
+    """Read a picture as uint8 RGB `[H, W, 3]`, turned as its EXIF orientation says. Raises MediaError if it cannot be
+    read or has 16 bits a channel.
+    """
     with open_picture(path) as image:
         if image.mode.startswith(("I", "F")):
             raise MediaError(f"{path}: more than 8 bits a channel (mode {image.mode}); expected an 8-bit picture")
-        return np.array(image.convert("RGB"))
+        return np.array(upright(image).convert("RGB"))
 
 
 def write_image(path: str | os.PathLike, image: np.ndarray) -> None:

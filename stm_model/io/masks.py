@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from stm_model.io.files import whole
-from stm_model.io.images import MediaError, open_picture, picture_files
+from stm_model.io.images import MediaError, open_picture, picture_files, read_image, upright
 from stm_model.labels import VOID, objects_in
 
 if TYPE_CHECKING:
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 MAX_GREY_LABELS = 64
 """A grey picture with more values than this is a photograph or has soft edges: it holds no labels."""
+MAX_LABELS = 16
+"""More labels than this in a mask given for a video are soft edges, unless the user says otherwise."""
+OPAQUE = 127
+"""An alpha above which a pixel shows."""
 
 
 def read_mask(path: str | os.PathLike, *, binary: bool = False) -> np.ndarray:
@@ -27,7 +31,8 @@ def read_mask(path: str | os.PathLike, *, binary: bool = False) -> np.ndarray:
     Args:
         path: a palette picture (the palette's indices are the labels) or a grey one (the grey values are), usually PNG.
         binary: take the picture for one object, label 1: every pixel brighter than half of the brightest, or with a
-            palette every index but 0. For black-and-white masks (0 and 255), soft edges and JPEG.
+            palette every index but 0. For black-and-white masks (0 and 255), soft edges and JPEG. What is transparent
+            is no object; where all that is not has one color, all of it is the object.
 
     Returns:
         uint8 labels `[H, W]`; 255 is void. A 1-bit picture has labels 0 and 1.
@@ -37,11 +42,16 @@ def read_mask(path: str | os.PathLike, *, binary: bool = False) -> np.ndarray:
     """
     with open_picture(path) as image:
         mode, lossy = image.mode, image.format in ("JPEG", "MPO")
+        image = upright(image)
+        opaque = np.array(image.convert("RGBA"))[..., 3] > OPAQUE if image.has_transparency_data else None
         pixels = np.array(image.convert("L") if binary and mode.startswith(("RGB", "CMYK", "YCbCr")) else image)
     if mode in ("LA", "PA"):
         pixels = pixels[..., 0]
     if binary:
-        return (pixels > (0 if mode in ("P", "PA") else pixels.max() / 2)).astype(np.uint8)
+        shown = np.ones(pixels.shape, dtype=bool) if opaque is None or not opaque.any() else opaque
+        if not shown.all() and np.ptp(pixels[shown]) == 0:
+            return shown.astype(np.uint8)
+        return ((pixels > (0 if mode in ("P", "PA") else pixels[shown].max() / 2)) & shown).astype(np.uint8)
     if lossy:
         raise MediaError(f"{path}: JPEG changes labels; expected a palette or grey PNG (or --binary for one object)")
     if pixels.ndim == 3:
@@ -65,7 +75,11 @@ def has_palette(path: str | os.PathLike) -> bool:
 
 
 def read_masks(
-    path: str | os.PathLike, video: VideoFile | FrameFolder | None = None, *, binary: bool = False
+    path: str | os.PathLike,
+    video: VideoFile | FrameFolder | None = None,
+    *,
+    binary: bool = False,
+    colors: bool = False,
 ) -> dict[int, np.ndarray]:
     """Read the given masks of a video: frame → uint8 labels `[H, W]`.
 
@@ -74,9 +88,12 @@ def read_masks(
             `video` is a folder, as its frames, or by the numbers in their names.
         video: checks that the frames exist.
         binary: see `read_mask`.
+        colors: take every color of all masks for an object, 1, 2, … in their order as `(R, G, B)`, black for the
+            background; a palette's indices and grey values stay as they are, however many.
 
     Raises:
-        MediaError: as `read_mask`, no masks, two for one frame, one of no frame, or no object in any of them.
+        MediaError: as `read_mask`, soft edges that look like labels, no masks, two for one frame, one of no frame, or
+            no object in any of them.
     """
     path = Path(path)
     files = picture_files(path) if path.is_dir() else [path]
@@ -87,7 +104,14 @@ def read_masks(
         if index in by_index:
             raise MediaError(f"{file}: frame {index} already has the mask {by_index[index].name}")
         by_index[index] = file
-    masks = {index: read_mask(by_index[index], binary=binary) for index in sorted(by_index)}
+    by_index = dict(sorted(by_index.items()))
+    if colors and any(map(_is_colored, by_index.values())):
+        masks = dict(zip(by_index, _color_labels([read_image(file) for file in by_index.values()], path)))
+    else:
+        masks = {index: read_mask(file, binary=binary) for index, file in by_index.items()}
+        if not colors:
+            for index, file in by_index.items():
+                _refuse_soft_edges(masks[index], file)
     if not any(map(objects_in, masks.values())):
         if any((labels == VOID).any() for labels in masks.values()):
             raise MediaError(f"{path}: its only label is 255, which is void; for a black-and-white mask use --binary")
@@ -108,14 +132,63 @@ def _frame_indices(files: list[Path], video: VideoFile | FrameFolder | None) -> 
         index = stems.get(file.stem) if by_name else numbers.get(number) if numbered else number
         if index is None:
             expected = "the name of a frame of the video" if by_name else "a name that ends in the frame's number"
-            if numbered and not by_name:
-                expected += f", of {frames[0].name} to {frames[-1].name}"
+            if numbered and number is not None and not by_name and video:
+                given = [each for each in numbers if each is not None]
+                raise MediaError(
+                    f"{file}: a mask for frame {number}, but {video.path} has the frames {min(given)} to {max(given)}"
+                )
             raise MediaError(f"{file}: expected {expected}")
         if video and video.frame_count is not None and index >= video.frame_count:
             last = video.frame_count - 1
             raise MediaError(f"{file}: a mask for frame {index}, but {video.path} has the frames 0 to {last}")
         indices.append(index)
     return indices
+
+
+def _is_colored(file: Path) -> bool:
+    with open_picture(file) as image:
+        return image.mode.startswith(("RGB", "CMYK", "YCbCr"))
+
+
+def _color_labels(pictures: list[np.ndarray], path: Path) -> list[np.ndarray]:
+    """The labels `[H, W]` of pictures `[H, W, 3]` with a color for each object."""
+    coded = [picture.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.int32) for picture in pictures]
+    known = np.unique(np.concatenate([[0], *map(np.unique, coded)]))
+    if len(known) > VOID:
+        raise MediaError(
+            f"{path}: {len(known) - 1} colors are too many for objects (soft edges?); expected at most 254"
+        )
+    return [np.searchsorted(known, picture).astype(np.uint8) for picture in coded]
+
+
+def _refuse_soft_edges(labels: np.ndarray, file: Path) -> None:
+    """Raise a MediaError for more than `MAX_LABELS` labels, or grey values that are nothing but the rims of others."""
+    wrong = ""
+    if len(found := objects_in(labels)) > MAX_LABELS:
+        wrong = f"{len(found)} labels"
+    elif not has_palette(file) and (rims := _rims(labels)):
+        wrong = f"{'labels' if len(rims) > 1 else 'label'} {', '.join(map(str, rims))} at the rims of others"
+    if wrong:
+        raise MediaError(
+            f"{file}: {wrong} (soft edges?); add --binary if the mask is one object, --colors if each value is one"
+        )
+
+
+def _rims(labels: np.ndarray) -> list[int]:
+    """The labels that are thin and lie beside others, where together they are a quarter of the others' outline: of an
+    edge with a single step they are about half.
+    """
+    from scipy import ndimage
+
+    most, least = ndimage.maximum_filter(labels, 3), ndimage.minimum_filter(labels, 3)
+    thick = np.isin(labels, labels[(labels > 0) & (most == least)])
+    thin = (labels > 0) & (labels < VOID) & ~thick
+    # with a greater label beside it, or a smaller one but 0
+    beside = (most != labels) | (ndimage.minimum_filter(np.where(labels, labels, VOID), 3) != labels)
+    sizes, touching = (np.bincount(labels[part], minlength=256) for part in (thin, thin & beside))
+    rims = np.flatnonzero((sizes > 0) & (4 * touching >= 3 * sizes))
+    outline = (thick & (most != least)).sum()
+    return rims.tolist() if outline and 4 * sizes[rims].sum() >= outline else []
 
 
 def _number(file: Path) -> int | None:
@@ -125,8 +198,21 @@ def _number(file: Path) -> int | None:
 
 
 def write_mask(path: str | os.PathLike, labels: np.ndarray) -> None:
-    """Write uint8 labels `[H, W]` as a PNG with DAVIS' palette. A file of that name is there whole or not at all."""
-    image = Image.fromarray(np.asarray(labels, dtype=np.uint8), mode="P")
+    """Write labels `[H, W]`, whole numbers 0…255, as a PNG with DAVIS' palette. A file of that name is there whole or
+    not at all.
+
+    Raises:
+        ValueError: the labels are of another form or the name is not that of a PNG.
+        OSError: it cannot be written.
+    """
+    labels = np.asarray(labels)
+    if labels.ndim != 2 or labels.dtype.kind not in "bui":
+        raise ValueError(f"labels: expected whole numbers [H, W], got {labels.dtype} {list(labels.shape)}")
+    if labels.size and not 0 <= labels.min() <= labels.max() <= 255:
+        raise ValueError(f"labels: expected 0 to 255, got {labels.min()} to {labels.max()}")
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"{path}: expected a name that ends in .png, as masks are PNG files")
+    image = Image.fromarray(labels.astype(np.uint8), mode="P")
     image.putpalette(davis_palette())
     with whole(path) as partial:
         image.save(partial, format="PNG")

@@ -100,11 +100,15 @@ class VideoFile:
 
     def __init__(self, path: Path):
         self.path, self.name = path, path.stem
-        with self._opened() as (_, stream):
+        with self._opened() as (container, stream):
             self.fps = Fraction(stream.average_rate or stream.guessed_rate or FOLDER_FPS)
             self.frame_count = stream.frames or None
+            self.time_base = stream.time_base if container.format.name in TIMED else 1 / self.fps
         # some containers (mkv, webm) do not say how many frames they hold: count them without decoding
         self._lost: list[int] = []
+        self.times: list[int] = []
+        """When each frame is shown, in units of `time_base`, the first at 0; noted while they are read, as far as the
+        file says it."""
         self.frame_count = self.frame_count or self._count_packets()
         first = next(self._decoded(), None)
         if first is None:
@@ -113,13 +117,17 @@ class VideoFile:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         count, damaged = 0, []
+        self.times, start = [], None
         try:
-            for frame, whole in self._decoded():
+            for frame, whole, time in self._decoded():
                 if frame.shape[:2] != self.size:
                     sizes = f"{width_by_height(self.size)} to {width_by_height(frame.shape)}"
                     raise _Break(f"its frames change from {sizes} pixels")
                 if not whole:
                     damaged.append(count)
+                if time is not None and len(self.times) == count:
+                    start = time if start is None else start
+                    self.times.append(time - start)
                 yield frame
                 count += 1
         except _Break as stop:
@@ -151,9 +159,9 @@ class VideoFile:
                 self._lost = _lost_times([packet.pts for packet in packets if packet.pts is not None])
             return len(packets) + len(self._lost) or None
 
-    def _decoded(self) -> Iterator[tuple[np.ndarray, bool]]:
-        """Every frame and whether it is whole, the one before in place of a missing one; `_Break` where the rest cannot
-        be decoded.
+    def _decoded(self) -> Iterator[tuple[np.ndarray, bool, int | None]]:
+        """Every frame, whether it is whole and when it is shown, the one before in place of a missing one; `_Break`
+        where the rest cannot be decoded.
         """
         picture: np.ndarray | None = None
         failure: Exception | None = None
@@ -161,7 +169,7 @@ class VideoFile:
             stream.thread_type = "SLICE"  # frame threads report damage late, after pictures that follow it
             packets = container.demux(stream)
             clock = _Clock(container, stream, self.fps)
-            timed = False
+            timed = container.format.name in TIMED
             due = set(self._lost)  # time stamps of frames that have not come out yet
             while True:
                 packet = None
@@ -169,24 +177,24 @@ class VideoFile:
                     if (packet := next(packets, None)) is None:
                         break
                     clock.see(packet)
-                    timed = container.format.name in TIMED and packet.pts is not None
-                    if timed and packet.size and not packet.is_discard and stream.codec.name in ONE_FRAME_A_PACKET:
+                    shown = packet.size and packet.pts is not None and not packet.is_discard
+                    if timed and shown and stream.codec.name in ONE_FRAME_A_PACKET:
                         due.add(packet.pts)
                     frames = packet.decode()
                 except (av.error.FFmpegError, OSError) as error:
                     if picture is None:  # a video cut out of a longer one may start with frames that need earlier ones
                         continue
-                    if packet is None or not timed:
+                    if packet is None or packet.pts is None or not timed:
                         raise _Break(reason(error)) from error
                     failure, frames = error, []
                     due.add(packet.pts)
                 for frame in frames:
                     earlier = {time for time in due if frame.pts is not None and time < frame.pts}
                     if picture is not None:
-                        yield from [(picture, False)] * len(earlier)
+                        yield from ((picture, False, time) for time in sorted(earlier))
                     due -= earlier | {frame.pts}
                     picture = _upright(frame)
-                    yield picture, not frame.is_corrupt
+                    yield picture, not frame.is_corrupt, frame.pts if timed else None
             if picture is not None and due:
                 raise _Break("the rest cannot be decoded" if failure is None else reason(failure)) from failure
             if picture is not None and (shortfall := clock.shortfall()):
@@ -283,24 +291,40 @@ class VideoWriter:
         path: where the mp4 goes.
         fps: frames a second.
         codec: FFmpeg's name of an encoder; None chooses.
+        time_base: unit in seconds of the times of frames; None is a frame's duration.
     """
 
-    def __init__(self, path: str | os.PathLike, fps: Fraction | float = FOLDER_FPS, codec: str | None = None):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        fps: Fraction | float = FOLDER_FPS,
+        codec: str | None = None,
+        time_base: Fraction | None = None,
+    ):
         self.path = Path(path)
         self._fps = Fraction(fps).limit_denominator(1001)
         self._codec = codec or ("libx264" if "libx264" in av.codecs_available else "mpeg4")
         self._partial = self.path.with_name(f".{self.path.stem}.partial.mp4")
+        self._time_base = time_base or 1 / self._fps
+        self._last: int | None = None
         self._container: Any = None
         self._stream: Any = None
 
-    def write(self, frame: np.ndarray) -> None:
-        """Append one frame; all have the size of the first."""
+    def write(self, frame: np.ndarray, time: int | None = None) -> None:
+        """Append one frame; all have the size of the first. `time` is when it is shown, None a frame's duration after
+        the one before.
+        """
         height, width = frame.shape[:2]
         if height % 2 or width % 2:
             frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         if self._container is None:
             self._open(frame)
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        if time is None:
+            time = 0 if self._last is None else self._last + max(1, round(1 / (self._fps * self._time_base)))
+        # an encoder takes no two frames of one time
+        self._last = time if self._last is None else max(time, self._last + 1)
+        picture.pts, picture.time_base = self._last, self._time_base
         self._container.mux(self._stream.encode(picture))
 
     def _open(self, frame: np.ndarray) -> None:
@@ -308,6 +332,7 @@ class VideoWriter:
         self._stream = self._container.add_stream(self._codec, rate=self._fps)
         self._stream.height, self._stream.width = frame.shape[:2]
         self._stream.pix_fmt = "yuv420p"
+        self._stream.codec_context.time_base = self._time_base
         if self._codec == "libx264":
             self._stream.options = {"crf": "20", "preset": "veryfast"}
         else:

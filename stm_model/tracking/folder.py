@@ -92,7 +92,7 @@ class FolderRun:
         done = self._take_up(saved) if saved else 0
         spent, started = self._seconds, time.perf_counter() - self._seconds["wall"]
         prefetch = Prefetch(timed(frames, spent, "decoding"))
-        writer: Writer[Written] = Writer(lambda items: self._write(items, overlay_fps))
+        writer: Writer[Written] = Writer(lambda items: self._write(items, frames, overlay_fps))
         bar = Progress(desc=title or "", unit="frame", total=frame_count, shown=title is not None)
         frame: np.ndarray = np.empty(0)
 
@@ -196,18 +196,26 @@ class FolderRun:
     def _write(
         self,
         items: Iterator[Written],
+        frames: Iterable[np.ndarray],
         overlay_fps: Fraction | float | None,
     ) -> None:
-        """Write masks and, with a frame rate, the overlay as they come; without labels the mask is there already."""
+        """Write masks and, with a frame rate, the overlay as they come, each frame at its time in the video; without
+        labels the mask is there already.
+        """
         with contextlib.ExitStack() as stack:
-            video = None if overlay_fps is None else stack.enter_context(VideoWriter(self.out / OVERLAY, overlay_fps))
+            video = None
+            if overlay_fps is not None:
+                writer = VideoWriter(self.out / OVERLAY, overlay_fps, time_base=getattr(frames, "time_base", None))
+                video = stack.enter_context(writer)
             for index, frame, labels, objects in items:
                 started = time.perf_counter()
                 if labels is not None:
                     write_mask(self.mask_file(index), labels)
                     self.summary["frames"], self.summary["objects"] = index + 1, list(objects)
                 if video is not None:
-                    video.write(overlay(frame, read_mask(self.mask_file(index)) if labels is None else labels))
+                    colored = overlay(frame, read_mask(self.mask_file(index)) if labels is None else labels)
+                    times = getattr(frames, "times", ())
+                    video.write(colored, times[index] if index < len(times) else None)
                 self._seconds["writing"] += time.perf_counter() - started
             if video is not None and not self._began:
                 video.discard()

@@ -46,7 +46,7 @@ FAULTS = [
             "video": frames(clip, made, "img_{:05d}.png", 1),
             "mask": masks(clip, made, {"00000.png": 0}),
         },
-        "masks/00000.png: expected a name that ends in the frame's number, of img_00001.png to img_00010.png",
+        "masks/00000.png: a mask for frame 0, but",
     ),
     Fault(
         "masks that count from 0, and frames that count from 1, by the same names",
