@@ -47,9 +47,9 @@ def test_a_run_that_was_killed_gives_what_an_unbroken_one_gives(track, clip, tmp
 def test_the_overlay_is_made_of_the_same_pictures(track, tmp_path, monkeypatch):
     pictures_of, write = {}, VideoWriter.write
 
-    def spy(self, frame):
+    def spy(self, frame, *time):
         pictures_of.setdefault(self.path.parent.name, []).append(frame)
-        write(self, frame)
+        write(self, frame, *time)
 
     stopped_at(5, monkeypatch, track)
     monkeypatch.setattr(VideoWriter, "write", spy)
