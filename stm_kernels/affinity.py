@@ -38,6 +38,11 @@ class Affinity:
         N = self.memory_key.shape[1]
         return N if self.lengths is None else min(max(int(self.lengths[item]), 0), N)
 
+    def of_queries(self, items: slice, queries: slice) -> "Affinity":
+        """That of some batch items and some of their queries."""
+        bias, lengths = (rows if rows is None else rows[items] for rows in (self.key_bias, self.lengths))
+        return Affinity(self.query_key[items, queries], self.memory_key[items], self.scale, bias, lengths)
+
 
 def block_map_shape(B: int, M: int, N: int, skip: float) -> tuple[int, ...]:
     """The shape of the map of blocks that a read with `skip` has read; of an exact read it is empty."""

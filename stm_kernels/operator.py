@@ -15,6 +15,7 @@ from torch import Tensor
 from stm_kernels.affinity import Affinity, block_map_shape, wide_dtype
 from stm_kernels.cpu.chunked import chunked_read, chunked_read_backward, chunked_usage
 from stm_kernels.cpu.flash import flash_read, flash_reads
+from stm_kernels.cpu.skip import skipping_read
 from stm_kernels.cpu.top_k import Select, chunked_select, top_k_read, top_k_read_backward, top_k_usage
 from stm_kernels.merge import ReadResult
 from stm_kernels.options import ReadOptions
@@ -159,14 +160,14 @@ def read_operator(
     Returns:
         The read `[B, M, V]` in the dtype of the inputs; its log-sum-exp `[B, M]`, always in float64: the backward pass
         subtracts it from every logit; the dropped mass `[B, M]`, float32; and the choice that was made, for the
-        backward pass: `[B, M, min(k, N)]` int32, the chosen positions, for a top-k read; for one that skips
+        backward pass: `[B, M, min(k, N)]` int32, the chosen positions, for a top-k read; for one that skips by triton
         `[B, ⌈M / SKIP_QUERIES⌉, ⌈N / SKIP_POSITIONS⌉]` uint8, 1 where a block's values were read; else `[B, 0]`.
     """
     implementation = resolve_implementation(implementation, query_key)
     memory_key, memory_value = (_shown(part, key_bias, implementation) for part in (memory_key, memory_value))
     affinity = _affinity_of(query_key, memory_key, key_bias, lengths, scale)
     if min(*query_key.shape, *memory_value.shape) == 0:
-        out, lse, skipped, choice = _outputs(affinity, memory_value, top_k, skip)
+        out, lse, skipped, choice = _outputs(affinity, memory_value, top_k, skip, implementation)
         return out.zero_(), lse.fill_(float("-inf")), skipped.zero_(), choice.zero_()
     on_gpu = implementation == "triton"
     if top_k:
@@ -176,24 +177,31 @@ def read_operator(
         from stm_kernels.gpu.forward import triton_read
 
         return triton_read(affinity, memory_value, skip)
-    if not skip and flash_reads(affinity, memory_value):
-        out, lse, skipped, choice = (*flash_read(affinity, memory_value), *_outputs(affinity, memory_value, 0, 0.0)[2:])
-        return out, lse, skipped.zero_(), choice
-    return chunked_read(affinity, memory_value, skip)
+    if flash_reads(affinity, memory_value):
+        # with `skip` too: nothing that drops values is faster
+        out, lse = flash_read(affinity, memory_value)
+        found = out, lse, torch.zeros_like(lse, dtype=torch.float32)
+    else:
+        found = skipping_read(affinity, memory_value, skip) if skip else chunked_read(affinity, memory_value)
+    return *found, query_key.new_zeros(len(query_key), 0, dtype=torch.uint8)
 
 
 @torch.library.register_fake(read_operator)
 def _(query_key, memory_key, memory_value, key_bias, lengths, scale, top_k, skip, implementation):
-    return _outputs(Affinity(query_key, memory_key, scale), memory_value, top_k, skip)
+    implementation = resolve_implementation(implementation, query_key)
+    return _outputs(Affinity(query_key, memory_key, scale), memory_value, top_k, skip, implementation)
 
 
-def _outputs(affinity: Affinity, memory_value: Tensor, top_k: int, skip: float) -> tuple[Tensor, ...]:
+def _outputs(
+    affinity: Affinity, memory_value: Tensor, top_k: int, skip: float, implementation: str
+) -> tuple[Tensor, ...]:
     """Empty tensors in the form of what `read_operator` returns."""
     B, M, N = affinity.sizes
     if top_k:
         choice = memory_value.new_empty(B, M, torch.sym_min(top_k, N), dtype=torch.int32)
     else:
-        choice = memory_value.new_empty(block_map_shape(B, M, N, skip), dtype=torch.uint8)
+        blocks = block_map_shape(B, M, N, skip if implementation == "triton" else 0.0)
+        choice = memory_value.new_empty(blocks, dtype=torch.uint8)
     out = memory_value.new_empty(B, M, memory_value.shape[2])
     return out, out.new_empty(B, M, dtype=torch.float64), out.new_empty(B, M, dtype=torch.float32), choice
 
@@ -234,7 +242,7 @@ def backward_operator(
 
         grads = triton_read_backward(grad_out, grad_lse, affinity, memory_value, out, lse, skipped, choice)
     else:
-        grads = chunked_read_backward(grad_out, grad_lse, affinity, memory_value, out, lse, skipped, choice)
+        grads = chunked_read_backward(grad_out, grad_lse, affinity, memory_value, out, lse, skipped, skip)
     by_query, by_key, by_value, by_bias = grads
     return by_query, by_key, by_value, _empty_grad_key_bias(query_key, key_bias) if by_bias is None else by_bias
 

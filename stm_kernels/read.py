@@ -67,8 +67,9 @@ def memory_read(
         lengths: `[B]`, integers on the device of the inputs, 0 to N: how many positions each memory of a batch has.
             What follows is padding and may hold anything, NaN included.
         top_k: weigh only so many positions, those of the greatest logits; ties go to the lower index. None is all.
-        skip: softmax mass that a query may drop, in [0, 1); the rest is renormalised. Blocks of memory positions that
-            hold next to no mass of any query nearby are not read. The result is off by at most
+        skip: softmax mass that a query may drop, in [0, 1); the rest is renormalised. What is dropped is up to the
+            implementation: on a CPU positions that weigh less than skip / N, where few weigh more; on a GPU blocks of
+            positions that hold next to no mass of any query nearby. The result is off by at most
             2 · skip · max |memory_value|; 0 is the exact read. `implementation="reference"` drops nothing.
         return_lse: also return the log-sum-exp of the logits (of the `top_k` greatest).
         return_skipped: also return the dropped softmax mass.
@@ -79,7 +80,7 @@ def memory_read(
         The read `[B, M, V]` in the dtype of the inputs (autocast's dtype under autocast); with `return_lse` also the
         natural log-sum-exp `[B, M]` in float32 (float64 for float64 inputs), of all positions, dropped or not; with
         `return_skipped` also the dropped mass `[B, M]` in float32, at most `skip`. The first two are differentiable
-        once; with `skip` the blocks that were read count as given. A query with no visible key reads zeros, with a
+        once; with `skip` the positions that were read count as given. A query with no visible key reads zeros, with a
         log-sum-exp of -inf.
 
     Raises:

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stm_kernels.affinity import SKIP_POSITIONS, SKIP_QUERIES, Affinity, block_map_shape, wide_dtype
+from stm_kernels.affinity import Affinity, wide_dtype
 from stm_kernels.cpu.gemm import Scratch, by_onednn, even_slices, key_products, product, product_dtype, steady_slices
-from stm_kernels.cpu.skip import Choice, add_to_rows, aligned_slices, cells, gathered, positive, readers
 
 LOG2_E = math.log2(math.e)
 
@@ -25,58 +24,38 @@ KEYS_PER_CHUNK = 1280
 # the backward pass takes all queries at once, so its chunk shrinks as their number grows
 BACKWARD_LOGITS = 2**20
 BACKWARD_KEYS_PER_CHUNK = (64, 2048)
-# queries of one block drop the same positions: fewer queries drop more, but a product of few rows is slow
-SKIPPING_QUERIES_PER_BLOCK = 8 * SKIP_QUERIES
-SKIPPING_KEYS_PER_CHUNK = 64 * SKIP_POSITIONS
-SKIPPING_BACKWARD_KEYS_PER_CHUNK = 8 * SKIP_POSITIONS
 # the maximum of a row with no visible key so far: -inf - (-inf) is NaN
 MIN_ROW_MAX = -1e30
 # a weight below 2^-100 counts as 0: products with subnormal numbers are slow, on Intel processors a hundredfold
 MIN_EXPONENT = -100.0
 
 
-def chunked_read(affinity: Affinity, memory_value: Tensor, skip: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def chunked_read(affinity: Affinity, memory_value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Read a memory of at least one position.
 
     Args:
         affinity: the weights of the positions.
         memory_value: `[B, N, V]`, in the dtype of the keys.
-        skip: softmax mass that a query may drop, in [0, 1).
 
     Returns:
-        As `read_operator`. The log-sum-exp is float64: the backward pass subtracts it from every logit, and a rounding
-        of it would scale a whole row of weights.
+        As `read_operator`, but the choice: nothing is dropped. The log-sum-exp is float64: the backward pass subtracts
+        it from every logit, and a rounding of it would scale a whole row of weights.
 
     Source: Milakov & Gimelshein 2018, online softmax.
     """
     query_key, memory_key, key_bias = affinity.query_key, affinity.memory_key, affinity.key_bias
-    (B, M, N), V = affinity.sizes, memory_value.shape[2]
+    (B, M, _), V = affinity.sizes, memory_value.shape[2]
     out = query_key.new_empty(B, M, V)
     lse = query_key.new_empty(B, M, dtype=torch.float64)
-    skipped = query_key.new_zeros(B, M, dtype=torch.float32)
-    kept = query_key.new_zeros(block_map_shape(B, M, N, skip), dtype=torch.uint8)
     scratch = Scratch(query_key.device)
     for item in range(B):
-        count = affinity.positions(item)
-        if skip:
-            # the newest positions have most of the mass: read first, they let more of the others be dropped
-            chunks = aligned_slices(count, SKIPPING_KEYS_PER_CHUNK, SKIP_POSITIONS)[::-1]
-            blocks = aligned_slices(M, SKIPPING_QUERIES_PER_BLOCK, SKIP_QUERIES)
-        else:
-            chunks, blocks = steady_slices(count, M, KEYS_PER_CHUNK), even_slices(M, QUERIES_PER_BLOCK)
+        chunks = steady_slices(affinity.positions(item), M, KEYS_PER_CHUNK)
         bias = None if key_bias is None else key_bias[item] / affinity.scale
         memory = (memory_key[item], memory_value[item], bias)
-        for block in blocks:
-            choice = None
-            if skip:
-                zeros = query_key.new_zeros(block.stop - block.start, 1, dtype=wide_dtype(query_key.dtype))
-                choice = Choice(skip, kept[item, cells(block, SKIP_QUERIES)], zeros)
-            out[item, block], lse[item, block] = _read_block(
-                query_key[item, block], memory, affinity.scale, chunks, scratch, choice
-            )
-            if choice:
-                skipped[item, block] = choice.share
-    return out, lse, skipped, kept
+        for block in even_slices(M, QUERIES_PER_BLOCK):
+            read = _read_block(query_key[item, block], memory, affinity.scale, chunks, scratch)
+            out[item, block], lse[item, block] = read
+    return out, lse, torch.zeros_like(lse, dtype=torch.float32)
 
 
 def _read_block(
@@ -85,7 +64,6 @@ def _read_block(
     scale: float,
     chunks: list[slice],
     scratch: Scratch,
-    choice: Choice | None,
 ) -> tuple[Tensor, Tensor]:
     """Read `[M, V]` and log-sum-exp `[M]` for a block of queries of one batch item. The output aliases scratch.
 
@@ -103,21 +81,16 @@ def _read_block(
         if bias is not None:
             products.add_(bias[chunk])
         new_max = torch.maximum(row_max, products.amax(1, keepdim=True)).clamp_(min=MIN_ROW_MAX)
-        shrink = _exp2((row_max - new_max).mul_(scale * LOG2_E))
+        shrink = power_of_two((row_max - new_max).mul_(scale * LOG2_E))
         row_max = new_max
         # the maximum is subtracted before scaling: a large logit loses no digit
-        weights = _exp2(products.sub_(row_max).mul_(scale * LOG2_E))
+        weights = power_of_two(products.sub_(row_max).mul_(scale * LOG2_E))
         row_sum.mul_(shrink).add_(weights.sum(1, keepdim=True))
         total.mul_(shrink)
-        values, runs = memory_value[chunk], None
-        if choice:
-            runs = choice.read_of(weights, chunk, row_sum, shrink)
-            if not runs:
-                continue
-        weights = gathered("rounded", weights, 1, runs, narrow, scratch)
-        values = gathered("values", values, 0, runs, narrow, scratch)
-        _add_product(total, weights, values, scratch)
-    total.div_(positive(choice.read if choice else row_sum))
+        weights = scratch.cast("rounded", weights, narrow)
+        _add_product(total, weights, scratch.cast("values", memory_value[chunk], narrow), scratch)
+    # a row with no visible key has a sum of 0
+    total.div_(row_sum.clamp(min=torch.finfo(wide).tiny))
     return total, (row_max.double() * scale + row_sum.double().log_())[:, 0]
 
 
@@ -129,7 +102,7 @@ def chunked_read_backward(
     out: Tensor,
     lse: Tensor,
     skipped: Tensor,
-    kept: Tensor,
+    skip: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of a read of at least one position by its inputs; the affinity is recomputed chunk by chunk.
 
@@ -137,7 +110,8 @@ def chunked_read_backward(
         grad_out: `[B, M, V]`, gradient by the read.
         grad_lse: `[B, M]` float64, gradient by the log-sum-exp.
         affinity, memory_value: of the read.
-        out, lse, skipped, kept: what `chunked_read` returned.
+        out, lse, skipped: what `chunked_read` or `skipping_read` returned.
+        skip: of the latter, else 0.
 
     Returns:
         The gradients by `query_key`, `memory_key` and `memory_value`, laid out as `torch.empty_like` of each, and by
@@ -156,25 +130,23 @@ def chunked_read_backward(
     share = 1 - skipped.double()
     for item in range(query_key.shape[0]):
         count = affinity.positions(item)
-        if kept.ndim == 3:
-            chunks = aligned_slices(count, SKIPPING_BACKWARD_KEYS_PER_CHUNK, SKIP_POSITIONS)
-        else:
-            chunks = steady_slices(count, M, max(shortest, min(longest, BACKWARD_LOGITS // M)))
+        chunks = steady_slices(count, M, max(shortest, min(longest, BACKWARD_LOGITS // M)))
         delta = (grad_out[item].to(wide) * out[item]).sum(1) - grad_lse[item] * share[item]
         bias = None if key_bias is None else key_bias[item] / affinity.scale
         inputs = (grad_out[item], query_key[item], memory_key[item], memory_value[item], bias)
         grad_bias = None if grad_key_bias is None else grad_key_bias[item]
         outputs = (grad_query_key[item], grad_memory_key[item], grad_memory_value[item], grad_bias)
-        rows = (delta.to(wide), lse[item] + share[item].log())
-        _backward_item(inputs, rows, kept[item], affinity.scale, chunks, scratch, outputs)
+        # the least weight that was read, renormalised; a query that dropped nothing read all
+        least = (skip / max(count, 1) / share[item]).masked_fill_(skipped[item] == 0, 0.0) if skip else None
+        rows = (delta.to(wide), lse[item] + share[item].log(), least)
+        _backward_item(inputs, rows, affinity.scale, chunks, scratch, outputs)
         grad_memory_key[item, count:] = grad_memory_value[item, count:] = 0
     return grad_query_key, grad_memory_key, grad_memory_value, grad_key_bias
 
 
 def _backward_item(
     inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
-    rows: tuple[Tensor, Tensor],
-    kept: Tensor,
+    rows: tuple[Tensor, Tensor, Tensor | None],
     scale: float,
     chunks: list[slice],
     scratch: Scratch,
@@ -182,43 +154,36 @@ def _backward_item(
 ) -> None:
     """Write the gradients of one batch item; every tensor comes without its batch axis.
 
-    `rows` are delta, which the softmax subtracts from the gradients of a row's weights, and the log-sum-exp: `[M]`.
+    `rows` are delta, which the softmax subtracts from the gradients of a row's weights, the log-sum-exp, and the least
+    weight that was read, None is any: `[M]`.
     """
     grad_out, query_key, memory_key, memory_value, bias = inputs
     grad_query_key, grad_memory_key, grad_memory_value, grad_bias = gradients
-    delta, lse = rows
+    delta, lse, least = rows
     wide, narrow = delta.dtype, product_dtype(query_key)
     M, C = query_key.shape
     query_key = scratch.cast("query_key", query_key, narrow)
     grad_out = scratch.cast("grad_out", grad_out, narrow)
     shifted_grad_out = _beside(grad_out, -delta, scratch.take("shifted_grad_out", (M, grad_out.shape[1] + 2), narrow))
-    top, rest = _row_top(lse, scale, wide)
+    row_top = _row_top(lse, scale, wide)
     total = scratch.take("total", (M, C), wide).zero_()
-    named = {"queries": query_key, "grads": grad_out, "shifted": shifted_grad_out, "top": top, "rest": rest}
     for chunk in chunks:
-        runs, dropped = readers(kept, chunk, M) if kept.ndim == 2 else (None, None)
-        if runs == []:
-            grad_memory_key[chunk] = grad_memory_value[chunk] = 0
-            continue
-        queries, grads, shifted, *row_top = (
-            gathered(name, matrix, 0, runs, matrix.dtype, scratch) for name, matrix in named.items()
-        )
         keys = scratch.cast("keys", memory_key[chunk], narrow)
         values = memory_value[chunk]
         values = _beside(values, None, scratch.take("values", (len(values), values.shape[1] + 2), narrow))
-        products = key_products(queries, keys, wide, scratch)
+        products = key_products(query_key, keys, wide, scratch)
         if bias is not None:
             products.add_(bias[chunk])
         weights = _weights(products, row_top, scale)
-        if dropped is not None:
-            weights.masked_fill_(dropped, 0.0)
+        if least is not None:
+            weights.masked_fill_(weights < least[:, None], 0.0)
         weights = scratch.cast("rounded", weights, narrow)
-        _store_product(grad_memory_value[chunk], weights.mT, grads, scratch)
-        grad_logits = product("grad_logits", shifted, values.mT, scratch, scale).mul_(weights)
+        _store_product(grad_memory_value[chunk], weights.mT, grad_out, scratch)
+        grad_logits = product("grad_logits", shifted_grad_out, values.mT, scratch, scale).mul_(weights)
         if grad_bias is not None:
             torch.sum(grad_logits, 0, dtype=wide, out=grad_bias[chunk]).div_(scale)
-        _store_product(grad_memory_key[chunk], grad_logits.mT, queries, scratch)
-        _add_product(total, grad_logits, keys, scratch, runs)
+        _store_product(grad_memory_key[chunk], grad_logits.mT, query_key, scratch)
+        _add_product(total, grad_logits, keys, scratch)
     grad_query_key.copy_(total)
 
 
@@ -236,10 +201,10 @@ def _row_top(lse: Tensor, scale: float, wide: torch.dtype) -> tuple[Tensor, Tens
 def _weights(products: Tensor, row_top: Sequence[Tensor], scale: float) -> Tensor:
     """The unscaled products `[M, N]` turned into weights, in place."""
     rounded, rest = row_top
-    return _exp2(torch.add(rest, products.sub_(rounded), alpha=scale * LOG2_E, out=products))
+    return power_of_two(torch.add(rest, products.sub_(rounded), alpha=scale * LOG2_E, out=products))
 
 
-def _exp2(exponents: Tensor) -> Tensor:
+def power_of_two(exponents: Tensor) -> Tensor:
     """2 to the power of each, in place; 0 where that is next to nothing."""
     return torch.threshold_(exponents, MIN_EXPONENT, -math.inf).exp2_()
 
@@ -259,16 +224,12 @@ def _beside(matrix: Tensor, column: Tensor | None, joined: Tensor) -> Tensor:
     return joined
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, scratch: Scratch, runs: list[slice] | None = None) -> None:
-    """`total += left · right` in the rows `runs`, None is all; a narrow product is rounded, the total never."""
-    if left.dtype == total.dtype and len(left) == len(total) and not by_onednn(left, right):
+def _add_product(total: Tensor, left: Tensor, right: Tensor, scratch: Scratch) -> None:
+    """`total += left · right`; a narrow product is rounded, the total never."""
+    if left.dtype == total.dtype and not by_onednn(left, right):
         total.addmm_(left, right)
-        return
-    added = scratch.cast("widened", product("product", left, right, scratch), total.dtype)
-    if len(left) == len(total):
-        total.add_(added)
-    elif runs is not None:
-        add_to_rows(total, added, runs)
+    else:
+        total.add_(scratch.cast("widened", product("product", left, right, scratch), total.dtype))
 
 
 def _store_product(target: Tensor, left: Tensor, right: Tensor, scratch: Scratch) -> None:
@@ -290,7 +251,7 @@ def chunked_usage(affinity: Affinity, lse: Tensor | None) -> Tensor:
     B, M, N = affinity.sizes
     wide, narrow = wide_dtype(query_key.dtype), product_dtype(query_key)
     if lse is None:
-        lse = chunked_read(affinity, memory_key[:, :, :1], 0.0)[1]
+        lse = chunked_read(affinity, memory_key[:, :, :1])[1]
     usage = query_key.new_zeros(B, N, dtype=wide)
     scratch = Scratch(query_key.device)
     for item in range(B):

@@ -1,139 +1,163 @@
-"""Which blocks of values a read in plain PyTorch drops, and gathering the rows or columns that are left."""
+"""The read that drops positions of next to no weight: all keys are multiplied, the values of few are gathered.
 
-from itertools import accumulate, groupby
+A position that weighs less than `skip / N` is dropped: N of them weigh less than `skip`. Where the affinity is not
+peaked the others are too many to gather, and nothing is dropped.
+"""
+
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from stm_kernels.affinity import SKIP_POSITIONS, SKIP_QUERIES
-from stm_kernels.cpu.gemm import Scratch, even_slices
+from stm_kernels.affinity import Affinity, wide_dtype
+from stm_kernels.cpu.chunked import LOG2_E, MIN_ROW_MAX, chunked_read, power_of_two
+from stm_kernels.cpu.gemm import Scratch, even_slices, key_products, product_dtype, steady_slices
+from stm_kernels.cpu.top_k import contiguous_parts
 
-# above this share of kept blocks, a product with the whole chunk is cheaper than gathering the kept positions
-GATHERED_SHARE = 0.75
-
-
-class Choice:
-    """Which positions a block of queries reads: keeps blocks until the dropped mass would exceed `skip`.
-
-    The mass is judged against the sum so far, which only grows: its share of the final sum is no larger.
-
-    Args:
-        skip: softmax mass that a query may drop.
-        kept: `[⌈M / SKIP_QUERIES⌉, ⌈N / SKIP_POSITIONS⌉]`, these queries' rows of the map that `read_operator` returns.
-        zeros: `[M, 1]`, in the dtype of the weights.
-    """
-
-    def __init__(self, skip: float, kept: Tensor, zeros: Tensor) -> None:
-        self.skip, self.kept = skip, kept
-        # sums of the dropped weights and of those that were read, [M, 1]
-        self.skipped = self.read = zeros
-
-    @property
-    def share(self) -> Tensor:
-        """The dropped softmax mass `[M]`."""
-        return (self.skipped / positive(self.skipped + self.read))[:, 0]
-
-    def read_of(self, weights: Tensor, chunk: slice, row_sum: Tensor, shrink: Tensor) -> list[slice]:
-        """Decide what to read of a chunk; returns slices of its positions.
-
-        Args:
-            weights: `[M, N]`, the exponentials of the chunk.
-            chunk: its place in the memory; it starts at a multiple of SKIP_POSITIONS.
-            row_sum: `[M, 1]`, the sum of all weights so far, these included.
-            shrink: `[M, 1]`, the factor that rescales earlier weights to the new maximum.
-        """
-        sums = _sums(weights, SKIP_POSITIONS)
-        skipped = self.skipped * shrink
-        # dropped are as many blocks as fit, in the order of their largest share of any query
-        order = (sums / positive(row_sum)).amax(0).argsort()
-        fits = (sums[:, order].cumsum(1).add_(skipped) <= self.skip * row_sum).all(0)
-        kept = torch.empty_like(fits)
-        kept[order] = ~fits
-        if kept.sum() > GATHERED_SHARE * len(kept):
-            kept[:] = True
-        self.skipped = skipped + sums[:, ~kept].sum(1, keepdim=True)
-        self.read = self.read * shrink + sums[:, kept].sum(1, keepdim=True)
-        self.kept[:, cells(chunk, SKIP_POSITIONS)] = kept
-        return _runs(kept, SKIP_POSITIONS, weights.shape[1])
+# [key chunk × query block] buffers of 4 MiB stay in the third-level cache
+QUERIES_PER_BLOCK = 544
+PRODUCTS = 2**20
+# of so many neighbouring positions only the greatest logit is looked at first
+GROUP = 16
+# a group that is gathered takes about as long as its product with so many channels of values; and so many are gathered
+# at most, as a share of all
+GATHERED_CHANNELS = 2048
+MAX_GATHERED = 1 / 8
+# so many queries, from everywhere, show whether it pays; not asked where all takes a few milliseconds
+PROBED = 48
+MIN_MULTIPLICATIONS = 2**29
 
 
-def readers(kept: Tensor, chunk: slice, queries: int) -> tuple[list[slice], Tensor]:
-    """The queries that read some of a chunk of positions.
+class Bag(NamedTuple):
+    """What m queries read: K positions in all, one query after the other."""
+
+    positions: Tensor
+    """`[K]`"""
+    weights: Tensor
+    """`[K]`, those of a query sum to 1."""
+    counts: Tensor
+    """`[m]`, how many positions each query reads."""
+    lse: Tensor
+    """`[m]`, float64, of all positions, dropped or not."""
+    skipped: Tensor
+    """`[m]`, the dropped mass."""
+
+
+def skipping_read(affinity: Affinity, memory_value: Tensor, skip: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Read a memory of at least one position; arguments and results as in `chunked_read`.
 
     Args:
-        kept: `[⌈M / SKIP_QUERIES⌉, ⌈N / SKIP_POSITIONS⌉]`, nonzero for blocks that were read.
-        chunk: of positions; it starts at a multiple of SKIP_POSITIONS.
-        queries: M.
-
-    Returns:
-        Slices of R queries in all, and `[R, N]`, true for the positions of the chunk that these dropped.
+        affinity, memory_value: as in `chunked_read`.
+        skip: softmax mass that a query may drop, in (0, 1).
     """
-    blocks = kept[:, cells(chunk, SKIP_POSITIONS)].bool()
-    reads = blocks.any(1)
-    runs = _runs(reads, SKIP_QUERIES, queries)
-    dropped = (~blocks[reads]).repeat_interleave(SKIP_QUERIES, 0).repeat_interleave(SKIP_POSITIONS, 1)
-    return runs, dropped[: _length(runs), : chunk.stop - chunk.start]
+    query_key, memory_key, key_bias = affinity.query_key, affinity.memory_key, affinity.key_bias
+    (B, M, N), V = affinity.sizes, memory_value.shape[2]
+    share = min(V / GATHERED_CHANNELS, MAX_GATHERED)
+    scratch = Scratch(query_key.device)
+
+    def heaviest(item: int, queries: slice, share: float) -> Bag | None:
+        length = affinity.positions(item)
+        bias = None if key_bias is None else key_bias[item, :length] / affinity.scale
+        memory = (memory_key[item, :length], bias)
+        return _heaviest(query_key[item, queries], memory, affinity.scale, skip, share, M, scratch)
+
+    some = slice(None, None, -(-M // PROBED))
+    pays = [M * N * V >= MIN_MULTIPLICATIONS and heaviest(item, some, share) is not None for item in range(B)]
+    if not any(pays):
+        return chunked_read(affinity, memory_value)
+    out = query_key.new_empty(B, M, V)
+    lse = query_key.new_empty(B, M, dtype=torch.float64)
+    skipped = query_key.new_zeros(B, M, dtype=torch.float32)
+    for item in range(B):
+        bags, done = [], 0
+        for block in even_slices(M, QUERIES_PER_BLOCK) if pays[item] else ():
+            if (bag := heaviest(item, block, 2 * share)) is None:
+                break
+            bags.append(bag[:3])
+            lse[item, block], skipped[item, block] = bag[3:]
+            done = block.stop
+        if bags:
+            positions, weights, counts = map(torch.cat, zip(*bags))
+            starts, weights = counts.cumsum(0) - counts, weights.to(memory_value.dtype)
+            for channels, table in contiguous_parts(memory_value[item]):
+                read = F.embedding_bag(positions, table, starts, mode="sum", per_sample_weights=weights)
+                out[item, :done, channels] = read
+        if done < M:
+            one, rest = slice(item, item + 1), slice(done, M)
+            read, sums, _ = chunked_read(affinity.of_queries(one, rest), memory_value[one])
+            out[one, rest], lse[one, rest] = read, sums
+    return out, lse, skipped
 
 
-def gathered(
-    name: str, matrix: Tensor, dim: int, runs: list[slice] | None, dtype: torch.dtype, scratch: Scratch
-) -> Tensor:
-    """The rows (`dim` 0) or columns (`dim` 1) `runs` of a matrix, in `dtype`; None is all."""
-    if runs is None or _length(runs) == matrix.shape[dim]:
-        return scratch.cast(name, matrix, dtype)
-    shape = list(matrix.shape)
-    shape[dim] = _length(runs)
-    part = scratch.take(f"gathered {name}", shape, dtype)
-    start = 0
-    for run in runs:
-        size = run.stop - run.start
-        part.narrow(dim, start, size).copy_(matrix.narrow(dim, run.start, size))
-        start += size
-    return part
+def _heaviest(
+    query_key: Tensor,
+    memory: tuple[Tensor, Tensor | None],
+    scale: float,
+    skip: float,
+    share: float,
+    frame: int,
+    scratch: Scratch,
+) -> Bag | None:
+    """What m queries of one batch item read.
+
+    Args:
+        query_key: `[m, C]`.
+        memory: keys `[N, C]` and their bias `[N]`, which is added to the unscaled products.
+        scale, skip: of the read.
+        share: of all groups of positions the most to gather; None where there would be more.
+        frame: positions of a frame.
+        scratch: buffers.
+    """
+    memory_key, bias = memory
+    (m, _), N, wide = query_key.shape, len(memory_key), wide_dtype(query_key.dtype)
+    queries = scratch.cast("queries", query_key, product_dtype(query_key))
+    # what is further below the maximum weighs less, in all, than the rounding of a sum
+    reach = math.log(max(N, 1) / torch.finfo(wide).eps) / scale
+    top = queries.new_full((m,), MIN_ROW_MAX, dtype=wide)
+    nothing = torch.empty(0, dtype=torch.int64, device=queries.device)
+    gathered = [(nothing, nothing, top.new_empty(0, GROUP))]
+    count, most = 0, share * m * N / GROUP
+    # the newest positions have most of the mass: looked at first, they show that others have none
+    for chunk in steady_slices(N, frame, max(GROUP, PRODUCTS // m))[::-1]:
+        products = _products(memory_key[chunk], queries, wide, scratch)
+        if bias is not None:
+            products[: chunk.stop - chunk.start] += bias[chunk, None]
+        groups = products.unflatten(0, (-1, GROUP))
+        maxima = groups.amax(1)
+        top = torch.maximum(top, maxima.amax(0))
+        group, query = (maxima >= top - reach).nonzero(as_tuple=True)
+        count += len(group)
+        # NaN must show in the read, as it does where nothing is dropped
+        if count > most or not top.isfinite().all():
+            return None
+        gathered.append((query, group * GROUP + chunk.start, groups.mT[group, query]))
+    query, first, logits = map(torch.cat, zip(*gathered))
+    query, order = query.sort(stable=True)
+    first, weights = first[order], power_of_two((logits[order] - top[query, None]).mul_(scale * LOG2_E))
+    row_sum = top.new_zeros(m).index_add_(0, query, weights.sum(1))
+    heavy = weights >= (skip / max(N, 1) * row_sum)[query, None]
+    group, place = heavy.nonzero(as_tuple=True)
+    dropped = top.new_zeros(m).index_add_(0, query, weights.masked_fill(heavy, 0.0).sum(1))
+    query, weights = query[group], weights[group, place]
+    read = top.new_zeros(m).index_add_(0, query, weights)
+    return Bag(
+        first[group] + place,
+        weights / read[query],
+        query.bincount(minlength=m),
+        top.double() * scale + row_sum.double().log(),
+        dropped / row_sum.clamp(min=torch.finfo(wide).tiny),
+    )
 
 
-def add_to_rows(total: Tensor, part: Tensor, runs: list[slice]) -> None:
-    """Add `part`, whose rows are those of `runs` one after the other, to these rows of `total`."""
-    start = 0
-    for run in runs:
-        stop = start + run.stop - run.start
-        total[run] += part[start:stop]
-        start = stop
-
-
-def positive(row_sum: Tensor) -> Tensor:
-    """The sum as a divisor: a row with no visible key has a sum of 0."""
-    return row_sum.clamp(min=torch.finfo(row_sum.dtype).tiny)
-
-
-def cells(part: slice, size: int) -> slice:
-    """The cells of `size` that a slice covers."""
-    return slice(part.start // size, -(-part.stop // size))
-
-
-def aligned_slices(length: int, longest: int, size: int) -> list[slice]:
-    """`even_slices` that start at multiples of `size`."""
-    parts = even_slices(-(-length // size), max(1, longest // size))
-    return [slice(part.start * size, min(part.stop * size, length)) for part in parts]
-
-
-def _sums(weights: Tensor, size: int) -> Tensor:
-    """The sums `[M, ⌈N / size⌉]` of every `size` columns of `[M, N]`."""
-    whole = weights.shape[1] // size * size
-    parts = [weights[:, :whole].unflatten(1, (-1, size)).sum(2)] if whole else []
-    if whole < weights.shape[1]:
-        parts.append(weights[:, whole:].sum(1, keepdim=True))
-    return torch.cat(parts, 1)
-
-
-def _runs(flags: Tensor, size: int, length: int) -> list[slice]:
-    """The parts of `range(length)` whose cells of `size` are true, neighbours joined."""
-    groups = [(flag, len(list(group))) for flag, group in groupby(flags.tolist())]
-    stops = accumulate(count for _, count in groups)
-    return [
-        slice((stop - count) * size, min(stop * size, length)) for (flag, count), stop in zip(groups, stops) if flag
-    ]
-
-
-def _length(runs: list[slice]) -> int:
-    return sum(run.stop - run.start for run in runs)
+def _products(keys: Tensor, queries: Tensor, wide: torch.dtype, scratch: Scratch) -> Tensor:
+    """`keys · queriesᵀ` in whole groups of rows: those beyond the keys are -inf."""
+    P, C = keys.shape
+    if P % GROUP or keys.dtype != queries.dtype or not keys.is_contiguous():
+        padded = scratch.take("padded keys", (-(-P // GROUP) * GROUP, C), queries.dtype)
+        padded[:P], padded[P:] = keys, 0
+        keys = padded
+    products = key_products(keys, queries, wide, scratch)
+    products[P:] = -math.inf
+    return products

@@ -55,7 +55,7 @@ def weighted_read(memory_value: Tensor, indices: Tensor, logits: Tensor) -> tupl
     weights = _softmax(logits).to(memory_value.dtype)
     out = memory_value.new_empty(*indices.shape[:2], memory_value.shape[2])
     for item in range(len(out)):
-        for channels, table in _contiguous_parts(memory_value[item]):
+        for channels, table in contiguous_parts(memory_value[item]):
             out[item, :, channels] = F.embedding_bag(indices[item], table, mode="sum", per_sample_weights=weights[item])
     # padding points to position 0, with weight 0: if that is NaN, so is the product
     return out.masked_fill_(lse.isneginf()[:, :, None], 0.0), lse
@@ -94,7 +94,7 @@ def top_k_read_backward(
         grad_weights -= (weights * grad_weights).sum(1, keepdim=True)
         grad_logits = weights * (grad_weights + grad_lse[item, :, None].to(wide))
         grad_logits.masked_fill_(empty[item], 0.0)
-        for channels, table in _contiguous_parts(memory_key[item], wide):
+        for channels, table in contiguous_parts(memory_key[item], wide):
             grads = F.embedding_bag(chosen, table, mode="sum", per_sample_weights=grad_logits * affinity.scale)
             grad_query_key[item, :, channels] = grads.masked_fill_(empty[item], 0.0)
         bags = _Transposed(chosen, memory_key.shape[1])
@@ -161,14 +161,14 @@ def _sampled_products(left: Tensor, table: Tensor, chosen: Tensor) -> Tensor:
     M, K = chosen.shape
     wide = wide_dtype(left.dtype)
     products = left.new_zeros(M, K, dtype=wide)
-    for channels, part in _contiguous_parts(table):
+    for channels, part in contiguous_parts(table):
         for block in even_slices(M, max(1, GATHERED // (K * part.shape[1]))):
             rows = part.index_select(0, chosen[block].flatten()).to(wide).view(-1, K, part.shape[1])
             products[block] += (rows * left[block, None, channels]).sum(2)
     return products
 
 
-def _contiguous_parts(table: Tensor, dtype: torch.dtype | None = None) -> Iterator[tuple[slice, Tensor]]:
+def contiguous_parts(table: Tensor, dtype: torch.dtype | None = None) -> Iterator[tuple[slice, Tensor]]:
     """A table `[N, X]` in a dtype: whole if it is contiguous and has that dtype, else in slices of its columns."""
     dtype = dtype or table.dtype
     if table.is_contiguous() and table.dtype == dtype:

@@ -87,8 +87,8 @@ def test_extra_memory_of_a_backward_grows_by_the_gradients_alone(dtype, channel_
     def extra(N: int) -> int:
         problem = make_problem(1, 64, N, 32, 64, dtype=dtype, channel_major=channel_major)
         inputs = (Affinity(problem.query_key, problem.memory_key, problem.scale), problem.memory_value)
-        outputs = chunked.chunked_read(*inputs, 0.0)
-        arguments = (problem.grad_out, problem.grad_lse.double(), *inputs, *outputs)
+        outputs = chunked.chunked_read(*inputs)
+        arguments = (problem.grad_out, problem.grad_lse.double(), *inputs, *outputs, 0.0)
         gradients = problem.memory_key.nbytes + problem.memory_value.nbytes
         return extra_memory(lambda: chunked.chunked_read_backward(*arguments)) - gradients
 
@@ -106,8 +106,8 @@ def test_chunks_share_their_buffers(dtype, monkeypatch):
         inputs = (Affinity(problem.query_key, problem.memory_key, problem.scale), problem.memory_value)
 
         def read_and_backward():
-            outputs = chunked.chunked_read(*inputs, 0.0)
-            chunked.chunked_read_backward(problem.grad_out, problem.grad_lse.double(), *inputs, *outputs)
+            outputs = chunked.chunked_read(*inputs)
+            chunked.chunked_read_backward(problem.grad_out, problem.grad_lse.double(), *inputs, *outputs, 0.0)
 
         # a maximum or a sum of a row is small; a buffer is not
         return sum(size > 4096 for size in allocations(read_and_backward))
@@ -140,8 +140,8 @@ def test_no_product_has_subnormal_numbers(monkeypatch):
     assert_exact(problem, read_by("chunked"))
     affinity = Affinity(problem.query_key, problem.memory_key, problem.scale)
     with Products() as products:
-        outputs = chunked.chunked_read(affinity, problem.memory_value, 0.0)
-        chunked.chunked_read_backward(problem.grad_out, problem.grad_lse, affinity, problem.memory_value, *outputs)
+        outputs = chunked.chunked_read(affinity, problem.memory_value)
+        chunked.chunked_read_backward(problem.grad_out, problem.grad_lse, affinity, problem.memory_value, *outputs, 0.0)
     assert 0 < products.smallest < torch.inf and products.smallest > torch.finfo(torch.float32).tiny
 
 
@@ -158,8 +158,8 @@ def test_a_memory_that_grows_by_frames_needs_no_ever_new_products(monkeypatch, d
                 problem = make_problem(1, M, frames * M, 8, 8, dtype=dtype)
                 affinity = Affinity(problem.query_key, problem.memory_key, problem.scale)
                 inputs = (affinity, problem.memory_value)
-                outputs = chunked.chunked_read(*inputs, 0.0)
-                chunked.chunked_read_backward(problem.grad_out, problem.grad_lse.double(), *inputs, *outputs)
+                outputs = chunked.chunked_read(*inputs)
+                chunked.chunked_read_backward(problem.grad_out, problem.grad_lse.double(), *inputs, *outputs, 0.0)
                 chunked.chunked_usage(affinity, None)
                 cpu_top_k.chunked_select(affinity, 5)
         assert len(products.sizes) >= 3

@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stm_kernels import memory_read
-from stm_kernels.affinity import SKIP_POSITIONS
-from stm_kernels.cpu import chunked, gemm
+from stm_kernels.cpu import gemm
+from stm_kernels.cpu import skip as cpu_skip
 from stm_kernels.testing import assert_exact, make_problem, read_by, results
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
@@ -31,7 +31,9 @@ def test_reads_are_exact_by_either_library(library, dtype, top_k):
 @needs_onednn
 def test_what_is_left_out_is_the_same_by_either_library(monkeypatch):
     monkeypatch.setattr(gemm, "ONEDNN_MULTIPLICATIONS", 1)
-    monkeypatch.setattr(chunked, "SKIPPING_BACKWARD_KEYS_PER_CHUNK", 2 * SKIP_POSITIONS)
+    monkeypatch.setattr(cpu_skip, "MIN_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(cpu_skip, "GATHERED_CHANNELS", 1)
+    monkeypatch.setattr(cpu_skip, "MAX_GATHERED", 2.0)
     problem = make_problem(2, 70, 400, 32, 24)
     # the newer half weighs nearly all
     problem.query_key[:, :, 0] = 32**0.5

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import stm_kernels.cpu.skip as cpu_skip
 import stm_kernels.gpu.forward as forward
 from stm_kernels import PagedMemory, memory_read, memory_usage, merge_reads
 from stm_kernels.testing import extra_memory, make_problem
@@ -224,7 +225,9 @@ def test_one_launch_walks_over_the_pages(monkeypatch, device, skip, parts):
     assert (out - expected).abs().amax() <= slack
 
 
-def test_the_dropped_mass_of_pages_is_a_share_of_all(device):
+def test_the_dropped_mass_of_pages_is_a_share_of_all(monkeypatch, device):
+    for name, value in {"MIN_MULTIPLICATIONS": 0, "GATHERED_CHANNELS": 1, "MAX_GATHERED": 2.0}.items():
+        monkeypatch.setattr(cpu_skip, name, value)
     problem = make_problem(1, 40, 300, 32, 48, dtype=torch.float64, peak=5.0)
     query_key = problem.query_key[:, :1].repeat(1, 40, 1)
     memory = PagedMemory(1, 32, 48, page_size=100, dtype=torch.float64)
