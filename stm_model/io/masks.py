@@ -206,7 +206,8 @@ def write_mask(path: str | os.PathLike, labels: np.ndarray) -> None:
         OSError: it cannot be written.
     """
     labels = np.asarray(labels)
-    if labels.ndim != 2 or labels.dtype.kind not in "bui":
+    fractions = labels.dtype.kind == "f" and (labels != np.round(labels)).any()
+    if labels.ndim != 2 or labels.dtype.kind not in "buif" or fractions:
         raise ValueError(f"labels: expected whole numbers [H, W], got {labels.dtype} {list(labels.shape)}")
     if labels.size and not 0 <= labels.min() <= labels.max() <= 255:
         raise ValueError(f"labels: expected 0 to 255, got {labels.min()} to {labels.max()}")

@@ -152,12 +152,12 @@ class VideoFile:
     def _count_packets(self) -> int | None:
         with self._opened() as (container, stream):
             try:
-                packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
+                times = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
             except (av.error.FFmpegError, OSError):
                 return None
             if container.format.name == "mpegts":
-                self._lost = _lost_times([packet.pts for packet in packets if packet.pts is not None])
-            return len(packets) + len(self._lost) or None
+                self._lost = _lost_times([time for time in times if time is not None])
+            return len(times) + len(self._lost) or None
 
     def _decoded(self) -> Iterator[tuple[np.ndarray, bool, int | None]]:
         """Every frame, whether it is whole and when it is shown, the one before in place of a missing one; `_Break`

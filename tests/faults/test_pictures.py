@@ -162,6 +162,7 @@ def test_pictures_are_turned_as_they_say(tmp_path, orientation, suffix):
 @pytest.mark.parametrize(
     ("labels", "name", "message"),
     [
+        (np.full(SIZE, np.nan), "a.png", "got float64"),
         (np.full(SIZE, 0.5), "a.png", r"labels: expected whole numbers \[H, W\], got float64 \[48, 80\]"),
         (np.zeros((*SIZE, 1), dtype=np.uint8), "a.png", r"got uint8 \[48, 80, 1\]"),
         (np.full(SIZE, 256), "a.png", "labels: expected 0 to 255, got 256 to 256"),
