@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import get_args, get_type_hints
 
+from stm_model.commands.exits import interrupted
 from stm_model.evaluation.config import EvaluateConfig
 from stm_model.interactive.config import EvaluateInteractiveConfig
 
@@ -22,10 +23,17 @@ def evaluate(config: EvaluateConfig | EvaluateInteractiveConfig) -> int:
         summary = evaluate_interactive(config)
         text = describe_interactive
     else:
-        from stm_model.evaluation.evaluate import describe
+        from stm_model.evaluation.evaluate import SUMMARY, describe
         from stm_model.evaluation.evaluate import evaluate as run_evaluation
 
-        summary, text = run_evaluation(config), describe
+        try:
+            summary, text = run_evaluation(config), describe
+        except KeyboardInterrupt:
+            kept = config.results is None and config.study is None
+            more = (
+                "; what is tracked is kept, and --resume goes on" if kept and (config.out / SUMMARY).is_file() else ""
+            )
+            return interrupted(f"interrupted{more}")
     if Ranks().first:
         print(json.dumps(summary, indent=1) if config.json else text(summary))
     return 0

@@ -53,6 +53,9 @@ class EvaluateConfig(EvaluationOptions):
     """The most remembered positions to keep, as a share of all: those that reads use; None keeps all."""
     overlay: bool = False
     """Write overlays/VIDEO.mp4, the frames with the objects colored, and link them in the report."""
+    resume: bool = False
+    """Go on with an evaluation that was stopped: what is tracked with the same settings stays. Frames a second are
+    those of the rest."""
     report: bool = True
     """Write report.html and figures/."""
     workers: int | None = None
@@ -63,6 +66,8 @@ class EvaluateConfig(EvaluationOptions):
             raise ValueError("dataset: davis-interactive takes an EvaluateInteractiveConfig")
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers: expected at least 1, got {self.workers}")
+        if self.resume and (self.overwrite or self.results is not None or self.study is not None):
+            raise ValueError("resume: goes on with tracking; give it without --overwrite, --results and --study")
         if self.results is not None and self.study is not None:
             raise ValueError("study: tracks with settings of its own and can't score --results; give one of the two")
         if self.results is not None and self.checkpoint is not None:

@@ -20,7 +20,7 @@ from stm_model import __version__
 from stm_model.distributed import Ranks
 from stm_model.evaluation.config import EvaluateConfig
 from stm_model.evaluation.predict import Speed, track_videos
-from stm_model.evaluation.protocol import Dataset, open_dataset
+from stm_model.evaluation.protocol import Dataset, Video, open_dataset
 from stm_model.evaluation.scoring import find_results, score
 from stm_model.evaluation.studies import STUDIES, run_study
 from stm_model.evaluation.tables import (
@@ -30,12 +30,17 @@ from stm_model.evaluation.tables import (
     summarize,
     write_score_tables,
 )
-from stm_model.io.files import write_json
+from stm_model.io.files import is_empty, write_json
 from stm_model.network import STRIDE
-from stm_model.runtime import NetworkOptions, default_device, default_dtype, dtype_name, usable_device
+from stm_model.runtime import DEFAULT_WEIGHTS, NetworkOptions, default_device, default_dtype, dtype_name, usable_device
 from stm_model.tracking.budget import MemoryBudget, MemoryRule
+from stm_model.tracking.resume import source_digest
 
 SUMMARY = "evaluation.json"
+MADE_WITH = frozenset(
+    ("dataset", "split", "weights", "data", "resolution", "size", "dtype", "memory", "memory_share", "results", "study")
+)
+"""What masks depend on: an evaluation that is resumed must have been made with the same."""
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -45,16 +50,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     with Ranks() as ranks:
         # bad input is refused before anything is written
-        dataset = ranks.on_first(lambda: _prepare(config))
+        dataset, left = ranks.on_first(lambda: _prepare(config))
         config = dataclasses.replace(config, device=ranks.device(config.device))
-        return _evaluation(config, dataset, ranks) if config.study is None else _study(config, dataset, ranks)
+        return _evaluation(config, dataset, left, ranks) if config.study is None else _study(config, dataset, ranks)
 
 
-def _evaluation(config: EvaluateConfig, dataset: Dataset, ranks: Ranks) -> dict[str, Any]:
-    masks, speed = config.results, None
-    if masks is None:
-        masks = config.out / "masks"
-        mine = ranks.share(dataset.videos, lambda video: len(video.frame_paths))
+def _evaluation(config: EvaluateConfig, dataset: Dataset, left: list[Video], ranks: Ranks) -> dict[str, Any]:
+    masks, speed = config.results or config.out / "masks", None
+    if left:
+        mine = ranks.share(left, lambda video: len(video.frame_paths))
         options = {"memory": config.memory, "budget": MemoryBudget(share=config.memory_share)}
         folder = masks / dataset.submission_folder
         speeds = ranks.each(lambda: track_videos(mine, config, options, folder, quiet=not ranks.first))
@@ -113,7 +117,7 @@ def describe(summary: dict[str, Any]) -> str:
         lines = ["no ground truth here: the masks are written, to be submitted"]
     else:
         rows = {
-            "tracked" if summary["speed"] else "results": summary["scores"],
+            "tracked" if summary["settings"]["results"] is None else "results": summary["scores"],
             "first mask repeated": summary["floor"],
         }
         lines = [format_table(rows)]
@@ -123,13 +127,13 @@ def describe(summary: dict[str, Any]) -> str:
     return "\n".join([*lines, f"written to {summary['settings']['out']}"])
 
 
-def _prepare(config: EvaluateConfig) -> Dataset:
-    """Find the videos, check all settings, clear the folder of an earlier evaluation."""
+def _prepare(config: EvaluateConfig) -> tuple[Dataset, list[Video]]:
+    """Find the videos, check all settings, clear the folder of an earlier evaluation; also the videos left to track."""
     out = config.out
     dataset = open_dataset(config.dataset, config.data, config.split, config.resolution, config.videos)
     if (config.study or config.results) and not any(video.scored for video in dataset.videos):
         raise ValueError(f"{config.dataset}: the ground truth of the split {dataset.split} is not here to score by")
-    check_out(out, config.overwrite, {"data": config.data, "results": config.results})
+    check_out(out, config.overwrite or config.resume, {"data": config.data, "results": config.results})
     if config.results is None:
         MemoryRule.parse(config.memory, frame_count=1)
         check_network(config)
@@ -141,8 +145,32 @@ def _prepare(config: EvaluateConfig) -> Dataset:
 
         if find_spec("av") is None:
             raise ValueError("overlay: writing videos needs PyAV, which is not installed")
-    begin(out, facts(config, dataset))
-    return dataset
+    known = facts(config, dataset)
+    if config.resume:
+        _check_earlier(out, known)
+    begin(out, known, keep=config.resume)
+    folder = out / "masks" / dataset.submission_folder
+    tracked = config.results is not None or config.study is not None
+    return dataset, [] if tracked else [video for video in dataset.videos if not _is_tracked(video, folder)]
+
+
+def _is_tracked(video: Video, folder: Path) -> bool:
+    return all((folder / video.name / video.mask_name(index)).is_file() for index in video.asked)
+
+
+def _check_earlier(out: Path, known: Mapping[str, Any]) -> None:
+    """Refuse to go on with what was not made with the same settings, data and weights."""
+    if is_empty(out):
+        return
+    try:
+        earlier = json.loads((out / SUMMARY).read_text())
+        made_with = earlier | earlier["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"out: {out} holds something other than an evaluation; choose another folder") from error
+    for name, value in (known | known["settings"]).items():
+        if name in MADE_WITH and (found := made_with.get(name)) != value:
+            differs = "" if name == "weights" else f": {found}, now {value}"
+            raise ValueError(f"{name}: not as {out} was made{differs}; choose another --out, or add --overwrite")
 
 
 def check_out(out: Path, overwrite: bool, inputs: Mapping[str, Path | None]) -> None:
@@ -167,16 +195,19 @@ def check_network(options: NetworkOptions) -> None:
         raise FileNotFoundError(f"checkpoint: no such file: {options.checkpoint}")
 
 
-def begin(out: Path, known: Mapping[str, Any]) -> None:
-    """Clear the masks of an earlier evaluation, and write what is known of this one, as unfinished."""
-    if (out / SUMMARY).is_file():
+def begin(out: Path, known: Mapping[str, Any], keep: bool = False) -> None:
+    """Clear the masks of an earlier evaluation unless they are to `keep`, and write what is known of this one, as
+    unfinished.
+    """
+    if (out / SUMMARY).is_file() and not keep:
         shutil.rmtree(out / "masks", ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / SUMMARY, {**known, "stopped": "unfinished"})
 
 
 def facts(config: NetworkOptions, dataset: Dataset) -> dict[str, Any]:
-    """How a result was made: command, split, device, versions and settings."""
+    """How a result was made: command, split, device, versions, a digest of the weights, and settings."""
+    weights = config.checkpoint or DEFAULT_WEIGHTS
     device = torch.device(config.device) if config.device else default_device()
     on_gpu = device.type == "cuda"
     return {
@@ -188,5 +219,6 @@ def facts(config: NetworkOptions, dataset: Dataset) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "dtype": config.dtype or dtype_name(default_dtype(device)),
         "versions": {"stm-kernels": __version__, "python": platform.python_version(), "torch": torch.__version__},
+        "weights": source_digest(weights) if weights.is_file() else None,
         "settings": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
     }
