@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from stm_model.commands.exits import BAD_INPUT, fail, interrupted, option_bytes
-from stm_model.runtime import NetworkOptions
+from stm_model.runtime import NetworkOptions, one_line
 
 # torch, PyAV and the model are imported where they are used: `stm track --help` answers at once
 if TYPE_CHECKING:
@@ -253,8 +253,12 @@ def report(run: FolderRun, as_json: bool) -> int:
     """Write and print a run's summary and, if it stopped early, why; the exit code."""
     from stm_model.tracking import folder
 
-    run.write_summary()
     summary = run.summary
+    try:
+        run.write_summary()
+    except OSError as error:
+        # a full disk: what was said of it first counts
+        summary["stopped"] = summary["stopped"] or one_line(error)
     print(json.dumps(summary, indent=2) if as_json else describe(summary))
     if summary["stopped"] is None:
         return 0

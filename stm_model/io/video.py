@@ -22,6 +22,7 @@ from stm_model.io.images import (
     reason,
     width_by_height,
 )
+from stm_model.runtime import is_out_of_memory
 
 FOLDER_FPS = Fraction(24)
 ONE_FRAME_A_PACKET = frozenset({"h264", "hevc", "av1", "vp9", "mpeg2video", "mjpeg", "prores", "ffv1"})
@@ -143,6 +144,8 @@ class VideoFile:
         try:
             container = av.open(str(self.path))
         except (av.error.FFmpegError, OSError) as error:
+            if is_out_of_memory(error):
+                raise MemoryError(reason(error)) from error
             raise MediaError(f"{self.path}: does not open as a video ({reason(error)})") from error
         with container:
             if not container.streams.video:
@@ -182,6 +185,8 @@ class VideoFile:
                         due.add(packet.pts)
                     frames = packet.decode()
                 except (av.error.FFmpegError, OSError) as error:
+                    if is_out_of_memory(error):
+                        raise MemoryError(reason(error)) from error
                     if picture is None:  # a video cut out of a longer one may start with frames that need earlier ones
                         continue
                     if packet is None or packet.pts is None or not timed:
@@ -317,15 +322,16 @@ class VideoWriter:
         height, width = frame.shape[:2]
         if height % 2 or width % 2:
             frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        if self._container is None:
-            self._open(frame)
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
         if time is None:
             time = 0 if self._last is None else self._last + max(1, round(1 / (self._fps * self._time_base)))
         # an encoder takes no two frames of one time
         self._last = time if self._last is None else max(time, self._last + 1)
         picture.pts, picture.time_base = self._last, self._time_base
-        self._container.mux(self._stream.encode(picture))
+        with self._named():
+            if self._container is None:
+                self._open(frame)
+            self._container.mux(self._stream.encode(picture))
 
     def _open(self, frame: np.ndarray) -> None:
         self._container = av.open(str(self._partial), "w", format="mp4")
@@ -344,11 +350,20 @@ class VideoWriter:
             return
         container, self._container = self._container, None
         try:
-            container.mux(self._stream.encode())
-            container.close()
-            os.replace(self._partial, self.path)
+            with self._named():
+                container.mux(self._stream.encode())
+                container.close()
+                os.replace(self._partial, self.path)
         finally:
             self._partial.unlink(missing_ok=True)
+
+    @contextmanager
+    def _named(self):
+        """An OSError, as on a full disk, names the file as it was asked for."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def discard(self) -> None:
         """Leave no file, and what was there before as it is."""

@@ -7,15 +7,22 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
+import av
+import numpy as np
 import pytest
 from answers import STM, refused
 
 from stm_model.commands import exits
 from stm_model.commands import main as commands
 from stm_model.commands.main import main
+from stm_model.io.video import VideoFile, VideoWriter
 from stm_model.runtime import is_out_of_memory, one_line
+from stm_model.tracking.folder import FolderRun
 
 ROOT = Path(__file__).parents[2]
 posix = pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
@@ -181,6 +188,59 @@ def test_what_is_out_of_memory_says_so(command, capsys, error):
     assert is_out_of_memory(error) and one_line(error).startswith("out of memory (")
     command(work)
     assert refused((main(["info"]), *capsys.readouterr()), "out of memory (")
+
+
+def test_a_thread_that_cannot_be_started_is_no_damaged_video(clip, track, monkeypatch):
+    """A decoder starts threads, for whose stacks `ulimit -v` may leave nothing."""
+    error = BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    def lacking(*_):
+        raise error
+        yield
+
+    monkeypatch.setattr(av, "open", lambda *_: next(lacking()))
+    assert refused(track(), "out of memory (")
+    monkeypatch.undo()
+    opened = VideoFile(clip / "clip.mp4")
+    monkeypatch.setattr("stm_model.io.video._Clock", Mock())
+    monkeypatch.setattr(
+        opened,
+        "_opened",
+        lambda: nullcontext((SimpleNamespace(demux=lacking, format=SimpleNamespace(name="mp4")), Mock())),
+    )
+    with pytest.raises(MemoryError):
+        next(iter(opened))
+
+
+@posix
+def test_a_disk_that_is_full_of_the_overlay_names_it(tmp_path):
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    random = np.random.default_rng(0)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    try:
+        with pytest.raises(OSError) as found, VideoWriter(tmp_path / "overlay.mp4") as writer:
+            for _ in range(200):
+                writer.write(random.integers(0, 255, (64, 96, 3), dtype=np.uint8))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert one_line(found.value) == f"{tmp_path / 'overlay.mp4'}: File too large" and not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_full_at_the_end_keeps_the_masks(track, out, monkeypatch):
+    write = FolderRun.write_summary
+
+    def until_full(run):
+        if run.summary["stopped"] is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out / "summary.json"))
+        write(run)
+
+    monkeypatch.setattr(FolderRun, "write_summary", until_full)
+    code, _, err = track()
+    said = f"{out / 'summary.json'}: No space left on device; the masks of 10 frames are kept in {out}\n"
+    assert (code, err) == (2, f"stm: error: {said}")
+    assert len(list((out / "masks").iterdir())) == 10
 
 
 @pytest.mark.parametrize("terminal", [False, True])
