@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 import bench.interactive as interactive
+import bench.keys as keys
 import bench.read as read
 import bench.training as training
 from stm_model.data.synthetic import procedural_clip
+from stm_model.io.masks import write_mask
 from stm_model.io.video import VideoWriter
 
 linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of a process are read from Linux")
@@ -43,6 +45,34 @@ def test_a_read_that_is_wrong_has_no_time(tmp_path, monkeypatch, capsys):
     out = tmp_path / "read.json"
     assert read.main(["--repeats", "1", "--threads", "1", "--out", str(out)], TINY, 64) == 1
     assert "error over allowed error" in json.loads(out.read_text())["reads"]["float32"]["failed"]
+
+
+def test_keys_are_recorded_and_read(tmp_path, capsys):
+    frames, labels = procedural_clip(9, (64, 96), 1, seed=7)
+    with VideoWriter(tmp_path / "video.mp4") as writer:
+        for frame in frames:
+            writer.write(frame)
+    write_mask(tmp_path / "mask.png", labels[0])
+    file, words = str(tmp_path / "keys.safetensors"), ["--mask", str(tmp_path / "mask.png"), "--frames", "3"]
+    assert keys.main([file, "--record", str(tmp_path / "video.mp4"), *words]) == 0
+    tensors = keys.read_tensors(file)
+    # a cell of the feature map has 16 pixels a side
+    assert (
+        tensors["query_key"].shape[1] == 24 and tensors["memory_key"].shape[1] == tensors["memory_value"].shape[1] == 72
+    )
+    assert tensors["is_l2"] and tensors["memory_key"].unique(dim=1).shape[1] > 48
+    out = tmp_path / "read.json"
+    assert keys.main([file, "--frames", "1", "3", "--values", "40", "--repeats", "1", "--out", str(out)]) == 0
+    for found in json.loads(out.read_text())["frames"].values():
+        assert set(found) == set(keys.CHOICES) and found["exact"]["largest_error"] == 0
+        assert 0 <= found["skip=1e-3"]["left_out"] <= 1e-3 and found["skip=1e-3"]["largest_error"] <= 2e-3
+        assert 0 < found["top_k=16"]["left_out"] < 1
+    for more in (["--frames", "4"], ["--record", "nowhere.mp4"], ["--record", "nowhere.mp4", *words]):
+        with pytest.raises(SystemExit, match="2"):
+            keys.main([file, *more])
+    with pytest.raises(SystemExit, match="2"):
+        keys.main([file, "--record", str(tmp_path / "video.mp4"), *words[:2], "--frames", "30"])
+    assert "expected at least 32 frames, got 9" in capsys.readouterr().err
 
 
 @linux
