@@ -1,6 +1,7 @@
 """The other commands, and what all have in common."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -98,3 +99,30 @@ def test_train_hands_its_settings_on(monkeypatch, tmp_path, capsys):
     ):
         result = main(["train", "--out", str(tmp_path), *wrong])
         assert refused((result, *capsys.readouterr()), words)
+
+
+@pytest.mark.parametrize(
+    "command", ["demo", "track", "train", "evaluate", "evaluate --dataset davis-interactive", "interact"]
+)
+def test_help_describes_options_in_whole_lines(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main([*command.split(), "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "None}" not in shown and "(default: None)" not in shown and "(default: False)" not in shown
+    lines = [line.strip("│ \n") for line in shown.splitlines()]
+    wide = 100 - len("│ │") - len("│")
+    for before, line in zip(lines, lines[1:]):
+        # a line ends where the next word has no room, or where its paragraph does
+        if before and line and before[-1].isalpha() and line[0].islower() and not before.startswith("-"):
+            indent = next(len(text) - len(text.lstrip("│ ")) for text in shown.splitlines() if before in text)
+            assert indent + len(before) + len(line.split()[0]) >= wide - 4, (before, line)
+
+
+def test_help_says_what_is_switched_off_and_what_there_is(capsys):
+    assert main(["track", "--help"]) == 0
+    assert re.search(r"--no-overlay\s+Don't write overlay.mp4, the video", capsys.readouterr().out)
+    assert main(["evaluate", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "davis-interactive}" in shown and re.search(r"--no-report\s+Don't write report.html", shown)
+    assert main(["train", "--help"]) == 0
+    assert "Presets: small, shared, lite, paper, interactive, smoke." in capsys.readouterr().out
