@@ -40,7 +40,7 @@ class TrackConfig(NetworkOptions):
     """Labels of the first frame as a palette or grey PNG, or a folder of such masks named by frame number. 0 is
     background, 255 void (unknown); objects may enter by a mask of a later frame."""
     memory: str = "every:5"
-    """Which frames are remembered: first, previous, first+previous, every:N or uniform:K."""
+    """Which frames are remembered: first, previous, first+previous, every:N (with both), first+every:N or uniform:K."""
     compile: bool = False
     """Compile the network first: a minute or more, then less time for each frame."""
     memory_budget: str | None = None

@@ -48,7 +48,7 @@ class EvaluateConfig(EvaluationOptions):
     """Track with several settings instead of one: memory, the paper's four memory rules; every, a remembered frame in
     1, 2, 5, 10 or 20; read, how the memory is read."""
     memory: str = "every:5"
-    """Which frames are remembered: first, previous, first+previous, every:N or uniform:K."""
+    """Which frames are remembered: first, previous, first+previous, every:N (with both), first+every:N or uniform:K."""
     memory_share: float | None = None
     """The most remembered positions to keep, as a share of all: those that reads use; None keeps all."""
     overlay: bool = False

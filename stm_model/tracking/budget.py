@@ -45,8 +45,9 @@ class MemoryRule:
         """Read a rule from its name.
 
         Args:
-            text: `first`, `previous`, `first+previous`, `every:N` (first, previous and every Nth frame) or
-                `uniform:K` (first, previous and K frames spread evenly over the video).
+            text: `first`, `previous`, `first+previous`, `every:N` (first, previous and every Nth frame),
+                `first+every:N` (without the previous one) or `uniform:K` (first, previous and K frames spread evenly
+                over the video).
             frame_count: the number of frames of the video; only `uniform:K` needs it.
 
         Raises:
@@ -55,12 +56,13 @@ class MemoryRule:
         if text in ("first", "previous", "first+previous"):
             return cls(None, "first" in text, "previous" in text)
         name, _, number = text.partition(":")
-        if name not in ("every", "uniform") or not number.isdecimal() or int(number) < 1:
+        if name not in ("every", "first+every", "uniform") or not number.isdecimal() or int(number) < 1:
             raise ValueError(
-                f"memory: expected first, previous, first+previous, every:N or uniform:K (N, K ≥ 1), got {text!r}"
+                "memory: expected first, previous, first+previous, every:N, first+every:N or uniform:K (N, K ≥ 1), "
+                f"got {text!r}"
             )
-        if name == "every":
-            return cls(int(number), True, True)
+        if name != "uniform":
+            return cls(int(number), True, name == "every")
         if frame_count is None:
             raise ValueError(f"memory: {text} needs the number of frames; give frame_count, or use every:N")
         grid = np.round(np.linspace(0, frame_count, int(number) + 2)[:-1]).astype(int)

@@ -50,6 +50,7 @@ def remembered(rule: str, frame_count: int, monkeypatch, model, clip) -> list[li
         ("first", [[0]] * 7),
         ("previous", [[t - 1] for t in range(1, 8)]),
         ("first+previous", [[0]] + [[0, t - 1] for t in range(2, 8)]),
+        ("first+every:3", [[0], [0], [0], [0, 3], [0, 3], [0, 3], [0, 3, 6]]),
         ("every:3", [[0], [0, 1], [0, 2], [0, 3], [0, 3, 4], [0, 3, 5], [0, 3, 6]]),
         # round(linspace(0, 8, 4)[:-1]) = 0, 3, 5
         ("uniform:2", [[0], [0, 1], [0, 2], [0, 3], [0, 3, 4], [0, 3, 5], [0, 3, 5, 6]]),
@@ -64,7 +65,9 @@ def test_the_released_grid_of_a_fixed_number():
     assert rule.kept == {0, 13, 27, 40, 53, 67}
 
 
-@pytest.mark.parametrize("text", ["", "every", "every:0", "every:-1", "every:x", "uniform:", "second", "every:5:5"])
+@pytest.mark.parametrize(
+    "text", ["", "every", "every:0", "every:-1", "every:x", "uniform:", "second", "every:5:5", "previous+every:5"]
+)
 def test_what_is_no_rule(text, small_model):
     with pytest.raises(ValueError, match="memory: expected first, previous"):
         Tracker(small_model, memory=text)
