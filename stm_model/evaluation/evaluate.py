@@ -5,6 +5,7 @@ From Python, without the command line's libraries: evaluate(EvaluateConfig(data=
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import platform
@@ -30,7 +31,7 @@ from stm_model.evaluation.tables import (
     summarize,
     write_score_tables,
 )
-from stm_model.io.files import is_empty, write_json
+from stm_model.io.files import is_empty, locked, write_json
 from stm_model.network import STRIDE
 from stm_model.runtime import DEFAULT_WEIGHTS, NetworkOptions, default_device, default_dtype, dtype_name, usable_device
 from stm_model.tracking.budget import MemoryBudget, MemoryRule
@@ -48,7 +49,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     Raises FileNotFoundError or ValueError where data, results or settings make no sense; the message names the file.
     """
-    with Ranks() as ranks:
+    with Ranks() as ranks, locked(config.out) if ranks.first else contextlib.nullcontext():
         # bad input is refused before anything is written
         dataset, left = ranks.on_first(lambda: _prepare(config))
         config = dataclasses.replace(config, device=ranks.device(config.device))
@@ -174,10 +175,8 @@ def _check_earlier(out: Path, known: Mapping[str, Any]) -> None:
 
 
 def check_out(out: Path, overwrite: bool, inputs: Mapping[str, Path | None]) -> None:
-    """Refuse an output folder that is a file, is not empty, or holds one of the `inputs`, by argument."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out: {out} is a file; expected a folder")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
+    """Refuse an output folder that is not empty, or holds one of the `inputs`, by argument."""
+    if not is_empty(out) and not overwrite:
         raise ValueError(f"out: {out} is not empty; choose another folder, or add --overwrite")
     for name, path in inputs.items():
         if path is None:

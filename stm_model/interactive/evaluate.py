@@ -5,6 +5,7 @@ From Python: evaluate_interactive(EvaluateInteractiveConfig(Path("DAVIS"))).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from stm_model.interactive.config import EvaluateInteractiveConfig
 from stm_model.interactive.protocol import Sample, run_rounds, summarize_samples
 from stm_model.interactive.scribbles import Scribble, ScribbleError, read_scribbles
 from stm_model.interactive.session import ScribbleSession
-from stm_model.io.files import write_json
+from stm_model.io.files import locked, write_json
 from stm_model.io.images import MediaError, read_image
 from stm_model.io.masks import write_mask
 from stm_model.labels import VOID
@@ -44,7 +45,7 @@ def evaluate_interactive(config: EvaluateInteractiveConfig) -> dict[str, Any]:
 
     Raises FileNotFoundError or ValueError where data, scribbles or settings make no sense; the message names the file.
     """
-    with Ranks() as ranks:
+    with Ranks() as ranks, locked(config.out) if ranks.first else contextlib.nullcontext():
         # what can be refused is refused before anything is written
         dataset, starts = ranks.on_first(lambda: _prepare(config))
         config = dataclasses.replace(config, device=ranks.device(config.device))

@@ -4,12 +4,13 @@ import json
 import os
 import platform
 
+import pytest
 from answers import refused
 from table import files
 
 from stm_model import Tracker
 from stm_model.commands.main import main
-from stm_model.io.files import LOCK
+from stm_model.io.files import LOCK, locked
 
 WRITES_THERE = f"another run writes there (process {os.getpid()} on {platform.node()} since 2"
 
@@ -64,6 +65,15 @@ def test_a_list_and_a_single_run_keep_off_each_others_videos(track, clip, out, w
     assert track("--overwrite", out=out / "ant")[0] == 0
     code, _, err = answers[1]
     assert code == 2 and f"ant: --out {out / 'ant'}: {WRITES_THERE}" in err and "bee" not in err
+
+
+@pytest.mark.parametrize("dataset", ["davis2017", "davis-interactive"])
+def test_an_evaluation_keeps_off_a_folder_in_use(davis, out, dataset, capsys):
+    with locked(out):
+        code = main(["evaluate", "--dataset", dataset, "--data", str(davis), "--out", str(out), "--overwrite"])
+        assert refused((code, *capsys.readouterr()), f"--out {out}: {WRITES_THERE}")
+        assert [file.name for file in out.iterdir()] == [LOCK]
+    assert not out.exists()
 
 
 def test_the_lock_of_a_run_that_was_killed_keeps_nobody_out(track, out):
