@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,7 +13,8 @@ import numpy as np
 
 from stm_model.io.files import whole
 from stm_model.io.formats.export import Clip, Export, Spool, box_of, object_name, objects_of
-from stm_model.io.formats.rle import encode_mask
+from stm_model.io.formats.rle import decode_segmentation, encode_mask
+from stm_model.io.formats.shapes import Frame, Shape, distinct_names
 
 
 class _Spooled(Export):
@@ -38,7 +40,7 @@ class _Spooled(Export):
     def close(self) -> None:
         try:
             if self.frames:
-                with whole(self.path) as partial, open(partial, "w", encoding="utf-8") as file:
+                with whole(self.path) as file_name, open(file_name, "w", encoding="utf-8") as file:
                     self.finish(file)
         finally:
             self.spool.close()
@@ -121,3 +123,77 @@ def _write_list(file: IO[str], items: Iterable[Any]) -> None:
         file.write(separator + json.dumps(item))
         separator = ",\n"
     file.write("[]" if separator == "[" else "]")
+
+
+def read_coco(content: dict[str, Any]) -> list[Frame]:
+    """The annotated images of COCO's instances json; crowds are void. Objects are told apart by `track_id`, else by
+    their category, and in a single image by their order.
+
+    Raises a ValueError where they can't be told apart.
+    """
+    names = {category["id"]: str(category["name"]) for category in content.get("categories", ())}
+    of_image: dict[Any, list[dict]] = {image["id"]: [] for image in content["images"]}
+    for annotation in content["annotations"]:
+        of_image[annotation["image_id"]].append(annotation)
+    images = [image for image in content["images"] if of_image[image["id"]]]
+    return [
+        Frame(
+            image.get("frame_index", str(image["file_name"])),
+            (int(image["height"]), int(image["width"])),
+            _shapes(of_image[image["id"]], names, (int(image["height"]), int(image["width"])), len(images) == 1),
+        )
+        for image in images
+    ]
+
+
+def _shapes(annotations: list[dict], names: dict[Any, str], size: tuple[int, int], alone: bool) -> list[Shape]:
+    called: list[str | None] = []
+    for number, annotation in enumerate(annotations, 1):
+        track = annotation.get("track_id", annotation.get("attributes", {}).get("track_id"))
+        category = names.get(annotation.get("category_id"), "object")
+        if annotation.get("iscrowd"):
+            called.append(None)
+        elif track is not None:
+            called.append(str(track))
+        elif alone:
+            called.append(f"{category} {number}" if names else str(number))
+        else:
+            called.append(category)
+            if called.count(category) > 1:
+                raise ValueError(f"an image with two of {category}; expected a track_id to know them in the next one")
+    shapes = [
+        Shape(name, partial(decode_segmentation, annotation["segmentation"], size))
+        for name, annotation in zip(called, annotations)
+    ]
+    # small objects lie on large ones
+    order = sorted(range(len(shapes)), key=lambda place: -(annotations[place].get("area") or 0))
+    return [shapes[place] for place in order]
+
+
+def read_youtube_vis(content: dict[str, Any], name: str | None) -> list[Frame]:
+    """The frames of the one video of a YouTube-VIS json, or of the one that is called `name`. Raises a ValueError where
+    there is none.
+    """
+    videos = content["videos"]
+    if len(videos) > 1:
+        videos = [video for video in videos if str(Path(video["file_names"][0]).parent) == name]
+    if len(videos) != 1:
+        raise ValueError(f"{len(content['videos'])} videos, none called {name}; expected one")
+    (video,) = videos
+    names = {category["id"]: str(category["name"]) for category in content.get("categories", ())}
+    annotations = [annotation for annotation in content["annotations"] if annotation["video_id"] == video["id"]]
+    pairs = [(names.get(annotation["category_id"], "object"), annotation["id"]) for annotation in annotations]
+    called = distinct_names(pairs)
+    size = int(video["height"]), int(video["width"])
+    return [
+        Frame(
+            video["frame_indices"][place] if "frame_indices" in video else file_name,
+            size,
+            [
+                Shape(called[pair], partial(decode_segmentation, annotation["segmentations"][place], size))
+                for pair, annotation in zip(pairs, annotations)
+                if annotation["segmentations"][place]
+            ],
+        )
+        for place, file_name in enumerate(video["file_names"])
+    ]

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
+from typing import IO
+from xml.etree import ElementTree
 from xml.sax.saxutils import quoteattr
 
 import numpy as np
 
 from stm_model.io.files import whole
 from stm_model.io.formats.export import Clip, Export, Spool, box_of, object_name, objects_of
+from stm_model.io.formats.rle import decode_segmentation
+from stm_model.io.formats.shapes import Frame, Shape, distinct_names
+
+READ = ("mask", "polygon")
+"""The shapes that are read."""
 
 
 class CvatExport(Export):
@@ -34,7 +45,7 @@ class CvatExport(Export):
     def close(self) -> None:
         try:
             if self.frames:
-                with whole(self.path) as partial, open(partial, "w", encoding="utf-8") as file:
+                with whole(self.path) as path, open(path, "w", encoding="utf-8") as file:
                     file.write(self._head())
                     for number, label in enumerate(self.spool.labels):
                         name = quoteattr(object_name(label))
@@ -74,3 +85,67 @@ def _shape(mask: np.ndarray) -> str:
 
 def _element(index: int, outside: bool, shape: str) -> str:
     return f'<mask frame="{index}" outside="{outside:d}" occluded="0" keyframe="1" {shape} z_order="0"></mask>'
+
+
+def read_cvat(file: IO[bytes], pictures: Collection[str]) -> list[Frame]:
+    """Frames of CVAT's XML, for video or for images; an object is a label, or one of several tracks or groups of it.
+
+    Masks and polygons are read, other shapes left out with a warning. Images are called by their names where these are
+    among `pictures`, without suffixes, else by their numbers. Raises a ValueError for any other XML.
+    """
+    found: dict[int | str, list[tuple[int, tuple[str, str], ElementTree.Element]]] = {}
+    sizes: dict[int | str, tuple[int, int]] = {}
+    size, others = None, set()
+    try:
+        for _, element in ElementTree.iterparse(file):
+            if element.tag == "original_size":
+                size = int(element.findtext("height", "")), int(element.findtext("width", ""))
+            elif element.tag == "track":
+                who = element.attrib["label"], element.attrib["id"]
+                for shape in element:
+                    if shape.tag not in READ:
+                        others.add(shape.tag)
+                    elif shape.get("outside") != "1":
+                        at: int | str = int(shape.attrib["frame"])
+                        found.setdefault(at, []).append((int(shape.get("z_order", 0)), who, shape))
+            elif element.tag == "image":
+                name = element.get("name", "")
+                at = name if Path(name).stem in pictures else int(element.attrib["id"])
+                sizes[at] = int(element.attrib["height"]), int(element.attrib["width"])
+                for shape in element:
+                    if shape.tag not in READ:
+                        others.add(shape.tag)
+                    else:
+                        who = shape.attrib["label"], shape.get("group_id", "")
+                        found.setdefault(at, []).append((int(shape.get("z_order", 0)), who, shape))
+    except ElementTree.ParseError as error:
+        raise ValueError(f"not well-formed XML: {error}") from error
+    if size is None and not sizes:
+        raise ValueError("expected CVAT's XML for video or for images")
+    if others:
+        warnings.warn(f"CVAT: neither masks nor polygons, left out: {', '.join(sorted(others))}", stacklevel=2)
+    called = distinct_names([who for shapes in found.values() for _, who, _ in shapes])
+    frames = []
+    for at, shapes in found.items():
+        at_size = sizes.get(at) or size
+        if at_size is None:
+            raise ValueError("lacks the original_size of the video")
+        shapes.sort(key=lambda each: each[0])
+        drawn = [Shape(called[who], partial(_drawn, shape.tag, shape.attrib, at_size)) for _, who, shape in shapes]
+        frames.append(Frame(at, at_size, drawn))
+    return frames
+
+
+def _drawn(tag: str, values: dict[str, str], size: tuple[int, int]) -> np.ndarray:
+    """A mask or polygon as bool `[H, W]`."""
+    if tag == "polygon":
+        return decode_segmentation([[float(value) for value in re.split("[;,]", values["points"])]], size)
+    left, top, width, height = (int(float(values[name])) for name in ("left", "top", "width", "height"))
+    runs = np.array([int(run) for run in values["rle"].split(",")])
+    fits = 0 <= left <= left + width <= size[1] and 0 <= top <= top + height <= size[0]
+    if not fits or (runs < 0).any() or runs.sum() != width * height:
+        raise ValueError(f"a mask of {width}·{height} pixels at {left}, {top} with {runs.sum()} pixels in its runs")
+    drawn = np.zeros(size, dtype=bool)
+    inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+    drawn[top : top + height, left : left + width] = inside.reshape(height, width)
+    return drawn

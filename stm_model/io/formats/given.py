@@ -1,0 +1,63 @@
+"""Masks that were made in other tools, of any format that is read."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+from stm_model.io.formats.coco import read_coco, read_youtube_vis
+from stm_model.io.formats.cvat import read_cvat
+from stm_model.io.formats.labelme import read_labelme
+from stm_model.io.formats.sam import read_sam
+from stm_model.io.formats.shapes import DrawnMasks, Frame, read_json, reading
+from stm_model.io.images import MediaError, picture_files
+from stm_model.io.video import FrameFolder, VideoFile
+
+
+def open_drawn(path: Path, video: VideoFile | FrameFolder | None = None) -> DrawnMasks | None:
+    """The masks in a JSON file of COCO, YouTube-VIS, LabelMe or SAM 2, in a folder of LabelMe's, or in an XML or zip of
+    CVAT; None for anything else, as pictures are.
+
+    Raises:
+        MediaError: it can't be read, or its masks are not of the video's frames.
+    """
+    files = [path]
+    if path.is_dir():
+        files = sorted(path.glob("*.json"))
+        stems = {file.stem for file in picture_files(path)}
+        # beside its pictures, where LabelMe writes them, or alone
+        if not files or (stems and not any(file.stem in stems for file in files)):
+            return None
+    elif path.suffix.lower() not in (".json", ".xml", ".zip"):
+        return None
+    with reading(path):
+        frames = _from_json(path, files, video) if files[0].suffix.lower() == ".json" else _from_cvat(path, video)
+        if not any(frame.shapes for frame in frames):
+            raise MediaError(f"{path}: no mask of an object in it")
+        return DrawnMasks(path, frames, video)
+
+
+def _from_json(path: Path, files: list[Path], video: VideoFile | FrameFolder | None) -> list[Frame]:
+    contents = {file.name: read_json(file) for file in files}
+    content = next(iter(contents.values()))
+    if path.is_dir() or "shapes" in content:
+        frames = read_labelme({name: one for name, one in contents.items() if "shapes" in one})
+        # a single file is of the first frame, as a single picture is
+        return frames if path.is_dir() else [frame._replace(at=0) for frame in frames]
+    if isinstance(content, dict) and "videos" in content:
+        return read_youtube_vis(content, video and video.name)
+    if isinstance(content, dict) and "images" in content:
+        return read_coco(content)
+    return read_sam(content)
+
+
+def _from_cvat(path: Path, video: VideoFile | FrameFolder | None) -> list[Frame]:
+    pictures = {file.stem for file in video.files} if video else set()
+    try:
+        if path.suffix.lower() == ".xml":
+            with open(path, "rb") as file:
+                return read_cvat(file, pictures)
+        with zipfile.ZipFile(path) as archive, archive.open("annotations.xml") as inner:
+            return read_cvat(inner, pictures)
+    except (FileNotFoundError, zipfile.BadZipFile, KeyError) as error:
+        raise MediaError(f"{path}: can't be read as CVAT's export ({error})") from error
