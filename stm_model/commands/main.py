@@ -121,6 +121,13 @@ def _interact(argv: Sequence[str]) -> Command:
     return partial(interact, parse(InteractConfig, "stm interact", argv))
 
 
+def _convert(argv: Sequence[str]) -> Command:
+    from stm_model.commands.convert import ConvertConfig, convert
+    from stm_model.commands.options import parse
+
+    return partial(convert, parse(ConvertConfig, "stm convert", argv))
+
+
 def _info(argv: Sequence[str]) -> Command:
     from stm_model.commands.info import InfoConfig, info
     from stm_model.commands.options import parse
@@ -134,6 +141,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], Command], str]] = {
     "train": (_train, "train the network"),
     "evaluate": (_evaluate, "score the tracker, or a folder of masks, on a benchmark"),
     "interact": (_interact, "segment a video with scribbles, in the browser"),
+    "convert": (_convert, "write masks in the formats of other tools, and read theirs"),
     "info": (_info, "versions, devices and what would run on them"),
 }
 """What reads the arguments of a command and returns it, ready to run; what it does."""

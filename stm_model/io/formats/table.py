@@ -64,6 +64,11 @@ class Exports:
         self._open: list[Export] | None = None
 
     @property
+    def needs_frames(self) -> bool:
+        """Whether one of them shows the video's pixels."""
+        return any(FORMATS[name].needs_frames for name in self.names)
+
+    @property
     def files(self) -> dict[str, str]:
         """Where each format is, by its name."""
         return {name: str(self.out / FORMATS[name].target) for name in self.names}
