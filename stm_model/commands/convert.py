@@ -43,11 +43,11 @@ def convert(config: ConvertConfig) -> int:
     """Run the conversion; the exit code."""
     from stm_model.io.files import locked
     from stm_model.io.formats.export import Clip
-    from stm_model.io.formats.table import Exports, check_formats
+    from stm_model.io.formats.table import FORMATS, Exports, check_formats
     from stm_model.io.video import open_video
     from stm_model.progress import Progress
 
-    check_formats(config.to, "--to", frames=config.video is not None)
+    check_formats(config.to, "--to", FORMATS, frames=config.video is not None)
     video = None if config.video is None else open_video(config.video)
     name = config.masks.resolve().stem if video is None else video.name
     exports = Exports(config.to, config.out, Clip(name, video))

@@ -37,8 +37,8 @@ class TrackConfig(NetworkOptions):
     out: Path
     """Folder for the results; for those of a list a folder of folders."""
     mask: Path | None = None
-    """Labels of the first frame as a palette or grey PNG, or a folder of such masks named by frame number. 0 is
-    background, 255 void (unknown); objects may enter by a mask of a later frame."""
+    """Labels of the first frame as a palette or grey PNG, or a folder of such masks named by frame number, or a file of
+    COCO, CVAT, LabelMe or SAM 2. 0 is background, 255 void (unknown); objects may enter by a mask of a later frame."""
     memory: str = "every:5"
     """Which frames are remembered: first, previous, first+previous, every:N (with both), first+every:N or uniform:K."""
     compile: bool = False
@@ -70,6 +70,9 @@ class TrackConfig(NetworkOptions):
     """Resize masks that are not of the video's size, instead of refusing them."""
     overlay: bool = True
     """Write overlay.mp4, the video with the objects colored."""
+    export: tuple[str, ...] = ()
+    """Write these formats as well: coco, ytvis, mots, cvat, labelme, yolo, alpha, alpha-mov, alpha-webm, matte,
+    matte-webm, exr."""
     overwrite: bool = False
     """Replace earlier results in a folder that is not empty; other files in it stay. Without it a list goes on with the
     videos that are not done."""
@@ -108,11 +111,14 @@ def track_video(
     No `title`, no progress bar; `announce` prints what will be remembered. Raises a ValueError or OSError where the
     input or a setting makes no sense; nothing was written then.
     """
+    from stm_model.io.formats.export import Clip
+    from stm_model.io.formats.table import TRACKED, Exports, check_formats
     from stm_model.io.video import open_video
     from stm_model.runtime import chosen_side
     from stm_model.tracking.folder import RESUME_FILE, FolderRun
     from stm_model.tracking.resume import ResumeFile
 
+    check_formats(config.export, "--export", TRACKED)
     check_output(config)
     video = open_video(config.video)
     masks = _given_masks(config, video)
@@ -123,13 +129,15 @@ def track_video(
     saved = resume_file.read() if config.resume else None
     # a video of unknown length is tracked all the same
     plan = None if video.frame_count is None else tracker.plan(video.size, video.frame_count, masks)
+    done = saved["summary"]["frames"] if saved else 0
     lines = [f"remembers   {plan}"] if plan else []
-    lines += [f"goes on     after {saved['summary']['frames']} frames"] if saved else []
+    lines += [f"goes on     after {done} frames"] if saved else []
     run.track(
         video,
         masks,
         frame_count=video.frame_count,
         overlay_fps=video.fps if config.overlay else None,
+        exports=Exports(config.export, config.out, Clip(video.name, video), done) if config.export else None,
         title=title,
         announce=lines if announce and not config.json else (),
         resume_file=resume_file,
@@ -160,7 +168,7 @@ def finished(config: TrackConfig) -> dict[str, Any] | None:
     if summary["stopped"] is not None:
         return None
     asked = plain_settings(config) | {"size": chosen_side(config.size, config.checkpoint, summary["size"])}
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    defaults = {field.name: field.default for field in dataclasses.fields(config)} | {"export": []}
     for name, value in asked.items():
         # a setting that there was not yet had its default
         found = summary["settings"].get(name, defaults.get(name))
@@ -214,13 +222,14 @@ def check_output(config: TrackConfig) -> None:
 
 
 def _given_masks(config: TrackConfig, video: VideoFile | FrameFolder) -> dict[int, np.ndarray]:
+    from stm_model.io.formats.given import read_given
     from stm_model.io.images import width_by_height
-    from stm_model.io.masks import read_masks, resize_mask
+    from stm_model.io.masks import resize_mask
 
     assert config.mask is not None
     if config.binary and config.colors:
         raise ValueError("--binary takes the mask for one object, --colors for one of each color; choose one of them")
-    masks = read_masks(config.mask, video, binary=config.binary, colors=config.colors)
+    masks = read_given(config.mask, video, binary=config.binary, colors=config.colors)
     for index, labels in masks.items():
         if labels.shape == video.size:
             continue

@@ -48,7 +48,7 @@ def _natural(path: Path) -> list:
 
 
 @contextmanager
-def open_picture(path: str | os.PathLike) -> Iterator[Image.Image]:
+def open_picture(path: str | os.PathLike | io.BytesIO) -> Iterator[Image.Image]:
     """An opened picture; whatever goes wrong in the block becomes a MediaError that names the file."""
     try:
         with Image.open(path) as image:

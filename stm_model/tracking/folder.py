@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from stm_model.io.files import is_empty, write_json
+from stm_model.io.formats.table import FORMATS, TRACKED, Exports
 from stm_model.io.images import overlay
 from stm_model.io.masks import read_mask, write_mask
 from stm_model.io.threads import Prefetch, Writer
@@ -33,7 +34,7 @@ INTERRUPTED = "interrupted"
 """Why a run stopped, in its summary, where the user did it."""
 RESUME_FILE = "resume.pt"
 OVERLAY, SHEET, SUMMARY = "overlay.mp4", "contact_sheet.png", "summary.json"
-OUTPUTS = ("masks", OVERLAY, SHEET, SUMMARY, RESUME_FILE)
+OUTPUTS = ("masks", OVERLAY, SHEET, SUMMARY, RESUME_FILE, *(FORMATS[name].target for name in TRACKED))
 
 
 class FolderRun:
@@ -68,6 +69,7 @@ class FolderRun:
         *,
         frame_count: int | None,
         overlay_fps: Fraction | float | None,
+        exports: Exports | None = None,
         title: str | None = "track",
         announce: Sequence[str] = (),
         resume_file: ResumeFile | None = None,
@@ -81,6 +83,7 @@ class FolderRun:
             masks: those given, by frame index.
             frame_count: if known.
             overlay_fps: frame rate of the overlay; None writes none.
+            exports: other formats to write.
             title: stands before the progress bar; None shows no bar.
             announce: lines to print once nothing that was given can be refused any more.
             resume_file: written when it is due.
@@ -92,7 +95,7 @@ class FolderRun:
         done = self._take_up(saved) if saved else 0
         spent, started = self._seconds, time.perf_counter() - self._seconds["wall"]
         prefetch = Prefetch(timed(frames, spent, "decoding"))
-        writer: Writer[Written] = Writer(lambda items: self._write(items, frames, overlay_fps))
+        writer: Writer[Written] = Writer(lambda items: self._write(items, frames, overlay_fps, exports))
         bar = Progress(desc=title or "", unit="frame", total=frame_count, shown=title is not None)
         frame: np.ndarray = np.empty(0)
 
@@ -138,6 +141,7 @@ class FolderRun:
         spent["wall"] = time.perf_counter() - started
         if overlay_fps is not None:
             self.summary["files"]["overlay"] = str(self.out / OVERLAY)
+        self.summary["files"] |= exports.files if exports else {}
         self._measure()
 
     def mask_file(self, index: int) -> Path:
@@ -170,6 +174,8 @@ class FolderRun:
         if self._began:
             return
         self._began = True
+        for name in [] if done else _earlier_exports(self.out):
+            FORMATS[name].remove(self.out)
         (self.out / "masks").mkdir(exist_ok=True)
         # says at any time whose results these are, and that a run that is killed is unfinished
         self.write_summary()
@@ -198,27 +204,37 @@ class FolderRun:
         items: Iterator[Written],
         frames: Iterable[np.ndarray],
         overlay_fps: Fraction | float | None,
+        exports: Exports | None,
     ) -> None:
-        """Write masks and, with a frame rate, the overlay as they come, each frame at its time in the video; without
-        labels the mask is there already.
+        """Write masks, exports and, with a frame rate, the overlay as they come, each frame at its time in the video;
+        without labels the mask is there already.
         """
         with contextlib.ExitStack() as stack:
             video = None
             if overlay_fps is not None:
                 writer = VideoWriter(self.out / OVERLAY, overlay_fps, time_base=getattr(frames, "time_base", None))
                 video = stack.enter_context(writer)
+            if exports is not None:
+                stack.enter_context(exports)
             for index, frame, labels, objects in items:
                 started = time.perf_counter()
                 if labels is not None:
                     write_mask(self.mask_file(index), labels)
                     self.summary["frames"], self.summary["objects"] = index + 1, list(objects)
+                elif video is None and exports is None:
+                    continue
+                else:
+                    labels = read_mask(self.mask_file(index))
+                if exports is not None:
+                    exports.write(index, labels, frame)
                 if video is not None:
-                    colored = overlay(frame, read_mask(self.mask_file(index)) if labels is None else labels)
+                    colored = overlay(frame, labels)
                     times = getattr(frames, "times", ())
                     video.write(colored, times[index] if index < len(times) else None)
                 self._seconds["writing"] += time.perf_counter() - started
-            if video is not None and not self._began:
-                video.discard()
+            for unfinished in (video, exports):
+                if unfinished is not None and not self._began:
+                    unfinished.discard()
 
     def _measure(self) -> None:
         self.summary["seconds"] = dict(self._seconds)
@@ -238,7 +254,21 @@ def is_output_of(command: str, out: Path) -> bool:
         return False
 
 
+def _earlier_exports(out: Path) -> list[str]:
+    """The formats that an earlier run wrote to a folder."""
+    try:
+        named = json.loads((out / SUMMARY).read_text())["settings"]["export"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [name for name in TRACKED if name in named]
+
+
 def plain_settings(settings: Any) -> dict[str, Any]:
-    """The fields of a dataclass of settings as JSON takes them; paths are absolute."""
-    fields = dataclasses.asdict(settings)
-    return {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in fields.items()}
+    """The fields of a dataclass of settings as JSON has them; paths are absolute."""
+    return {name: _plain(value) for name, value in dataclasses.asdict(settings).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value.resolve())
+    return list(value) if isinstance(value, tuple) else value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import ClassVar
@@ -63,6 +63,11 @@ class Export:
     def close(self) -> None:
         """Finish it: what was written so far is a whole file."""
 
+    @classmethod
+    def remove(cls, out: Path, kept: Collection[Path] = ()) -> None:
+        """Remove what an earlier run wrote to a folder, but for the files of frames that are `kept`."""
+        (out / cls.target).unlink(missing_ok=True)
+
     def discard(self) -> None:
         """Leave no file, and what was there before as it is, as far as files of single frames are not there yet."""
 
@@ -78,8 +83,12 @@ class FileEach(Export):
         super().__init__(out, clip, keep)
         self.folder = self.path / self.inner
         self.folder.mkdir(parents=True, exist_ok=True)
-        kept = {self.file(index) for index in range(keep)}
-        for file in self.folder.glob(f"*{self.suffix}"):  # hidden ones too: a killed run's temporary names
+        self.remove(out, {self.file(index) for index in range(keep)})
+
+    @classmethod
+    def remove(cls, out: Path, kept: Collection[Path] = ()) -> None:
+        # hidden ones too: a killed run's temporary names
+        for file in (out / cls.target / cls.inner).glob(f"*{cls.suffix}"):
             if file not in kept:
                 file.unlink()
 

@@ -14,8 +14,26 @@ from stm_model.io.formats.labelme import read_labelme
 from stm_model.io.formats.sam import read_sam
 from stm_model.io.formats.shapes import DrawnMasks, Frame, read_json, reading
 from stm_model.io.images import MediaError, picture_files
-from stm_model.io.masks import _frame_indices, read_mask
+from stm_model.io.masks import _frame_indices, read_mask, read_masks
 from stm_model.io.video import FrameFolder, VideoFile
+from stm_model.labels import objects_in
+
+
+def read_given(
+    path: Path, video: VideoFile | FrameFolder | None = None, *, binary: bool = False, colors: bool = False
+) -> dict[int, np.ndarray]:
+    """The given masks of a video, frame → uint8 labels `[H, W]`: of `open_drawn`, else of `read_masks`.
+
+    Raises:
+        MediaError: as these.
+    """
+    drawn = open_drawn(path, video)
+    if drawn is None:
+        return read_masks(path, video, binary=binary, colors=colors)
+    masks = dict(drawn)
+    if not any(map(objects_in, masks.values())):
+        raise MediaError(f"{path}: an empty mask, no pixel belongs to an object")
+    return masks
 
 
 def open_drawn(path: Path, video: VideoFile | FrameFolder | None = None) -> DrawnMasks | None:
@@ -49,7 +67,7 @@ def _from_json(path: Path, files: list[Path], video: VideoFile | FrameFolder | N
         # a single file is of the first frame, as a single picture is
         return frames if path.is_dir() else [frame._replace(at=0) for frame in frames]
     if isinstance(content, dict) and "videos" in content:
-        return read_youtube_vis(content, video and video.name)
+        return read_youtube_vis(content, video.name if video else None)
     if isinstance(content, dict) and "images" in content:
         return read_coco(content)
     return read_sam(content)

@@ -15,7 +15,7 @@ from stm_model.io.files import whole
 from stm_model.io.formats.export import FileEach, object_name, objects_of
 from stm_model.io.formats.polygons import one_polygon, parts_of
 from stm_model.io.formats.shapes import Frame, Shape, distinct_names
-from stm_model.io.images import fill_polygons, open_picture
+from stm_model.io.images import MediaError, fill_polygons, open_picture
 
 
 class LabelmeExport(FileEach):
@@ -84,8 +84,11 @@ def _drawn(shape: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
         return np.hypot(rows - y, columns - x) <= radius
     if kind == "mask" and len(points) == 2:
         left, top = points[0].astype(int)
-        with open_picture(io.BytesIO(base64.b64decode(shape["mask"]))) as image:
-            inside = np.array(image) > 0
+        try:
+            with open_picture(io.BytesIO(base64.b64decode(shape["mask"]))) as image:
+                inside = np.array(image) > 0
+        except MediaError as error:
+            raise ValueError("a mask that is no PNG in base64") from error
         drawn = np.zeros(size, dtype=bool)
         drawn[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
         return drawn

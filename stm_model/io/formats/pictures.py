@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from scipy.ndimage import maximum_filter
 
 from stm_model.io.files import whole
 from stm_model.io.formats.export import Clip, FileEach, object_name, objects_of
@@ -78,6 +77,8 @@ def with_alpha(frame: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """A frame with labels uint8 `[H, W]` as RGBA uint8 `[H, W, 4]`: opaque on the objects, black further than `RIM`
     from them.
     """
+    from scipy.ndimage import maximum_filter
+
     alpha = cut_out(labels)
     near = maximum_filter(alpha, 2 * RIM + 1)
     return np.dstack([frame & near[..., None], alpha])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from scipy.spatial import cKDTree
 
 from stm_model.io.formats.export import box_of
 
@@ -61,6 +60,8 @@ def _pixels(ring: np.ndarray) -> float:
 
 def _joined(rings: list[np.ndarray], keep_all: bool) -> np.ndarray:
     """Rings as one, from the first on always the nearest one next: no line crosses another ring."""
+    from scipy.spatial import cKDTree
+
     path, rest = rings[0], dict(enumerate(rings[1:]))
     # of each: the distance to the path, the corner there and the place of its own
     nearest = dict.fromkeys(rest, (np.inf, path[0], 0))

@@ -34,11 +34,15 @@ FORMATS: dict[str, type[Export]] = {
 }
 
 
-def check_formats(names: Collection[str], option: str, *, frames: bool = True) -> None:
-    """Raise a ValueError that names the option unless these formats can be written, `frames`: with a video's pixels."""
+TRACKED = tuple(name for name in FORMATS if name != "png")
+"""Those that `stm track` writes beside its masks, which are PNGs."""
+
+
+def check_formats(names: Collection[str], option: str, known: Collection[str], *, frames: bool = True) -> None:
+    """Raise a ValueError that names the option unless these are known and can be written, `frames`: with pixels."""
     for name in names:
-        if name not in FORMATS:
-            raise ValueError(f"{option} {name}: no such format; expected some of {', '.join(FORMATS)}")
+        if name not in known:
+            raise ValueError(f"{option} {name}: no such format; expected some of {', '.join(known)}")
         export = FORMATS[name]
         if export.needs_frames and not frames:
             raise ValueError(f"{option} {name}: shows the video's own pixels; add --video VIDEO")

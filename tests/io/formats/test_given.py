@@ -158,6 +158,7 @@ def test_labelme_masks_and_groups(tmp_path):
         "mask": base64.b64encode(stream.getvalue()).decode(),
     }
     spot = {"label": "cat", "shape_type": "rectangle", "points": [[12, 6], [12, 6]], "group_id": 2}
+    refused(tmp_path / "f3.json", labelme_file(box | {"mask": "0000"}), "no PNG in base64")
     (tmp_path / "f3.json").write_text(json.dumps(labelme_file(box, spot)))
     (tmp_path / "f4.json").write_text(json.dumps(labelme_file()))
     with pytest.warns(UserWarning, match="1 is cat 1, 2 is cat 2"):

@@ -287,9 +287,9 @@ def test_a_discarded_export_leaves_the_one_before(tmp_path, labels, frames):
 
 def test_what_cannot_be_written_is_said(monkeypatch):
     with pytest.raises(ValueError, match=r"--export gif: no such format; expected some of png, coco, .*, exr"):
-        check_formats(["coco", "gif"], "--export")
+        check_formats(["coco", "gif"], "--export", FORMATS)
     with pytest.raises(ValueError, match="--to alpha-mov: shows the video's own pixels; add --video"):
-        check_formats(["alpha-mov"], "--to", frames=False)
+        check_formats(["alpha-mov"], "--to", FORMATS, frames=False)
     monkeypatch.setattr("stm_model.io.formats.table.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"--export exr: needs OpenEXR, .*: pip install 'stm-kernels\[exr\]'"):
-        check_formats(["exr"], "--export")
+        check_formats(["exr"], "--export", FORMATS)
