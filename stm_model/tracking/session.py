@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from stm_model.labels import VOID, objects_in
 from stm_model.network import STM, STRIDE, Query, other_object_masks, soft_aggregate
 from stm_model.tracking.frames import check_frame, check_mask, pad_to_stride, prepare_frame, prepare_mask, scaled_size
 from stm_model.tracking.memory import MemoryBank
+
+if TYPE_CHECKING:
+    from supervision import Detections
 
 UNCERTAIN = 0.8
 """A certainty below which an object counts as lost: so low that on held-out videos few frames fall below it, and those
@@ -41,6 +44,14 @@ class FrameResult:
     familiarity: tuple[float, ...] = ()
     """How like what is remembered the picture looks where each object is: the logarithm of the mean exponential
     similarity that the memory read finds there; -inf before anything is remembered."""
+
+    def detections(self) -> Detections:
+        """The objects in the frame as supervision's `Detections`: masks, boxes, the certainty as `confidence`, labels
+        as `class_id` and `tracker_id`. Raises ImportError without the extra `[supervision]`.
+        """
+        from stm_model.io.formats.detections import detections_of
+
+        return detections_of(self.labels, dict(zip(self.objects, self.certainty)))
 
 
 @dataclass

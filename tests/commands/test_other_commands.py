@@ -18,7 +18,7 @@ from stm_model.commands.main import main
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["trakc"], "unknown command 'trakc'; expected demo, track, train, evaluate, interact, info"),
+        (["trakc"], "unknown command 'trakc'; expected demo, track, train, evaluate, interact, convert, info"),
         (["track"], "PATH --out PATH (see stm track --help)"),
         (["track", "v", "--mask", "m", "--out", "o", "--size", "big"], "--size"),
         (["track", "v", "--mask", "m", "--out", "o", "--dtype", "int8"], "invalid choice 'int8'"),
