@@ -16,11 +16,12 @@ from stm_kernels.cpu.chunked import LOG2_E, MIN_ROW_MAX, chunked_read, power_of_
 from stm_kernels.cpu.gemm import Scratch, even_slices, key_products, product_dtype, steady_slices
 from stm_kernels.cpu.top_k import contiguous_parts
 
-# [key chunk × query block] buffers of 4 MiB stay in the third-level cache
+# [key chunk × query block] buffers of 2 MiB stay in the second- and third-level caches
 QUERIES_PER_BLOCK = 544
-PRODUCTS = 2**20
+PRODUCTS = 2**19
+MAX_KEYS_PER_CHUNK = 2048
 # of so many neighbouring positions only the greatest logit is looked at first
-GROUP = 16
+GROUP = 8
 # a group that is gathered takes about as long as its product with so many channels of values; and so many are gathered
 # at most, as a share of all
 GATHERED_CHANNELS = 2048
@@ -120,7 +121,8 @@ def _heaviest(
     gathered = [(nothing, nothing, top.new_empty(0, GROUP))]
     count, most = 0, share * m * N / GROUP
     # the newest positions have most of the mass: looked at first, they show that others have none
-    for chunk in steady_slices(N, frame, max(GROUP, PRODUCTS // m))[::-1]:
+    longest = max(GROUP, min(MAX_KEYS_PER_CHUNK, PRODUCTS // m))
+    for chunk in steady_slices(N, frame, longest)[::-1]:
         products = _products(memory_key[chunk], queries, wide, scratch)
         if bias is not None:
             products[: chunk.stop - chunk.start] += bias[chunk, None]
@@ -133,18 +135,20 @@ def _heaviest(
         if count > most or not top.isfinite().all():
             return None
         gathered.append((query, group * GROUP + chunk.start, groups.mT[group, query]))
-    query, first, logits = map(torch.cat, zip(*gathered))
-    query, order = query.sort(stable=True)
-    first, weights = first[order], power_of_two((logits[order] - top[query, None]).mul_(scale * LOG2_E))
+    query, first, weights = map(torch.cat, zip(*gathered))
+    gathered.clear()
+    power_of_two(weights.sub_(top[query, None]).mul_(scale * LOG2_E))
     row_sum = top.new_zeros(m).index_add_(0, query, weights.sum(1))
     heavy = weights >= (skip / max(N, 1) * row_sum)[query, None]
     group, place = heavy.nonzero(as_tuple=True)
-    dropped = top.new_zeros(m).index_add_(0, query, weights.masked_fill(heavy, 0.0).sum(1))
-    query, weights = query[group], weights[group, place]
-    read = top.new_zeros(m).index_add_(0, query, weights)
+    positions, read = first[group] + place, weights[group, place]
+    dropped = top.new_zeros(m).index_add_(0, query, weights.masked_fill_(heavy, 0.0).sum(1))
+    query, order = query[group].sort(stable=True)
+    read = read[order]
+    read_sum = top.new_zeros(m).index_add_(0, query, read)
     return Bag(
-        first[group] + place,
-        weights / read[query],
+        positions[order],
+        read / read_sum[query],
         query.bincount(minlength=m),
         top.double() * scale + row_sum.double().log(),
         dropped / row_sum.clamp(min=torch.finfo(wide).tiny),
