@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,17 +11,43 @@ from torch.nn import functional as F
 
 from stm_model.network import STRIDE
 
+Frame = Any
+"""A uint8 array or tensor `[H, W, 3]`, or a PIL image of mode RGB; once checked no PIL image any more."""
 
-def check_frame(frame: np.ndarray, index: int, size: tuple[int, int] | None) -> np.ndarray:
-    """Raise a ValueError unless a frame is uint8 `[H, W, 3]` of the size of those before it."""
-    if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
-        form = f"{frame.dtype} {list(frame.shape)}" if hasattr(frame, "dtype") else type(frame).__name__
-        raise ValueError(f"frame {index}: expected a uint8 array [H, W, 3], got {form}")
+
+def check_frame(frame: Frame, index: int, size: tuple[int, int] | None) -> Frame:
+    """A frame as a uint8 array or tensor `[H, W, 3]`, on the device where it is; raise a ValueError unless it has that
+    form and the size of those before it.
+    """
+    if not isinstance(frame, (np.ndarray, Tensor)) and hasattr(frame, "__array_interface__"):
+        frame = np.asarray(frame)
+    form = f"{frame.dtype} {list(frame.shape)}" if hasattr(frame, "dtype") else type(frame).__name__
+    if isinstance(frame, Tensor):
+        _check_dense(frame, f"frame {index}")
+    if (
+        not isinstance(frame, (np.ndarray, Tensor))
+        or frame.dtype not in (np.uint8, torch.uint8)
+        or frame.ndim != 3
+        or frame.shape[2] != 3
+    ):
+        raise ValueError(f"frame {index}: expected a uint8 array or tensor [H, W, 3], or an RGB PIL image, got {form}")
     if 0 in frame.shape:
         raise ValueError(f"frame {index}: expected at least one pixel, got {list(frame.shape)}")
     if size is not None and frame.shape[:2] != size:
         raise ValueError(f"frame {index}: expected [H, W] = {list(size)} like frame 0, got {list(frame.shape[:2])}")
     return frame
+
+
+def as_array(frame: Frame) -> np.ndarray:
+    """A checked frame in the host's memory."""
+    return frame.detach().cpu().numpy() if isinstance(frame, Tensor) else frame
+
+
+def _check_dense(tensor: Tensor, name: str) -> None:
+    """Raise a ValueError unless a tensor has a value at each place."""
+    kind = "nested" if tensor.is_nested else "meta" if tensor.is_meta else "sparse"
+    if tensor.is_nested or tensor.is_meta or tensor.layout != torch.strided:
+        raise ValueError(f"{name}: expected a dense tensor with values, got a {kind} one")
 
 
 def check_index(index: int, frame_count: int | None) -> int:
@@ -34,7 +62,12 @@ def check_index(index: int, frame_count: int | None) -> int:
 
 def check_mask(mask: np.ndarray | Tensor, index: int) -> np.ndarray:
     """A label map as uint8 `[H, W]`; raise a ValueError that says what is wrong with it."""
-    array = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
+    if isinstance(mask, Tensor):
+        _check_dense(mask, f"mask of frame {index}")
+        # NumPy has neither bfloat16 nor the formats of eight bits
+        array = (mask.float() if mask.is_floating_point() else mask).detach().cpu().numpy()
+    else:
+        array = np.asarray(mask)
     if array.ndim != 2:
         raise ValueError(f"mask of frame {index}: expected [H, W], got {list(array.shape)}")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -47,7 +80,9 @@ def check_mask(mask: np.ndarray | Tensor, index: int) -> np.ndarray:
 
 
 def check_side(shorter_side: int | None) -> None:
-    """Raise a ValueError unless frames of this shorter side have at least one position in the memory."""
+    """Raise a TypeError unless a shorter side is a number, a ValueError unless such frames have a position."""
+    if shorter_side is not None and (isinstance(shorter_side, bool) or not isinstance(shorter_side, (int, np.integer))):
+        raise TypeError(f"size: expected a whole number of pixels, got {shorter_side!r}")
     if shorter_side is not None and shorter_side < STRIDE:
         raise ValueError(f"size: expected at least {STRIDE} pixels, got {shorter_side}")
 
@@ -61,10 +96,12 @@ def scaled_size(frame_size: tuple[int, int], shorter_side: int | None) -> tuple[
     return max(1, round(height * factor)), max(1, round(width * factor))
 
 
-def prepare_frame(frame: np.ndarray, size: tuple[int, int], device: torch.device) -> Tensor:
+def prepare_frame(frame: Frame, size: tuple[int, int], device: torch.device) -> Tensor:
     """uint8 `[H, W, 3]` → float32 `[1, 3, h, w]` in 0…1, resized to `size` (h, w) and not yet padded."""
-    # some frames cannot be written to, which torch warns of
-    pixels = torch.from_numpy(np.require(frame, requirements=["C", "W"])).to(device)
+    if not isinstance(frame, Tensor):
+        # some frames cannot be written to, which torch warns of
+        frame = torch.from_numpy(np.require(frame, requirements=["C", "W"]))
+    pixels = frame.to(device)
     # NCHW here, so that the weights alone decide the memory format of the convolutions
     image = pixels.permute(2, 0, 1)[None].contiguous().float() / 255
     if size != image.shape[-2:]:

@@ -14,7 +14,16 @@ from torch.nn import functional as F
 
 from stm_model.labels import VOID, objects_in
 from stm_model.network import STM, STRIDE, Query, other_object_masks, soft_aggregate
-from stm_model.tracking.frames import check_frame, check_mask, pad_to_stride, prepare_frame, prepare_mask, scaled_size
+from stm_model.tracking.frames import (
+    Frame,
+    as_array,
+    check_frame,
+    check_mask,
+    pad_to_stride,
+    prepare_frame,
+    prepare_mask,
+    scaled_size,
+)
 from stm_model.tracking.memory import MemoryBank
 
 if TYPE_CHECKING:
@@ -59,7 +68,7 @@ class _Previous:
     """The frame that was segmented last."""
 
     index: int
-    frame: np.ndarray
+    frame: Frame
     """uint8 `[H, W, 3]`, as it was given."""
     image: Tensor
     """float32 `[1, 3, h, w]`, as the network sees it, not padded."""
@@ -97,21 +106,21 @@ class TrackingSession:
         self.previous: _Previous | None = None
 
     @torch.inference_mode()
-    def step(self, frame: np.ndarray) -> FrameResult:
-        """Segment the next frame, RGB uint8 `[H, W, 3]`.
+    def step(self, frame: Frame) -> FrameResult:
+        """Segment the next frame, RGB uint8 `[H, W, 3]`: an array, a tensor on any device, or a PIL image.
 
         Raises:
             ValueError: the frame or its mask has another form or size than those before; the memory's budget is full.
         """
         index = 0 if self.previous is None else self.previous.index + 1
-        frame = check_frame(frame, index, self._frame_size)
+        pixels = check_frame(frame, index, self._frame_size)
         mask = self.masks.get(index)
         if mask is not None:
-            _check_size(mask, frame, index)
-        image = prepare_frame(frame, scaled_size(frame.shape[:2], self.shorter_side), self.device)
+            _check_size(mask, pixels, index)
+        image = prepare_frame(pixels, scaled_size(pixels.shape[:2], self.shorter_side), self.device)
         query, probabilities, familiarity = self._segment(image)
         encoded = query if self.model.shares_keys else None
-        self.previous = _Previous(index, frame, image, probabilities, familiarity, encoded)
+        self.previous = _Previous(index, pixels, image, probabilities, familiarity, encoded)
         return self._apply(mask)
 
     @torch.inference_mode()
@@ -185,7 +194,7 @@ class TrackingSession:
         previous = self._last()
         return {
             "index": previous.index,
-            "frame": torch.from_numpy(np.ascontiguousarray(previous.frame)),
+            "frame": torch.from_numpy(np.ascontiguousarray(as_array(previous.frame))),
             "probabilities": previous.probabilities,
             "given": sorted(previous.given),
             "certainty": previous.certainty,
@@ -301,7 +310,7 @@ class TrackingSession:
         return probabilities
 
 
-def _check_size(mask: np.ndarray, frame: np.ndarray, index: int) -> None:
+def _check_size(mask: np.ndarray, frame: Frame, index: int) -> None:
     if mask.shape != frame.shape[:2]:
         size, found = list(frame.shape[:2]), list(mask.shape)
         raise ValueError(f"mask of frame {index}: expected [H, W] = {size} like its frame, got {found}")

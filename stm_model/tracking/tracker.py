@@ -15,7 +15,7 @@ from stm_kernels import memory_read
 from stm_model.labels import objects_in
 from stm_model.network import STM, STRIDE, compile_parts, fold_batch_norm, fuse_activations
 from stm_model.tracking.budget import MemoryBudget, MemoryPlan, MemoryRule, plan_memory
-from stm_model.tracking.frames import check_index, check_mask, check_side, scaled_size
+from stm_model.tracking.frames import Frame, as_array, check_frame, check_index, check_mask, check_side, scaled_size
 from stm_model.tracking.memory import MemoryBank
 from stm_model.tracking.resume import array_digest, check_same
 from stm_model.tracking.session import FrameResult, TrackingSession
@@ -36,6 +36,7 @@ class Tracker:
         top_k, skip, implementation: how the memory is read, see `stm_kernels.memory_read`.
 
     Raises:
+        TypeError: the model is none, or the size no number.
         ValueError: the rule, the size or a setting of the read makes no sense, the network is guided by scribbles, or
             there is nothing to compile with.
     """
@@ -53,6 +54,8 @@ class Tracker:
         skip: float = 0.0,
         implementation: str = "auto",
     ):
+        if not isinstance(model, STM):
+            raise TypeError(f"model: expected an STM, as STM.load gives it, got {type(model).__name__}")
         model.expect_guidance("masks")
         if isinstance(memory, str):
             MemoryRule.parse(memory, frame_count=1)
@@ -75,7 +78,7 @@ class Tracker:
 
     def track(
         self,
-        frames: Iterable[np.ndarray],
+        frames: Iterable[Frame],
         masks: Mapping[int, np.ndarray | Tensor],
         frame_count: int | None = None,
         *,
@@ -84,7 +87,8 @@ class Tracker:
         """Segment a video frame by frame, as the frames come.
 
         Args:
-            frames: RGB uint8 `[H, W, 3]`, all of one size; consumed one at a time.
+            frames: RGB uint8 `[H, W, 3]`, all of one size; consumed one at a time. Arrays, PIL images or tensors; those
+                on the network's device are not copied.
             masks: frame index → label map `[H, W]`: 0 says nothing, 1…254 are objects, 255 is void. A label that was
                 not seen before is a new object; one that was replaces the prediction of that object.
             frame_count: number of frames, if known; only the rule `uniform:K` needs it.
@@ -95,6 +99,7 @@ class Tracker:
             A result for every frame, in order. Before the first mask everything is background.
 
         Raises:
+            TypeError: the masks are no mapping.
             ValueError: there are no frames; a frame or mask has the wrong form; a mask is for no frame; none names an
                 object; a setting, the weights, the masks or the frames are not those that the state was made with.
         """
@@ -121,11 +126,13 @@ class Tracker:
         Raises:
             ValueError: a mask has the wrong form or is for no frame, or the rule needs the number of frames.
         """
-        self._session = self._begin(masks or {}, frame_count)
+        self._session = self._begin({} if masks is None else masks, frame_count)
         self.bank = self._session.bank
         return self._session
 
     def _begin(self, masks: Mapping[int, np.ndarray | Tensor], frame_count: int | None) -> TrackingSession:
+        if not isinstance(masks, Mapping):
+            raise TypeError(f"masks: expected label maps by frame number, as {{0: mask}}, got {type(masks).__name__}")
         checked = {check_index(index, frame_count or None): check_mask(mask, index) for index, mask in masks.items()}
         bank = MemoryBank(self._rule(frame_count), self.budget, **self.read_options)
         return TrackingSession(self.model, bank, checked, self.size, self.skip_uncertain)
@@ -189,11 +196,12 @@ class Tracker:
     def _rule(self, frame_count: int | None) -> MemoryRule:
         return MemoryRule.parse(self.memory, frame_count) if isinstance(self.memory, str) else self.memory
 
-    def _track(self, frames: Iterable[np.ndarray], session: TrackingSession) -> Iterator[FrameResult]:
+    def _track(self, frames: Iterable[Frame], session: TrackingSession) -> Iterator[FrameResult]:
         before = session.previous
         index, done = -1, -1 if before is None else before.index
         for index, frame in enumerate(frames):
-            if before is not None and index == done and not np.array_equal(frame, before.frame):
+            made_at = as_array(before.frame) if before is not None and index == done else None
+            if made_at is not None and not np.array_equal(made_at, as_array(check_frame(frame, index, None))):
                 raise ValueError(f"frames: frame {index} is not the one that the state was made at")
             if index <= done:
                 continue
