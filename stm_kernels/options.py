@@ -108,6 +108,8 @@ def check_tensors(tensors: dict[str, Tensor], ndim: int = 3) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.is_nested or tensor.layout != torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, got a {'nested' if tensor.is_nested else 'sparse'} one")
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
         if tensor.ndim != ndim:

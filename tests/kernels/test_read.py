@@ -98,6 +98,12 @@ GOOD = {"query_key": ones(2, 3, 4), "memory_key": ones(2, 5, 4), "memory_value":
 BAD = [
     ({"query_key": [1.0]}, TypeError, "query_key: expected a tensor, got list"),
     ({"memory_key": ones(2, 5, 4).int()}, TypeError, "memory_key: expected a floating-point tensor, got torch.int32"),
+    ({"memory_key": ones(2, 5, 4).to_sparse()}, TypeError, "memory_key: expected a dense tensor, got a sparse one"),
+    (
+        {"memory_value": torch.nested.as_nested_tensor([ones(5, 3), ones(4, 3)], layout=torch.jagged)},
+        TypeError,
+        "memory_value: expected a dense tensor, got a nested one",
+    ),
     ({"query_key": ones(3, 4)}, ValueError, "query_key: expected 3 axes, got 2 in shape [3, 4]"),
     ({"memory_value": ones(2, 5, 6, 1)}, ValueError, "memory_value: expected 3 axes, got 4 in shape [2, 5, 6, 1]"),
     ({"memory_key": ones(2, 5, 7)}, ValueError, "memory_key: expected C = 4 as in query_key, got 7"),
