@@ -233,7 +233,8 @@ def test_what_is_left_out_is_not_read(implementation):
     problem = on_device(local(), implementation, torch.float32)
     arguments = operator_arguments(problem, 1e-3, implementation)
     out, _, skipped, kept = read_operator(*arguments)
-    read = was_read(problem, 1e-3, skipped, kept)[:, :SKIP_QUERIES].any(1)
+    # what is too little for a sum is not even noted as dropped
+    read = was_read(problem, 1e-3, torch.ones_like(skipped), kept)[:, :SKIP_QUERIES].any(1)
     assert not read.all(1).any()
     found, *_ = read_operator(
         *arguments[:2], problem.memory_value.masked_fill(~read[..., None], torch.nan), *arguments[3:]
