@@ -39,8 +39,9 @@ class TrackConfig(NetworkOptions):
     mask: Path | None = None
     """Labels of the first frame as a palette or grey PNG, or a folder of such masks named by frame number, or a file of
     COCO, CVAT, LabelMe or SAM 2. 0 is background, 255 void (unknown); objects may enter by a mask of a later frame."""
-    memory: str = "every:5"
-    """Which frames are remembered: first, previous, first+previous, every:N (with both), first+every:N or uniform:K."""
+    memory: str | None = None
+    """Which frames are remembered: first, previous, first+previous, every:N (with both), first+every:N or uniform:K.
+    None takes first+every:5 where the decoder sees the previous masks, as with the package's weights, else every:5."""
     compile: bool = False
     """Compile the network first: a minute or more, then less time for each frame."""
     memory_budget: str | None = None

@@ -47,8 +47,9 @@ class EvaluateConfig(EvaluationOptions):
     study: Literal["memory", "every", "read"] | None = None
     """Track with several settings instead of one: memory, the paper's four memory rules; every, a remembered frame in
     1, 2, 5, 10 or 20; read, how the memory is read."""
-    memory: str = "every:5"
-    """Which frames are remembered: first, previous, first+previous, every:N (with both), first+every:N or uniform:K."""
+    memory: str | None = None
+    """Which frames are remembered: first, previous, first+previous, every:N (with both), first+every:N or uniform:K.
+    None takes first+every:5 where the decoder sees the previous masks, as with the package's weights, else every:5."""
     memory_share: float | None = None
     """The most remembered positions to keep, as a share of all: those that reads use; None keeps all."""
     overlay: bool = False

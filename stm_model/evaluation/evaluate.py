@@ -136,7 +136,8 @@ def _prepare(config: EvaluateConfig) -> tuple[Dataset, list[Video]]:
         raise ValueError(f"{config.dataset}: the ground truth of the split {dataset.split} is not here to score by")
     check_out(out, config.overwrite or config.resume, {"data": config.data, "results": config.results})
     if config.results is None:
-        MemoryRule.parse(config.memory, frame_count=1)
+        if config.memory is not None:
+            MemoryRule.parse(config.memory, frame_count=1)
         check_network(config)
     else:
         for video in dataset.videos:

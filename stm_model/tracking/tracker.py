@@ -27,7 +27,8 @@ class Tracker:
     Args:
         model: the network, of which a copy with batch norm folded is kept; its device and dtype are where and how
             tracking runs.
-        memory: which frames are remembered: a `MemoryRule` or its name, see `MemoryRule.parse`.
+        memory: which frames are remembered: a `MemoryRule` or its name, see `MemoryRule.parse`; None is `first+every:5`
+            for a network whose decoder sees the previous frame's masks, `every:5` for others.
         size: length in pixels of the shorter side that frames are resized to for the network; None keeps their own.
             Results always come at the frames' own size.
         budget: how much may be remembered; None keeps everything, on the host where the device is full.
@@ -45,7 +46,7 @@ class Tracker:
         self,
         model: STM,
         *,
-        memory: str | MemoryRule = "every:5",
+        memory: str | MemoryRule | None = None,
         size: int | None = None,
         budget: MemoryBudget | None = None,
         skip_uncertain: bool = False,
@@ -57,6 +58,8 @@ class Tracker:
         if not isinstance(model, STM):
             raise TypeError(f"model: expected an STM, as STM.load gives it, got {type(model).__name__}")
         model.expect_guidance("masks")
+        if memory is None:
+            memory = "first+every:5" if model.config.prior else "every:5"
         if isinstance(memory, str):
             MemoryRule.parse(memory, frame_count=1)
         check_side(size)

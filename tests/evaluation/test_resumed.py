@@ -66,7 +66,7 @@ def test_what_was_made_otherwise_is_refused(evaluate, davis, tmp_path):
         ({"dataset": "davis2016"}, "dataset: not as "),
     ):
         assert refused(evaluate("--no-report", "--resume", **changed), words, "--overwrite")
-    assert refused(evaluate("--no-report", "--resume", "--memory", "first"), "memory: not as ", "every:5, now first")
+    assert refused(evaluate("--no-report", "--resume", "--memory", "first"), "memory: not as ", "None, now first")
     assert _written(tmp_path / "out") == before
     # which videos and how they are reported is free
     assert evaluate("--no-report", "--resume", "--videos", "bee", "cat")[0] == 0

