@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,9 @@ def read_mask(path: str | os.PathLike, *, binary: bool = False) -> np.ndarray:
         raise MediaError(f"{path}: JPEG changes labels; expected a palette or grey PNG (or --binary for one object)")
     if pixels.ndim == 3:
         if (pixels[..., :3] != pixels[..., :1]).any():
-            raise MediaError(f"{path}: a color picture; expected a palette or grey PNG whose values are labels")
+            raise MediaError(
+                f"{path}: a color picture; expected a palette or grey PNG whose values are labels, or --colors"
+            )
         pixels = pixels[..., 0]
     if pixels.min() < 0 or pixels.max() > 255:
         raise MediaError(f"{path}: label {int(pixels.max())} found; expected labels from 0 to 255")
@@ -100,7 +103,7 @@ def read_masks(
     if not files:
         raise MediaError(f"{path}: no masks; expected PNG files named by frame number, like 00000.png")
     by_index: dict[int, Path] = {}
-    for file, index in zip(files, _frame_indices(files, video) if path.is_dir() else [0]):
+    for file, index in zip(files, frame_indices(files, video) if path.is_dir() else [0]):
         if index in by_index:
             raise MediaError(f"{file}: frame {index} already has the mask {by_index[index].name}")
         by_index[index] = file
@@ -119,7 +122,8 @@ def read_masks(
     return masks
 
 
-def _frame_indices(files: list[Path], video: VideoFile | FrameFolder | None) -> list[int]:
+def frame_indices(files: list[Path], video: VideoFile | FrameFolder | None) -> list[int]:
+    """The frames that masks of these names are of. Raises a MediaError that names one of no frame."""
     frames = video.files if video else ()
     stems = {file.stem: index for index, file in enumerate(frames)}
     # frames may count from 1, or with gaps
@@ -158,6 +162,8 @@ def _color_labels(pictures: list[np.ndarray], path: Path) -> list[np.ndarray]:
         raise MediaError(
             f"{path}: {len(known) - 1} colors are too many for objects (soft edges?); expected at most 254"
         )
+    table = ", ".join(f"{label} is #{color:06x}" for label, color in enumerate(known[:9].tolist()) if label)
+    warnings.warn(f"{path}: labels of its colors: {table}{', …' if len(known) > 9 else ''}", stacklevel=3)
     return [np.searchsorted(known, picture).astype(np.uint8) for picture in coded]
 
 

@@ -77,7 +77,11 @@ FAULTS = [
     Fault("16 labels", lambda _, made: {"mask": palette(made, 16)}, **DONE),
     Fault("17 labels with --colors", lambda _, made: {"mask": palette(made, 17), "extra": ["--colors"]}, **DONE),
     Fault("colors", lambda _, made: {"mask": colored(made)}, "a color picture; expected a palette or grey PNG"),
-    Fault("colors with --colors", lambda _, made: {"mask": colored(made), "extra": ["--colors"]}, **DONE),
+    Fault(
+        "colors with --colors",
+        lambda _, made: {"mask": colored(made), "extra": ["--colors"]},
+        **DONE | {"line": "labels of its colors: 1 is #00ff00, 2 is #ff0000"},
+    ),
     Fault(
         "both",
         lambda _, made: {"mask": colored(made), "extra": ["--colors", "--binary"]},
@@ -114,7 +118,8 @@ def test_colors_have_one_label_in_all_masks(tmp_path):
         for place, color in enumerate(seen):
             pixels[10 * place + 2 : 10 * place + 9, 5:30] = color
         Image.fromarray(pixels).save(tmp_path / "masks" / f"{index}.png")
-    found = read_masks(tmp_path / "masks", colors=True)
+    with pytest.warns(UserWarning, match="labels of its colors: 1 is #0000ff, 2 is #00ff00, 3 is #ff0000$"):
+        found = read_masks(tmp_path / "masks", colors=True)
     assert [[int(mask[5, 10]), int(mask[15, 10])] for mask in found.values()] == [[3, 0], [1, 2], [2, 3]]
 
 

@@ -14,7 +14,7 @@ from stm_model.io.formats.labelme import read_labelme
 from stm_model.io.formats.sam import read_sam
 from stm_model.io.formats.shapes import DrawnMasks, Frame, read_json, reading
 from stm_model.io.images import MediaError, picture_files
-from stm_model.io.masks import _frame_indices, read_mask, read_masks
+from stm_model.io.masks import frame_indices, read_mask, read_masks
 from stm_model.io.video import FrameFolder, VideoFile
 from stm_model.labels import objects_in
 
@@ -102,7 +102,7 @@ class PictureMasks(Mapping[int, np.ndarray]):
         if not files:
             raise MediaError(f"{path}: no masks; expected PNG files named by frame number, like 00000.png")
         self.binary, self._files = binary, dict[int, Path]()
-        for file, index in zip(files, _frame_indices(files, video) if path.is_dir() else [0]):
+        for file, index in zip(files, frame_indices(files, video) if path.is_dir() else [0]):
             if index in self._files:
                 raise MediaError(f"{file}: frame {index} already has the mask {self._files[index].name}")
             self._files[index] = file

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stm_model.io.images import MediaError
-from stm_model.io.masks import _frame_indices
+from stm_model.io.masks import frame_indices
 from stm_model.io.video import FrameFolder, VideoFile
 from stm_model.labels import VOID
 
@@ -116,7 +116,7 @@ def _indices(path: Path, frames: Sequence[Frame], video: VideoFile | FrameFolder
     if len(frames) == 1 and named and not re.search(r"\d$", named[0].stem) and not (video and video.files):
         return [0]
     try:
-        found = iter(_frame_indices(named, video))
+        found = iter(frame_indices(named, video))
     except MediaError as error:
         raise MediaError(f"{path}: {error}") from error
     indices = [next(found) if isinstance(frame.at, str) else frame.at for frame in frames]
