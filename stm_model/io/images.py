@@ -51,6 +51,9 @@ def _natural(path: Path) -> list:
 def open_picture(path: str | os.PathLike | io.BytesIO) -> Iterator[Image.Image]:
     """An opened picture; whatever goes wrong in the block becomes a MediaError that names the file."""
     try:
+        # a pipe to which nobody writes would be waited for
+        if isinstance(path, (str, os.PathLike)) and Path(path).is_fifo():
+            raise MediaError(f"{path}: is a pipe; expected a file")
         with Image.open(path) as image:
             yield image
     except MediaError:

@@ -64,6 +64,8 @@ def open_video(path: str | os.PathLike) -> VideoFile | FrameFolder:
         return FrameFolder(path)
     if not path.exists():
         raise MediaError(f"{path}: no such video file or folder of frames")
+    if path.is_fifo():
+        raise MediaError(f"{path}: is a pipe, which is read only once; expected a video file or a folder of frames")
     return VideoFile(path)
 
 
@@ -142,7 +144,8 @@ class VideoFile:
     @contextmanager
     def _opened(self):
         try:
-            container = av.open(str(self.path))
+            # FFmpeg takes what a relative path has before a colon for a protocol
+            container = av.open(os.path.abspath(self.path))
         except (av.error.FFmpegError, OSError) as error:
             if is_out_of_memory(error):
                 raise MemoryError(reason(error)) from error

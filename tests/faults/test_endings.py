@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -151,6 +152,19 @@ def test_a_loop_of_links_is_refused(clip, tmp_path, capsys, name):
     paths |= {name: tmp_path / "loop"}
     options = [word for option, path in paths.items() for word in (option, str(path)) if word != "video"]
     assert refused((main(["track", *options]), *capsys.readouterr()), "loop")
+
+
+@posix
+@pytest.mark.parametrize("name", ["video", "mask"])
+def test_a_pipe_is_refused_and_not_waited_for(track, tmp_path, name):
+    os.mkfifo(tmp_path / "pipe.png")
+    assert refused(track(**{name: tmp_path / "pipe.png"}), "pipe.png: is a pipe")
+
+
+def test_a_colon_in_a_relative_path_names_no_protocol(clip, track, tmp_path, monkeypatch):
+    shutil.copy(clip / "clip.mp4", tmp_path / "http:clip.mp4")
+    monkeypatch.chdir(tmp_path)
+    assert track(video="http:clip.mp4")[0] == 0
 
 
 def test_a_device_without_values_is_refused(clip, tmp_path, capsys):
