@@ -65,11 +65,11 @@ setup(
             # what users read exported masks with
             "supervision",
             "cvat-sdk",
-            "OpenEXR",
+            "OpenEXR>=3.5",
         ],
         "train": ["tensorboard"],
         "app": ["fastapi", "uvicorn"],
-        "exr": ["OpenEXR"],
+        "exr": ["OpenEXR>=3.5"],
         "supervision": ["supervision"],
     },
     entry_points={"console_scripts": ["stm=stm_model.commands.main:main"]},

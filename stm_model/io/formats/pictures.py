@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -69,8 +70,12 @@ class ExrExport(FileEach):
         }
         # a file must have a channel
         layers = layers or {"A": np.zeros(labels.shape, dtype=np.float16)}
-        with whole(self.file(index)) as partial, OpenEXR.File(header, layers) as file:
-            file.write(str(partial))
+        stream = io.BytesIO()
+        with OpenEXR.File(header, layers) as file:
+            file.write(stream)
+        # OpenEXR says nothing of a full disk
+        with whole(self.file(index)) as partial:
+            partial.write_bytes(stream.getvalue())
 
 
 def with_alpha(frame: np.ndarray, labels: np.ndarray) -> np.ndarray:

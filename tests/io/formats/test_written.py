@@ -1,6 +1,8 @@
 """Every format that is written, read back by the library that its users read it with."""
 
 import json
+from contextlib import nullcontext
+from pathlib import Path
 from xml.etree import ElementTree
 
 import av
@@ -246,6 +248,13 @@ def test_exr(export, labels):
         assert set(channels) == {f"object_{label}.A" for label in np.unique(true) if label}
         for name, pixels in channels.items():
             np.testing.assert_array_equal(pixels, true == int(name[7:-2]))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no file that is always full")
+def test_a_full_disk_is_said_by_exr_too(export, monkeypatch):
+    monkeypatch.setattr("stm_model.io.formats.pictures.whole", lambda path: nullcontext(Path("/dev/full")))
+    with pytest.raises(OSError, match="No space left"):
+        export("exr")
 
 
 def test_png(export, labels):
