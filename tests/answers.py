@@ -6,8 +6,9 @@ from collections.abc import Callable
 STM = (
     sys.executable,
     "-c",
-    # tests that were started in the background of a shell ignore Ctrl-C, and their children would too
+    # tests that were started in the background of a shell ignore Ctrl-C or SIGHUP, and their children would too
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "if hasattr(signal, 'SIGHUP'): signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
     "from stm_model.commands.main import run; run()",
 )
 """The `stm` command in a process of its own."""

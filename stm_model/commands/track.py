@@ -145,7 +145,8 @@ def track_video(
         saved=saved,
     )
     assert tracker.bank is not None
-    memory = {"planned": plan and str(plan), "most_bytes": tracker.bank.most, **tracker.bank.summary()}
+    planned = {"rule": str(tracker.memory), "planned": plan and str(plan)}
+    memory = {**planned, "most_bytes": tracker.bank.most, **tracker.bank.summary()}
     run.summary["memory"] = memory
     return run
 

