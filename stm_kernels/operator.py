@@ -178,7 +178,7 @@ def read_operator(
 
         return triton_read(affinity, memory_value, skip)
     if flash_reads(affinity, memory_value):
-        # with `skip` too: nothing that drops values is faster
+        # with `skip` too, which may drop mass and need not
         out, lse = flash_read(affinity, memory_value)
         found = out, lse, torch.zeros_like(lse, dtype=torch.float32)
     else:
@@ -333,8 +333,8 @@ def _register_vmap(operator: Any) -> None:
     torch.library.register_vmap(operator, folded)
 
 
-for _operator in (read_operator, backward_operator, usage_operator):
-    _register_vmap(_operator)
+for _each in (read_operator, backward_operator, usage_operator):
+    _register_vmap(_each)
 
 
 def _select_of(on_gpu: bool) -> Select:

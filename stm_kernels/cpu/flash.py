@@ -13,7 +13,7 @@ from stm_kernels.cpu.gemm import even_slices
 
 BIAS_CHANNELS = 3
 WIDTH_MULTIPLE = 32
-# products of padded keys grow with the width of the values: from here on the chunked read is faster
+# products of padded keys grow with the width of the values; faster than the chunked read up to here, not tried beyond
 MAX_WIDTH = 640
 # bounds the padded copy of the keys
 POSITIONS_PER_CALL = 2**13
