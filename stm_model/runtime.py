@@ -49,8 +49,9 @@ class NetworkOptions:
     guided by scribbles, and the video's own with others. Masks always have the video's size."""
     device: str | None = None
     """Where to run, like cpu or cuda:0; None takes the GPU if there is one."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Number format of the network; None takes bfloat16 where the device computes it natively, else float32."""
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None
+    """Number format of the network; None takes bfloat16 where the device computes it natively, else float32. int8 is
+    for CPUs: convolutions in eight bits, the rest in float32."""
 
 
 def default_device() -> torch.device:
@@ -85,6 +86,15 @@ def default_dtype(device: str | torch.device) -> torch.dtype:
     else:
         native = False
     return torch.bfloat16 if native else torch.float32
+
+
+def check_int8(device: torch.device) -> None:
+    """Raise a ValueError where convolutions cannot run in eight bits."""
+    import torch
+
+    if device.type != "cpu" or not hasattr(torch.ops.onednn, "qconv2d_pointwise"):
+        found = device if device.type != "cpu" else "one that PyTorch has no oneDNN for"
+        raise ValueError(f"dtype: int8 expected an x86 CPU, got {found}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

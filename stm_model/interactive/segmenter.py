@@ -11,7 +11,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from stm_kernels import memory_read
-from stm_model.network import STM, STRIDE, Query, as_positions, fold_batch_norm, fuse_activations, soft_aggregate
+from stm_model.network import STM, STRIDE, Query, as_positions, for_inference, soft_aggregate
 from stm_model.network.encoders import FrameFeatures
 from stm_model.tracking.frames import check_frame, check_side, pad_to_stride, prepare_frame, scaled_size
 
@@ -50,7 +50,7 @@ class Segmenter:
         if not len(frames):
             raise ValueError("frames: expected at least one, got none")
         check_side(size)
-        self.model, self.frames, self.memory_limit = fuse_activations(fold_batch_norm(model)), frames, memory_limit
+        self.model, self.frames, self.memory_limit = for_inference(model), frames, memory_limit
         self.frame_size = check_frame(frames[0], 0, None).shape[:2]
         self.size = scaled_size(self.frame_size, size)
         self.device = next(self.model.parameters()).device

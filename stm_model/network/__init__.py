@@ -1,7 +1,7 @@
 """The network: frames and masks in, probabilities out; no video, no files."""
 
 from stm_model.network.aggregate import other_object_masks, soft_aggregate
-from stm_model.network.inference import compile_parts, fold_batch_norm, fuse_activations
+from stm_model.network.inference import fold_batch_norm, for_inference
 from stm_model.network.stm import STM, STRIDE, Query, STMConfig, as_positions, scribble_tensors
 
 __all__ = [
@@ -10,9 +10,8 @@ __all__ = [
     "Query",
     "STMConfig",
     "as_positions",
-    "compile_parts",
     "fold_batch_norm",
-    "fuse_activations",
+    "for_inference",
     "other_object_masks",
     "scribble_tensors",
     "soft_aggregate",

@@ -16,7 +16,7 @@ from stm_model.network.decoder import Decoder
 from stm_model.network.encoders import GUIDANCE, KeyValue, MemoryEncoder, Query, QueryEncoder, per_object
 from stm_model.network.shared import SharedDecoder, SharedEncoder, ValueEncoder
 from stm_model.network.weights import check_finite, check_tensors, read_tensors
-from stm_model.runtime import DEFAULT_WEIGHTS, default_dtype, usable_device
+from stm_model.runtime import DEFAULT_WEIGHTS, check_int8, default_dtype, dtype_name, usable_device
 
 STRIDE = 16
 """Pixels per step of the feature grid on which memory is read."""
@@ -133,6 +133,8 @@ class STM(nn.Module):
     def __init__(self, config: STMConfig | None = None):
         super().__init__()
         self.config = config = config or STMConfig()
+        self.int8 = False
+        """Whether it predicts with convolutions in eight bits; all else, and its weights, are in float32."""
         if config.similarity == "l2":
             self.register_buffer(_L2, torch.ones(()))
         if config.form == "shared":
@@ -161,16 +163,21 @@ class STM(nn.Module):
             path: a released `.pth` (with or without `module.`) or our `.safetensors`; None for the default weights.
             device: where it runs; None for the GPU if there is one, else the CPU.
             dtype: floating-point type of weights and memory, or its name; None for bfloat16 where the device computes
-                it natively, else float32.
+                it natively, else float32. `int8` predicts with convolutions in eight bits on a CPU, the rest is
+                float32.
 
         Raises:
             FileNotFoundError: there is no such file.
             CheckpointError: the file is no checkpoint, or its tensors are not those of an STM, or not finite.
-            ValueError: the device cannot be used.
+            ValueError: the device cannot be used, or not with this dtype.
         """
         path = DEFAULT_WEIGHTS if path is None else path
         device = usable_device(device)
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        int8 = dtype == torch.int8
+        if int8:
+            check_int8(device)
+            dtype = torch.float32
         tensors = read_tensors(path)
         with torch.device("meta"):
             model = cls(STMConfig.of_tensors(tensors))
@@ -180,7 +187,13 @@ class STM(nn.Module):
         model = model.eval().to(device, dtype or default_dtype(device))
         # in the dtype that computes: float16 may not hold what float32 does
         check_finite(model.state_dict(), path)
+        model.int8 = int8
         return _channels_last(model)
+
+    @property
+    def dtype_name(self) -> str:
+        """The number format in which it predicts."""
+        return "int8" if self.int8 else dtype_name(next(self.parameters()).dtype)
 
     def expect_guidance(self, guidance: Literal["masks", "scribbles"]) -> None:
         """Raise a ValueError if the network is guided by something else."""

@@ -22,7 +22,7 @@ from stm_model.io.masks import read_mask, write_mask
 from stm_model.io.threads import Prefetch, Writer
 from stm_model.io.video import BrokenVideo, VideoWriter
 from stm_model.progress import Progress
-from stm_model.runtime import dtype_name, is_out_of_memory, one_line, peak_process_memory, timed
+from stm_model.runtime import is_out_of_memory, one_line, peak_process_memory, timed
 from stm_model.tracking.resume import FORMAT, ResumeFile
 from stm_model.tracking.session import UNCERTAIN, FrameResult
 from stm_model.tracking.tracker import Tracker
@@ -44,7 +44,6 @@ class FolderRun:
         self.out, self.tracker = out, tracker
         self._began = self._ended = False
         self._seconds = dict.fromkeys(("tracking", "waiting", "decoding", "writing", "wall"), 0.0)
-        parameter = next(tracker.model.parameters())
         self.summary: dict[str, Any] = {
             "command": command,
             "format": FORMAT,
@@ -55,8 +54,8 @@ class FolderRun:
             "fps": None,
             "seconds": {},
             "peak_memory_bytes": {},
-            "device": str(parameter.device),
-            "dtype": dtype_name(parameter.dtype),
+            "device": str(next(tracker.model.parameters()).device),
+            "dtype": tracker.model.dtype_name,
             "stopped": "unfinished",
             "files": {"masks": str(out / "masks"), "summary": str(out / SUMMARY)},
             "settings": plain_settings(settings),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stm_kernels import memory_read
 from stm_model.labels import objects_in
-from stm_model.network import STM, STRIDE, compile_parts, fold_batch_norm, fuse_activations
+from stm_model.network import STM, STRIDE, for_inference
 from stm_model.tracking.budget import MemoryBudget, MemoryPlan, MemoryRule, plan_memory
 from stm_model.tracking.frames import Frame, as_array, check_frame, check_index, check_mask, check_side, scaled_size
 from stm_model.tracking.memory import MemoryBank
@@ -71,8 +71,7 @@ class Tracker:
         }
         # a setting that makes no sense is refused here, not at the second frame
         memory_read(*torch.zeros(3, 1, 0, 1), **self.read_options)
-        folded = fold_batch_norm(model)
-        self.model = compile_parts(folded) if compiled else fuse_activations(folded)
+        self.model = for_inference(model, compiled)
         self.memory, self.size, self.compiled = memory, size, compiled
         self.budget, self.skip_uncertain = budget or MemoryBudget(), skip_uncertain
         self.bank: MemoryBank | None = None
@@ -165,7 +164,7 @@ class Tracker:
             "eviction": self.budget.eviction,
             "memory share": self.budget.share,
             "skip_uncertain": self.skip_uncertain,
-            "dtype": str(next(self.model.parameters()).dtype),
+            "dtype": self.model.dtype_name,
             "compiled": self.compiled,
             **self.read_options,
             "weights": self._weights_digest,

@@ -12,11 +12,11 @@ from stm_model.data.synthetic import procedural_clip
 from stm_model.network import (
     as_positions,
     fold_batch_norm,
-    fuse_activations,
     other_object_masks,
     scribble_tensors,
     soft_aggregate,
 )
+from stm_model.network.inference import fuse_activations
 from stm_model.network.weights import write_tensors
 from stm_model.tracking.tracker import Tracker
 from stm_model.training.loss import clip_loss
