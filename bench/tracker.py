@@ -8,6 +8,7 @@ its own, the memory concatenated for every frame, the whole affinity, the frame'
 frames a second of whole pipelines: naive in turn, by default with decoding and writing beside, as `stm track` does.
 
     python bench/tracker.py --network released --objects 2 --frames 20            # ResNet-50
+    python bench/tracker.py --dtype int8                                          # convolutions in eight bits
     ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python bench/tracker.py      # as on a processor with AVX2 alone
 """
 
@@ -30,7 +31,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 # a checkout that nobody installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -47,7 +48,7 @@ from stm_model.io.masks import write_mask
 from stm_model.io.threads import Prefetch, Writer
 from stm_model.io.video import VideoWriter, open_video
 from stm_model.network import Query
-from stm_model.runtime import chosen_side, default_dtype
+from stm_model.runtime import chosen_side, default_dtype, dtype_name
 from stm_model.tracking.budget import MemoryRule
 from stm_model.tracking.session import FrameResult
 from stm_model.training.state import initialize
@@ -111,7 +112,9 @@ def network_of(name: str) -> STM:
     return model.eval()
 
 
-def build_tracker(version: str, model: STM, device: str, memory: MemoryRule | str, **settings: Any) -> Tracker:
+def build_tracker(
+    version: str, model: STM, device: str, memory: MemoryRule | str, dtype: str | None = None, **settings: Any
+) -> Tracker:
     """The default tracker, or the naive one, which takes no setting but the size."""
     if version == "naive":
         public = PublicNetwork(model.config)
@@ -120,8 +123,16 @@ def build_tracker(version: str, model: STM, device: str, memory: MemoryRule | st
         tracker = PublicTracker(public, memory=memory, size=settings.get("size"))
         tracker.model = public
         return tracker
-    model = model.to(device, default_dtype(device), memory_format=torch.channels_last)
+    model = model.to(device, float_dtype(device, dtype), memory_format=torch.channels_last)
+    model.int8 = dtype == "int8"
     return Tracker(model, memory=memory, **settings)
+
+
+def float_dtype(device: str, dtype: str | None) -> torch.dtype:
+    """The number format of what is not in eight bits."""
+    if dtype is None:
+        return default_dtype(device)
+    return torch.float32 if dtype == "int8" else getattr(torch, dtype)
 
 
 def steady_memory(size: int) -> MemoryRule:
@@ -129,13 +140,13 @@ def steady_memory(size: int) -> MemoryRule:
     return MemoryRule(kept=frozenset(range(size - 1)), first=False, previous=True)
 
 
-def agreement(device: str, objects: int, size: tuple[int, int]) -> float:
+def agreement(device: str, objects: int, size: tuple[int, int], dtype: str | None) -> float:
     """Least J over objects and frames between the masks of both versions, by the default weights at their own size."""
     frames, labels = procedural_clip(12, size, objects, seed=0)
     masks = {}
     for version in VERSIONS:
         own = chosen_side(None, None, frames.shape[1:3])
-        tracker = build_tracker(version, network_of("default"), device, "every:5", size=own)
+        tracker = build_tracker(version, network_of("default"), device, "every:5", dtype, size=own)
         masks[version] = [result.labels for result in tracker.track(frames, {0: labels[0]})]
     return min(
         region_similarity(ours == label, naive == label)
@@ -149,6 +160,26 @@ def read_flops(query_key: Sequence[int], memory_key: Sequence[int], memory_value
     return 2 * query_key[0] * query_key[1] * memory_key[1] * (memory_key[2] + memory_value[2])
 
 
+def fused_convolution_flops(x: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any):
+    """Operations of a convolution with its activation, from the shapes of its tensors."""
+    return conv_flop_count(x, weight, out_shape)
+
+
+def int8_convolution_flops(
+    x: Sequence[int], step: float, zero: int, weight: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any
+):
+    """Operations of a convolution in eight bits, from the shapes of its tensors."""
+    return conv_flop_count(x, weight, out_shape)
+
+
+FLOPS = {
+    torch.ops.stm_kernels.memory_read: read_flops,
+    torch.ops.mkldnn._convolution_pointwise: fused_convolution_flops,
+    torch.ops.onednn.qconv2d_pointwise: int8_convolution_flops,
+}
+"""How the operations are counted that PyTorch itself does not count."""
+
+
 class Clock:
     """Seconds of the stages of one frame, on the wall and on the processor; and operations, where they are counted."""
 
@@ -159,8 +190,7 @@ class Clock:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Count what the block takes."""
-        mapping = {torch.ops.stm_kernels.memory_read: read_flops}
-        counter = FlopCounterMode(display=False, custom_mapping=mapping) if self.counts else nullcontext()
+        counter = FlopCounterMode(display=False, custom_mapping=FLOPS) if self.counts else nullcontext()
         synchronize(self.device)
         wall, processor = time.perf_counter(), time.process_time()
         with counter:
@@ -257,9 +287,9 @@ def stage_seconds(pipelines: dict[str, Pipeline], repeats: int) -> dict[str, dic
     }
 
 
-def ceiling(device: str) -> float:
-    """Operations a second of a large matrix product, in the number format of the default tracker."""
-    left, right = torch.randn(2, PRODUCT, PRODUCT, device=device).to(default_dtype(device))
+def ceiling(device: str, dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product."""
+    left, right = torch.randn(2, PRODUCT, PRODUCT, device=device).to(dtype)
     out = torch.empty_like(left)
     return 2 * PRODUCT**3 / alternate({"": lambda: torch.mm(left, right, out=out)}, 5, device)[""]["least"]
 
@@ -274,7 +304,8 @@ def measure(arguments: argparse.Namespace, objects: int, remembered: int, folder
             writer.write(frame)
 
     def pipeline(version: str, name: str, **settings: Any) -> Pipeline:
-        tracker = build_tracker(version, network_of(arguments.network), device, steady_memory(remembered), **settings)
+        network, rule = network_of(arguments.network), steady_memory(remembered)
+        tracker = build_tracker(version, network, device, rule, arguments.dtype, **settings)
         return Pipeline(tracker, device, remembered, video, labels[0], folder / name)
 
     operations = pipeline("default", "counted").operations()
@@ -317,17 +348,22 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", type=at_least(16), default=854)
     parser.add_argument("--objects", type=at_least(1), nargs="+", default=[1, 2, 5])
     parser.add_argument("--frames", type=at_least(1), nargs="+", default=[5], help="remembered ones")
+    formats = ("float32", "bfloat16", "int8")
+    parser.add_argument("--dtype", choices=formats, help="of the default tracker; its own choice if not given")
     parser.add_argument("--compile", action="store_true", help="compile the default tracker's network first")
     arguments = parser.parse_args(words)
     torch.set_num_threads(arguments.threads)
     device, size = arguments.device, (arguments.height, arguments.width)
-    most = ceiling(device)
-    report = describe(device) | {"network": arguments.network, "frame": size, "dtype": str(default_dtype(device))}
+    dtype = float_dtype(device, arguments.dtype)
+    most = ceiling(device, dtype)
+    report = describe(device) | {"network": arguments.network, "frame": size}
+    report |= {"dtype": arguments.dtype or dtype_name(dtype), "ceiling_dtype": dtype_name(dtype)}
     report |= {"compiled": arguments.compile, "ceiling": most, "instructions": torch.backends.cpu.get_cpu_capability()}
     report |= {name: os.environ.get(name) for name in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")}
-    report |= {"agreement_J": agreement(device, 2, size), "rows": []}
+    report |= {"agreement_J": agreement(device, 2, size, arguments.dtype), "rows": []}
     print(f"{report['device']}, {report['threads']} threads, load {report['load']:.1f}, {size[0]}×{size[1]}")
-    print(f"{arguments.network} network, a large product in {report['dtype']}: {most / 1e9:.0f} GFLOP/s")
+    print(f"{arguments.network} network in {report['dtype']}")
+    print(f"a large product in {report['ceiling_dtype']}: {most / 1e9:.0f} GFLOP/s")
     print(f"default weights: masks of both versions agree to J ≥ {report['agreement_J']:.4f}", flush=True)
     for objects, remembered in itertools.product(arguments.objects, arguments.frames):
         with tempfile.TemporaryDirectory() as folder:

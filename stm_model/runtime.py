@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,8 @@ def default_dtype(device: str | torch.device) -> torch.dtype:
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     elif device.type == "cpu":
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        # not where ONEDNN_MAX_CPU_ISA keeps oneDNN from it
+        native = native and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     else:
         native = False
     return torch.bfloat16 if native else torch.float32
@@ -95,6 +98,21 @@ def check_int8(device: torch.device) -> None:
     if device.type != "cpu" or not hasattr(torch.ops.onednn, "qconv2d_pointwise"):
         found = device if device.type != "cpu" else "one that PyTorch has no oneDNN for"
         raise ValueError(f"dtype: int8 expected an x86 CPU, got {found}")
+
+
+def warn_if_emulated(dtype: torch.dtype, device: torch.device) -> None:
+    """Say so where a processor has no instructions for a number format that was asked for."""
+    import torch
+
+    native = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    if device.type == "cpu" and dtype in native and not native[dtype]():
+        name = dtype_name(dtype)
+        warnings.warn(
+            f"dtype: this processor emulates {name}, which takes some 20 times as long as float32", stacklevel=3
+        )
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -35,7 +35,6 @@ def for_inference(model: STM, compiled: bool = False) -> STM:
         return compile_parts(folded)
     if model.int8:
         quantize(folded)
-        return folded
     return fuse_activations(folded)
 
 
@@ -60,23 +59,27 @@ def fold_batch_norm(model: STM) -> STM:
 
 
 def fuse_activations(model: STM) -> STM:
-    """Let the convolutions of a network without batch norm apply the ReLU6 behind them, where oneDNN computes them.
+    """Let oneDNN compute the convolutions of a network without batch norm, with the ReLU6 behind them, where it can.
 
-    An activation by itself reads and writes a map six times as wide as those between the blocks. The result is the
-    same to the bit; the network is changed in place.
+    PyTorch by itself takes other ways for some of them. An activation by itself reads and writes a map six times as
+    wide as those between the blocks. The network is changed in place.
     """
-    for module in model.modules():
-        if isinstance(module, InvertedResidual) and _by_onednn(module.project[0].weight):
+    if not _by_onednn(next(model.parameters())):
+        return model
+    for module in [*model.modules()]:
+        if isinstance(module, InvertedResidual):
             if module.expand is not None:
-                module.expand = _ConvReLU6(module.expand[0])
-            module.depthwise = _ConvReLU6(module.depthwise[0])
-        elif isinstance(module, (QueryEncoder, SharedEncoder)) and _by_onednn(module.conv1.weight):
-            if not isinstance(module.relu, nn.ReLU6):
-                continue
-            module.conv1 = _ConvReLU6(module.conv1)
+                module.expand = _Convolution(module.expand[0], relu6=True)
+            module.depthwise = _Convolution(module.depthwise[0], relu6=True)
+        elif isinstance(module, (QueryEncoder, SharedEncoder)) and isinstance(module.relu, nn.ReLU6):
+            module.conv1 = _Convolution(module.conv1, relu6=True)
         else:
             continue
         module.relu = nn.Identity()
+    for module in [*model.modules()]:
+        for name, child in module.named_children():
+            if isinstance(child, nn.Conv2d):
+                setattr(module, name, _Convolution(child))
     return model
 
 
@@ -87,19 +90,20 @@ def _by_onednn(weight: Tensor) -> bool:
     return native or weight.dtype == torch.float32
 
 
-class _ConvReLU6(nn.Module):
-    """A convolution and the ReLU6 behind it in one pass, by the operator that torch.compile generates for them."""
+class _Convolution(nn.Module):
+    """A convolution, and the ReLU6 behind it in one pass, by the operator that torch.compile generates for them."""
 
-    def __init__(self, convolution: nn.Conv2d):
+    def __init__(self, convolution: nn.Conv2d, relu6: bool = False):
         super().__init__()
         self.weight, self.bias = convolution.weight, convolution.bias
+        self.padding = convolution.padding
         self.settings = [*map(list, (convolution.padding, convolution.stride, convolution.dilation))]
         self.groups = convolution.groups
+        self.activation: tuple[str, list[float], str] = ("hardtanh", [0.0, 6.0], "") if relu6 else ("none", [], "")
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._convolution_pointwise(
-            x, self.weight, self.bias, *self.settings, self.groups, "hardtanh", [0.0, 6.0], ""
-        )
+        convolve = torch.ops.mkldnn._convolution_pointwise
+        return convolve(x, self.weight, self.bias, *self.settings, self.groups, *self.activation)
 
 
 def compile_parts(model: STM) -> STM:

@@ -16,7 +16,7 @@ from stm_model.network.decoder import Decoder
 from stm_model.network.encoders import GUIDANCE, KeyValue, MemoryEncoder, Query, QueryEncoder, per_object
 from stm_model.network.shared import SharedDecoder, SharedEncoder, ValueEncoder
 from stm_model.network.weights import check_finite, check_tensors, read_tensors
-from stm_model.runtime import DEFAULT_WEIGHTS, check_int8, default_dtype, dtype_name, usable_device
+from stm_model.runtime import DEFAULT_WEIGHTS, check_int8, default_dtype, dtype_name, usable_device, warn_if_emulated
 
 STRIDE = 16
 """Pixels per step of the feature grid on which memory is read."""
@@ -178,6 +178,8 @@ class STM(nn.Module):
         if int8:
             check_int8(device)
             dtype = torch.float32
+        if dtype is not None:
+            warn_if_emulated(dtype, device)
         tensors = read_tensors(path)
         with torch.device("meta"):
             model = cls(STMConfig.of_tensors(tensors))

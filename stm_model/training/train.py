@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from stm_model.data.clips import Clip
 from stm_model.distributed import Ranks
 from stm_model.progress import Progress
-from stm_model.runtime import default_dtype, usable_device
+from stm_model.runtime import default_dtype, usable_device, warn_if_emulated
 from stm_model.training.config import TrainConfig
 from stm_model.training.datasets import batches, training_clips, validation_sequences
 from stm_model.training.loss import ClipLoss
@@ -64,6 +64,7 @@ class _Training:
         self.config, self.state, self.report, self.rank, self.processes = config, state, report, rank, processes
         self.device = next(state.model.parameters()).device
         dtype = getattr(torch, config.dtype) if config.dtype else default_dtype(self.device)
+        warn_if_emulated(dtype, self.device)
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         reading = (config.implementation, config.recompute)
         self.loss: nn.Module = (

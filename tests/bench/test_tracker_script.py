@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench.tracker as tracker
 from stm_model import STM, STMConfig
 from stm_model.data.synthetic import procedural_clip
-from stm_model.network import Query
+from stm_model.network import Query, fold_batch_norm, for_inference
 from stm_model.training.state import initialize
 
 
@@ -78,3 +79,15 @@ def test_what_no_stage_took_is_resizing_and_labelling():
     spent = clock.take()
     assert spent["resize, labels"][:2] == [0.5, 1.25] and spent["aggregation"] == [0.0, 0.0, 0.0]
     assert not clock.spent
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_fused_convolutions_are_counted_like_plain_ones(int8):
+    model = small_network(STMConfig.shared())
+    model.int8 = int8
+    frames, found = torch.rand(1, 3, 48, 64), []
+    for network in (fold_batch_norm(model), for_inference(model)):
+        with FlopCounterMode(display=False, custom_mapping=tracker.FLOPS) as counter, torch.inference_mode():
+            network.encode_query(frames)
+        found.append(counter.get_total_flops())
+    assert found[0] == found[1] > 0

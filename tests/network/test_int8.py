@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from stm_model.data.aquarium import aquarium_clip
 from stm_model.evaluation.metrics import region_similarity
 from stm_model.network import for_inference, int8
 from stm_model.network.int8 import RELU6_STEP, Bytes, Int8Convolution, Int8InvertedResidual, to_bytes
+from stm_model.runtime import check_int8, default_dtype
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.onednn, "qconv2d_pointwise"), reason="this PyTorch has no convolutions in eight bits"
@@ -98,8 +101,8 @@ def networks():
 
 def test_only_what_is_compared_remembered_or_shown_stays_in_float32(networks):
     model = for_inference(networks["int8"])
-    floating = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    assert floating == {"conv1", "Key", "Value", "guide8", "predict", "prior16", "prior8"}
+    weights = {name.split(".")[-2] for name, weight in model.named_parameters() if weight.ndim == 4}
+    assert weights == {"conv1", "Key", "Value", "guide8", "predict", "prior16", "prior8"}
     assert any(isinstance(module, Int8InvertedResidual) for module in model.modules())
     assert not any(isinstance(module, Int8Convolution) for module in networks["int8"].modules())
 
@@ -134,3 +137,19 @@ def test_a_state_is_not_taken_over_by_another_number_format(networks):
 def test_what_cannot_run_in_eight_bits_is_refused(networks):
     with pytest.raises(ValueError, match="compiled: expected a network in floating point, got int8"):
         Tracker(networks["int8"], compiled=True)
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_a_format_that_the_processor_emulates_is_said(monkeypatch, emulated):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: not emulated)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        STM.load(device="cpu", dtype="bfloat16")
+        STM.load(device="cpu", dtype="float32")
+        assert default_dtype("cpu") == torch.float32 or not emulated
+    assert ["emulates bfloat16" in str(one.message) for one in said] == [True] * emulated
+
+
+def test_int8_needs_a_cpu():
+    with pytest.raises(ValueError, match="dtype: int8 expected an x86 CPU, got cuda"):
+        check_int8(torch.device("cuda"))

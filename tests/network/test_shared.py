@@ -227,14 +227,33 @@ def test_one_guided_by_scribbles_starts_from_one_guided_by_masks(model, scene):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fused_activations_change_no_bit(dtype):
+def test_fused_convolutions_change_no_more_than_rounding(dtype):
     model = STM(STMConfig.shared()).eval().to(dtype, memory_format=torch.channels_last)
     folded = fold_batch_norm(model)
     fused = fuse_activations(fold_batch_norm(model))
     if dtype == torch.float32:
-        assert not any(isinstance(module, torch.nn.ReLU6) for module in fused.Encoder.modules())
+        assert not any(isinstance(module, (torch.nn.ReLU6, torch.nn.Conv2d)) for module in fused.modules())
     frames = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         before, after = folded.encode_query(frames), fused.encode_query(frames)
-    assert torch.equal(after.key, before.key)
-    assert all(torch.equal(new, old) for new, old in zip(after.features, before.features))
+    for old, new in zip((before.key, *before.features), (after.key, *after.features)):
+        # float32 sums in another order; bfloat16 is rounded at the same places
+        allowed = 0 if dtype == torch.bfloat16 else 64 * torch.finfo(dtype).eps * old.abs().max()
+        assert (new - old).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_no_convolution_of_a_tracked_frame_takes_a_slow_path(dtype, threads):
+    frames, labels = procedural_clip(3, (96, 128), 2, seed=0)
+    tracker = Tracker(STM.load(device="cpu", dtype=dtype), memory="every:1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            list(tracker.track(frames, {0: labels[0]}))
+    finally:
+        torch.set_num_threads(before)
+    names = {event.name for event in profile.events()}
+    assert any("_convolution_pointwise" in name for name in names)
+    assert not [name for name in names if "slow_conv" in name or "thnn" in name or "native_convolution" in name]

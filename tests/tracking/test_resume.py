@@ -127,7 +127,7 @@ def test_another_dtype_other_weights_and_another_length_are_refused(small_model,
     model = type(small_model)(small_model.config).eval()
     model.load_state_dict(small_model.state_dict())
     assert list(Tracker(model).track(frames, masks, resume=state))
-    with pytest.raises(ValueError, match="^dtype: torch.bfloat16 instead of the torch.float32"):
+    with pytest.raises(ValueError, match="^dtype: bfloat16 instead of the float32"):
         Tracker(model.bfloat16()).track(frames, masks, resume=state)
     model.load_state_dict(small_model.state_dict())
     model = model.float()
