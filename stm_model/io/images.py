@@ -118,18 +118,34 @@ def fill_polygons(size: tuple[int, int], polygons: Sequence[Sequence[float]]) ->
     return np.array(canvas)
 
 
-def overlay(frame: np.ndarray, labels: np.ndarray, alpha: float = 0.5) -> np.ndarray:
+def label_colors() -> np.ndarray:
+    """The color of each label in overlays, uint8 `[256, 3]`."""
+    return OVERLAY_COLORS[(np.arange(256) - 1) % len(OVERLAY_COLORS)]
+
+
+def draw_line(size: tuple[int, int], points: Sequence[Sequence[float]], width: int) -> np.ndarray:
+    """Bool `[H, W]` of `size`, true where a round brush of `width` pixels comes along the points (x, y), in pixels."""
+    canvas = Image.new("1", (size[1], size[0]))
+    draw, radius = ImageDraw.Draw(canvas), width / 2
+    draw.line([tuple(point) for point in points], fill=1, width=width)
+    for x, y in points:
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=1)
+    return np.array(canvas)
+
+
+def overlay(frame: np.ndarray, labels: np.ndarray, alpha: float = 0.5, colors: np.ndarray | None = None) -> np.ndarray:
     """Color the objects in a frame, with an outline around each.
 
     Args:
         frame: uint8 RGB `[H, W, 3]`.
         labels: uint8 `[H, W]`; 0 and 255 stay as they are.
         alpha: opacity of the color over an object, 0 to 1.
+        colors: of each label, uint8 `[256, 3]`; None are `label_colors`.
 
     Returns:
         A new uint8 RGB `[H, W, 3]`.
     """
-    colors = OVERLAY_COLORS[(np.arange(256) - 1) % len(OVERLAY_COLORS)]
+    colors = label_colors() if colors is None else colors
     inside = (labels > 0) & (labels < VOID)
     result = frame.copy()
     result[inside] = np.round(frame[inside] * (1 - alpha) + colors[labels[inside]] * alpha).astype(np.uint8)

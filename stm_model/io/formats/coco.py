@@ -12,7 +12,7 @@ from typing import IO, Any
 import numpy as np
 
 from stm_model.io.files import whole
-from stm_model.io.formats.export import Clip, Export, Spool, box_of, object_name, objects_of
+from stm_model.io.formats.export import Clip, Export, Spool, box_of, objects_of
 from stm_model.io.formats.rle import decode_segmentation, encode_mask
 from stm_model.io.formats.shapes import Frame, Shape, distinct_names
 
@@ -54,7 +54,10 @@ class _Spooled(Export):
 
     def categories(self) -> list[dict[str, Any]]:
         """A category an object: what it is, the tracker does not know."""
-        return [{"id": label, "name": object_name(label), "supercategory": "object"} for label in self.spool.labels]
+        return [
+            {"id": label, "name": self.clip.object_name(label), "supercategory": "object"}
+            for label in self.spool.labels
+        ]
 
 
 class CocoExport(_Spooled):

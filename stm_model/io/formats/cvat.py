@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 from xml.etree import ElementTree
-from xml.sax.saxutils import quoteattr
+from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
 
 from stm_model.io.files import whole
-from stm_model.io.formats.export import Clip, Export, Spool, box_of, object_name, objects_of
+from stm_model.io.formats.export import Clip, Export, Spool, box_of, objects_of
 from stm_model.io.formats.rle import decode_segmentation
 from stm_model.io.formats.shapes import Frame, Shape, distinct_names
 
@@ -48,7 +48,7 @@ class CvatExport(Export):
                 with whole(self.path) as path, open(path, "w", encoding="utf-8") as file:
                     file.write(self._head())
                     for number, label in enumerate(self.spool.labels):
-                        name = quoteattr(object_name(label))
+                        name = quoteattr(self.clip.object_name(label))
                         file.write(f'  <track id="{number}" label={name} source="auto">\n')
                         file.writelines(f"    {line}\n" for line in self.spool.lines(label))
                         file.write("  </track>\n")
@@ -62,7 +62,7 @@ class CvatExport(Export):
     def _head(self) -> str:
         height, width = self.size
         labels = "".join(
-            f"<label><name>{object_name(label)}</name><type>mask</type><attributes></attributes></label>"
+            f"<label><name>{escape(self.clip.object_name(label))}</name><type>mask</type><attributes></attributes></label>"
             for label in self.spool.labels
         )
         return (

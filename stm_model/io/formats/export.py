@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import ClassVar
@@ -15,10 +15,12 @@ from stm_model.labels import VOID
 
 
 class Clip:
-    """The video that label maps belong to, as far as formats speak of it; without one, what they need is made up."""
+    """The video that label maps belong to, as far as formats speak of it; without one, what they need is made up.
+    `names` are those of objects, by label.
+    """
 
-    def __init__(self, name: str, video: VideoFile | FrameFolder | None = None):
-        self.name, self.video = name, video
+    def __init__(self, name: str, video: VideoFile | FrameFolder | None = None, names: Mapping[int, str] | None = None):
+        self.name, self.video, self.names = name, video, names or {}
         self.fps: Fraction = FOLDER_FPS if video is None else video.fps
         self.files: tuple[Path, ...] = () if video is None else video.files
         self.time_base: Fraction = getattr(video, "time_base", None) or 1 / self.fps
@@ -30,6 +32,10 @@ class Clip:
     def stem(self, index: int) -> str:
         """The name of a frame without a suffix."""
         return Path(self.picture(index)).stem
+
+    def object_name(self, label: int) -> str:
+        """The name of an object."""
+        return self.names.get(label) or object_name(label)
 
     def time(self, index: int) -> int:
         """When a frame is shown, in units of `time_base`; the video must have come as far as that."""
@@ -131,7 +137,7 @@ class Spool:
 
 
 def object_name(label: int) -> str:
-    """What formats that name objects call the one of a label."""
+    """What formats that name objects call the one of a label, unless it has a name."""
     return f"object {label}"
 
 

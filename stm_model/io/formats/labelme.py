@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from stm_model.io.files import whole
-from stm_model.io.formats.export import FileEach, object_name, objects_of
+from stm_model.io.formats.export import FileEach, objects_of
 from stm_model.io.formats.polygons import one_polygon, parts_of
 from stm_model.io.formats.shapes import Frame, Shape, distinct_names
 from stm_model.io.images import MediaError, fill_polygons, open_picture
@@ -29,7 +29,7 @@ class LabelmeExport(FileEach):
             picture = os.path.relpath(self.clip.files[index], self.folder)
         shapes = [
             {
-                "label": object_name(label),
+                "label": self.clip.object_name(label),
                 "points": one_polygon(part).astype(float).tolist(),
                 "group_id": label,
                 "description": "",

@@ -79,6 +79,11 @@ class DrawnMasks(Mapping[int, np.ndarray]):
     def __len__(self) -> int:
         return len(self._frames)
 
+    @property
+    def names(self) -> dict[int, str]:
+        """What the file calls the object of each label."""
+        return {label: name for name, label in self._labels.items()}
+
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:

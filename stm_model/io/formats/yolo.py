@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 
 from stm_model.io.files import whole
-from stm_model.io.formats.export import Clip, FileEach, object_name, objects_of
+from stm_model.io.formats.export import Clip, FileEach, objects_of
 from stm_model.io.formats.polygons import one_polygon_of_all, parts_of
 
 
@@ -35,6 +36,6 @@ class YoloExport(FileEach):
             partial.write_text("".join(lines), encoding="utf-8")
 
     def close(self) -> None:
-        names = ", ".join(f'"{object_name(label)}"' for label in self.classes)
+        names = ", ".join(json.dumps(self.clip.object_name(label), ensure_ascii=False) for label in self.classes)
         with whole(self.path / "data.yaml") as partial:
             partial.write_text(f"path: .\ntrain: images\nval: images\nnames: [{names}]\n", encoding="utf-8")
