@@ -23,6 +23,8 @@ class Footage:
     def __init__(self, path: str | os.PathLike, most_frames: int, name: str | None = None):
         source = open_video(path)
         self.name, self.fps, self.size = name or source.name, source.fps, source.size
+        self.source = source
+        """The video as it was opened: the names of its pictures, the times of its frames."""
         too_long = f"{self.name}: expected at most {most_frames} frames, got {{}}"
         if (source.frame_count or 0) > most_frames:
             raise MediaError(too_long.format(source.frame_count))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from fractions import Fraction
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +16,9 @@ from stm_model.interactive.blending import blend_weights, cross_out, mix
 from stm_model.interactive.scribbles import check_scribbles, rasterize, scribble_maps
 from stm_model.interactive.segmenter import Annotation, Memory, Segmenter
 from stm_model.interactive.session_file import describe_video, read_session, write_session
-from stm_model.interactive.state import NO_MASKS, FrameMasks, State, unpack_bits
+from stm_model.interactive.state import MAX_NAME, NO_MASKS, FrameMasks, State, check_look, unpack_bits
+from stm_model.io.images import label_colors
+from stm_model.labels import objects_in
 from stm_model.network import STM
 from stm_model.tracking.tracker import Tracker
 
@@ -60,6 +60,25 @@ class ScribbleSession:
     def objects(self) -> tuple[int, ...]:
         """Labels of the objects, in the order they were first drawn."""
         return self.state.objects
+
+    @property
+    def names(self) -> dict[int, str]:
+        """What each object is called."""
+        return {label: self.state.name(label) for label in self.objects}
+
+    @property
+    def palette(self) -> np.ndarray:
+        """The color of each label, uint8 `[256, 3]`."""
+        palette = label_colors()
+        for label, color in self.state.colors.items():
+            palette[label] = list(bytes.fromhex(color[1:]))
+        return palette
+
+    @property
+    def certainty(self) -> list[float | None]:
+        """How sure the network is of each frame's least certain object, 0 to 1; None where nothing was segmented."""
+        masks = self.state.masks
+        return [masks[index].certainty if index in masks else None for index in range(len(self.frames))]
 
     @property
     def rounds(self) -> int:
@@ -119,10 +138,49 @@ class ScribbleSession:
         check_scribbles([{"path": [[0, 0]], "object_id": object_id}])
         if object_id == 0:
             raise ValueError("object_id: expected the label of an object, got 0, the background")
-        painted = torch.from_numpy(mask)[None, None].float()
-        if self.network_size != self.frame_size:
-            painted = F.interpolate(painted, self.network_size, mode="bilinear", antialias=True)
-        self._step(self.state.with_paint(frame_index, object_id, mask, painted[0, 0].clamp(0, 1)))
+        self._step(self._painted(self.state, frame_index, object_id, mask))
+
+    def give(self, masks: Mapping[int, np.ndarray], names: Mapping[int, str] | None = None) -> None:
+        """Set the masks of all objects in label maps, as `paint` does, in one step.
+
+        Args:
+            masks: frame → uint8 `[H, W]` of the frame's size: 0 is what none of its objects is on, 255 is void.
+            names: what to call objects that are new.
+
+        Raises:
+            ValueError: no such frame, no object, another size or dtype, or an invalid label.
+        """
+        state = self.state
+        for index, labels in masks.items():
+            self._check_index(index)
+            if labels.dtype != np.uint8 or labels.shape != tuple(self.frame_size):
+                expected = f"uint8 {list(self.frame_size)}, as the video"
+                raise ValueError(f"mask of frame {index}: expected {expected}, got {labels.dtype} {list(labels.shape)}")
+            for label in sorted(objects_in(labels)):
+                check_scribbles([{"path": [[0, 0]], "object_id": label}])
+                state = self._painted(state, index, label, labels == label)
+        for label, name in (names or {}).items():
+            if label in state.objects and label not in self.objects:
+                check_look(state, label, name[:MAX_NAME], None)
+                state = state.with_look(label, name[:MAX_NAME], None)
+        if state is self.state:
+            raise ValueError("masks: expected an object in one of them, got none")
+        given = f"frame {next(iter(masks))}" if len(masks) == 1 else f"{len(masks)} frames"
+        self._step(replace(state, action=f"masks of {given}"))
+
+    def describe(self, object_id: int, name: str | None = None, color: str | None = None) -> None:
+        """Give an object a name, which no other has, and a color, `#rrggbb`; None leaves it.
+
+        Raises:
+            ValueError: no such object, or not such a name or color.
+        """
+        check_look(self.state, object_id, name, color)
+        self._step(self.state.with_look(object_id, name, color))
+
+    def remove(self, object_id: int) -> None:
+        """Delete an object: its scribbles and masks, on all frames. Raises a ValueError if there is no such object."""
+        check_look(self.state, object_id, None, None)
+        self._step(self.state.without(object_id))
 
     def run(self, progress: Progress | None = None) -> None:
         """Segment the video from all annotations: one round.
@@ -241,28 +299,12 @@ class ScribbleSession:
         """
         self._history, self._position = read_session(path, describe_video(self.frames, self.network_size))
 
-    def export(self, folder: str | os.PathLike, fps: Fraction | float = 24, progress: Progress | None = None) -> None:
-        """Write masks/00000.png … (palette PNGs) and overlay.mp4 into a folder that is missing or empty.
-
-        Raises:
-            ValueError: the folder is not empty.
-        """
-        # imported here, so that a session runs without PyAV
-        from stm_model.io.images import overlay
-        from stm_model.io.masks import write_mask
-        from stm_model.io.video import VideoWriter
-
-        folder = Path(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{folder}: expected a new or an empty folder")
-        (folder / "masks").mkdir(parents=True, exist_ok=True)
-        with VideoWriter(folder / "overlay.mp4", fps) as video:
-            for index in range(len(self.frames)):
-                labels = self.labels(index)
-                write_mask(folder / "masks" / f"{index:05d}.png", labels)
-                video.write(overlay(np.asarray(self.frames[index]), labels))
-                if progress is not None:
-                    progress(index + 1, len(self.frames))
+    def _painted(self, state: State, index: int, label: int, mask: np.ndarray) -> State:
+        """A state in which an object has this mask, bool `[H, W]`, on a frame."""
+        painted = torch.from_numpy(mask)[None, None].float()
+        if self.network_size != self.frame_size:
+            painted = F.interpolate(painted, self.network_size, mode="bilinear", antialias=True)
+        return state.with_paint(index, label, mask, painted[0, 0].clamp(0, 1))
 
     def _step(self, state: State) -> None:
         self._history = [*self._history[: self._position + 1], state]

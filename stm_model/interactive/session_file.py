@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from stm_model.interactive.scribbles import MAX_LABEL, check_scribbles
-from stm_model.interactive.state import FrameMasks, State, unpack_bits
+from stm_model.interactive.state import FrameMasks, State, check_look, unpack_bits
 from stm_model.io.files import whole
 from stm_model.io.images import width_by_height
 
@@ -65,6 +65,8 @@ def _to_json(state: State, keep: Callable[[bytes], str]) -> dict[str, Any]:
         "objects": list(state.objects),
         "rounds": state.rounds,
         "fresh": sorted(state.fresh),
+        "names": {str(label): name for label, name in state.names.items()},
+        "colors": {str(label): color for label, color in state.colors.items()},
         "scribbles": {str(frame): list(scribbles) for frame, scribbles in state.scribbles.items()},
         "painted": {str(frame): {str(label): keep(mask) for label, mask in masks.items()} for frame, masks in painted},
         "masks": {str(frame): [list(masks.objects), keep(masks.packed)] for frame, masks in state.masks.items()},
@@ -126,7 +128,14 @@ def _from_json(content: Any, blobs: Mapping[str, bytes], video: Mapping[str, Any
         {int(frame): FrameMasks(tuple(labels), blobs[name]) for frame, (labels, name) in content["masks"].items()},
         frozenset(content["fresh"]),
         int(content["rounds"]),
+        # sessions of version 0.1 have none
+        **{
+            kind: {int(label): str(value) for label, value in content.get(kind, {}).items()}
+            for kind in ("names", "colors")
+        },
     )
+    for label in {*state.names, *state.colors}:
+        check_look(state, label, state.names.get(label), state.colors.get(label))
     for frame in {*state.scribbles, *state.painted, *state.masks, *state.fresh}:
         if not 0 <= frame < video["frames"]:
             raise ValueError(f"frame {frame} of {video['frames']}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,13 @@ import torch
 from torch import Tensor
 
 from stm_model.interactive.blending import overwrite
+from stm_model.interactive.certainty import certainty
 
 LEVELS = 255
 """Soft masks are stored in steps of 1/255: one byte a pixel, compressed to a few kilobytes a frame."""
+
+MAX_NAME = 40
+"""Characters of an object's name."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,26 @@ class FrameMasks:
         channels = [1 + objects.index(label) for label in labels]
         return FrameMasks.pack(objects, overwrite(self.unpack((height, width), objects), channels, given)[1:])
 
+    def without(self, label: int) -> FrameMasks:
+        """These masks without one of their objects: its pixels become background, others stay as they are."""
+        place = self.objects.index(label)
+        levels = self._levels().astype(np.float32)
+        gone, kept = levels[place], np.delete(levels, place, 0)
+        rest = LEVELS - gone
+        won = gone >= np.maximum(rest - kept.sum(0), kept.max(0, initial=0))
+        # elsewhere its share goes to all in proportion, so that none of them wins over another
+        kept = np.where(won, kept, kept * LEVELS / np.maximum(rest, 1)).round().astype(np.uint8)
+        return FrameMasks((*self.objects[:place], *self.objects[place + 1 :]), zlib.compress(kept.tobytes(), 1))
+
+    @cached_property
+    def certainty(self) -> float:
+        """That of the least certain object, 0 to 1."""
+        return min((certainty(levels / np.float32(LEVELS)) for levels in self._levels()), default=1.0)
+
+    def _levels(self) -> np.ndarray:
+        """uint8 `[n, h·w]`."""
+        return np.frombuffer(zlib.decompress(self.packed), dtype=np.uint8).reshape(len(self.objects), -1)
+
 
 NO_MASKS = FrameMasks((), zlib.compress(b""))
 """Of a frame that was not segmented: all background."""
@@ -97,6 +123,12 @@ class State:
     masks: Mapping[int, FrameMasks] = field(default_factory=dict)
     fresh: frozenset[int] = frozenset()  # frames annotated since the last round
     rounds: int = 0  # rounds run
+    names: Mapping[int, str] = field(default_factory=dict)  # object → what the user calls it
+    colors: Mapping[int, str] = field(default_factory=dict)  # object → the color the user gave it, #rrggbb
+
+    def name(self, label: int) -> str:
+        """What an object is called."""
+        return self.names.get(label, f"object {label}")
 
     @property
     def annotated(self) -> tuple[int, ...]:
@@ -129,6 +161,55 @@ class State:
             fresh=self.fresh | {frame},
         )
 
+    def with_look(self, label: int, name: str | None, color: str | None) -> State:
+        """An object's name and color; None leaves them."""
+        return replace(
+            self,
+            action=f"name and color of object {label}",
+            names=self.names if name is None else {**self.names, label: name},
+            colors=self.colors if color is None else {**self.colors, label: color},
+        )
+
+    def without(self, label: int) -> State:
+        """All but one object: its scribbles and masks are gone."""
+        scribbles = {
+            frame: kept
+            for frame, drawn in self.scribbles.items()
+            if (kept := tuple(scribble for scribble in drawn if scribble["object_id"] != label))
+        }
+        painted = {frame: left for frame, masks in self.painted.items() if (left := _without(masks, label))}
+        return replace(
+            self,
+            action=f"object {label} deleted",
+            objects=tuple(other for other in self.objects if other != label),
+            scribbles=scribbles,
+            painted=painted,
+            masks={
+                frame: masks.without(label) if label in masks.objects else masks for frame, masks in self.masks.items()
+            },
+            fresh=self.fresh & (scribbles.keys() | painted.keys()),
+            names=_without(self.names, label),
+            colors=_without(self.colors, label),
+        )
+
     def _with_objects(self, labels: list[int]) -> State:
         new = dict.fromkeys(label for label in labels if label and label not in self.objects)
         return replace(self, objects=(*self.objects, *new))
+
+
+def check_look(state: State, label: int, name: str | None, color: str | None) -> None:
+    """Raise a ValueError unless an object may have this name and color; None is none."""
+    if label not in state.objects:
+        known = ", ".join(map(str, state.objects)) or "none yet"
+        raise ValueError(f"object {label} is unknown; expected one of {known}")
+    if name is not None:
+        if not name.strip() or len(name) > MAX_NAME or not name.isprintable():
+            raise ValueError(f"name: expected 1 to {MAX_NAME} printable characters, got {name!r}")
+        if other := next((each for each in state.objects if each != label and state.name(each) == name), None):
+            raise ValueError(f"name: object {other} is called {name!r} already")
+    if color is not None and not re.fullmatch("#[0-9a-f]{6}", color):
+        raise ValueError(f"color: expected #rrggbb in lower case, got {color!r}")
+
+
+def _without(given: Mapping[int, Any], label: int) -> dict[int, Any]:
+    return {other: value for other, value in given.items() if other != label}

@@ -9,7 +9,6 @@ from drawing import everything, same, stroke
 
 from stm_model.interactive.session import ScribbleSession
 from stm_model.interactive.state import LEVELS
-from stm_model.io.masks import read_mask
 
 
 def test_a_saved_session_comes_back_with_all_its_steps(two_rounds, scribble_model, clip, tmp_path):
@@ -86,13 +85,3 @@ def test_a_broken_session_is_refused_and_the_session_intact(two_rounds, scribble
     with pytest.raises(ValueError, match=r"a\.stm: .*(session|step)") as error:
         session.restore(path)
     assert "\n" not in str(error.value) and session.objects == (1,) and session.steps[1] == 1
-
-
-def test_export(two_rounds, tmp_path):
-    two_rounds.export(tmp_path / "out", fps=10)
-    masks = sorted((tmp_path / "out" / "masks").iterdir())
-    assert [file.name for file in masks] == [f"{index:05d}.png" for index in range(8)]
-    assert all(np.array_equal(read_mask(file), two_rounds.labels(index)) for index, file in enumerate(masks))
-    assert (tmp_path / "out" / "overlay.mp4").stat().st_size > 0
-    with pytest.raises(ValueError, match="expected a new or an empty folder"):
-        two_rounds.export(tmp_path / "out")

@@ -6,6 +6,7 @@ import ipaddress
 import json
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from stm_model.interactive.web.workbench import Refused, TakenElsewhere, Workbench
 
 PAGE = Path(__file__).parent / "page"
-PAGE_TYPES = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+SCRIPTS = ["page.js", "server.js", "stage.js", "timeline.js"]
+PAGE_TYPES = {"page.html": "text/html", "page.css": "text/css", **dict.fromkeys(SCRIPTS, "text/javascript")}
 """The page's files and their media types; no other file is served."""
 LOOPBACK = ["127.0.0.1", "localhost", "[::1]"]
 """Host names under which a page is asked for that this machine alone can reach."""
@@ -32,12 +34,14 @@ ACTIONS: dict[str, dict[str, type]] = {
     "leave": {},
     "status": {},
     "scribble": DRAWN,
-    "paint": {**DRAWN, "erase": bool},
+    "paint": {**DRAWN, "brush": int, "erase": bool},
+    "describe": {"object": int, "name": str, "color": str},
+    "remove": {"object": int},
     "undo": {},
     "redo": {},
     "run": {},
     "track": {"frame": int, "direction": str},
-    "export": {},
+    "export": {"formats": list},
     "stop": {},
 }
 """Method of the workbench → fields of the request, its arguments after the tab; booleans may be left out."""
@@ -99,6 +103,10 @@ def _add_pictures(app: FastAPI, workbench: Workbench) -> None:
         picture = await run_in_threadpool(workbench.preview, tab, _field(content, "frame", int))
         return Response(picture, media_type="image/jpeg")
 
+    @app.get("/stm/certainty")
+    def certainty() -> JSONResponse:
+        return JSONResponse(workbench.certainty())
+
 
 def _add_actions(app: FastAPI, workbench: Workbench) -> None:
     @app.post("/stm/do/{action}")
@@ -121,18 +129,19 @@ def _add_files(app: FastAPI, workbench: Workbench) -> None:
         return FileResponse(path, filename=workbench.download_name(name))
 
     @app.post("/stm/upload/{kind}")
-    async def upload(kind: str, name: str, request: Request) -> JSONResponse:
+    async def upload(kind: str, name: str, request: Request, frame: int = 0, label: int = 0) -> JSONResponse:
         tab = _tab(request)
-        take = {"session": workbench.restore, "video": workbench.open}.get(kind)
-        if take is None:
-            raise Refused(f"upload: expected session or video, got {kind!r}")
-        with workbench.upload() as path:
+        masks = partial(workbench.give, index=frame, label=label)
+        takes: dict[str, Callable[..., None]] = {"session": workbench.restore, "video": workbench.open, "masks": masks}
+        if kind not in takes:
+            raise Refused(f"upload: expected {', '.join(takes)}, got {kind!r}")
+        with workbench.upload(name) as path:
             with path.open("wb") as file:
                 async for chunk in request.stream():
                     if file.tell() + len(chunk) > workbench.upload_bytes:
                         raise Refused(f"upload: expected at most {workbench.upload_bytes >> 20} MiB")
                     file.write(chunk)
-            await run_in_threadpool(take, tab, path, name)
+            await run_in_threadpool(takes[kind], tab, path, name)
         return JSONResponse(await run_in_threadpool(workbench.status, tab))
 
 

@@ -7,20 +7,23 @@ import re
 import shutil
 import tempfile
 import threading
-import traceback
 import uuid
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from stm_model.interactive.certainty import UNCERTAIN
 from stm_model.interactive.footage import Footage
+from stm_model.interactive.results import check_results, write_results
+from stm_model.interactive.scribbles import MAX_LABEL
 from stm_model.interactive.session import Direction, Progress, ScribbleSession
-from stm_model.io.images import OVERLAY_COLORS, encode_jpeg, fill_polygons, overlay
+from stm_model.interactive.web.jobs import Job
+from stm_model.io.formats.given import open_drawn
+from stm_model.io.images import draw_line, encode_jpeg, fill_polygons, overlay
+from stm_model.io.masks import read_masks
 from stm_model.network import STM
 
 
@@ -30,28 +33,6 @@ class Refused(ValueError):
 
 class TakenElsewhere(Refused):
     """Another tab owns the session."""
-
-
-class _Stopped(Exception):
-    pass
-
-
-@dataclass
-class Job:
-    """Work in the background."""
-
-    name: str
-    done: int = 0  # frames
-    total: int = 0  # frames; 0 until it is known
-    error: str | None = None  # why it failed
-    running: bool = True
-    stopping: bool = False  # asked to stop
-
-    def progress(self, done: int, total: int) -> None:
-        """Note the progress, and stop here if asked to."""
-        self.done, self.total = done, total
-        if self.stopping:
-            raise _Stopped
 
 
 class Workbench:
@@ -132,14 +113,15 @@ class Workbench:
                     "damage": footage.damage,
                 },
                 "objects": list(session.objects),
-                "colors": [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in OVERLAY_COLORS],
+                "names": session.names,
+                "colors": [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in session.palette[: MAX_LABEL + 1]],
                 "annotated": list(session.annotated_frames),
                 "rounds": session.rounds,
                 "steps": list(steps),
                 "position": position,
                 "scribbles": {str(frame): list(drawn) for frame, drawn in session.state.scribbles.items()},
                 "version": f"{self._nonce}.{self._version}",
-                "job": None if job is None else {**vars(job)},
+                "job": None if job is None else job.shown(),
                 "files": sorted(self.files),
             }
 
@@ -148,12 +130,18 @@ class Workbench:
         footage, session = self._opened
         labels = session.labels(index)
         frame = np.asarray(footage.frames[index])
-        return encode_jpeg(overlay(frame, labels) if masks else frame)
+        return encode_jpeg(overlay(frame, labels, colors=session.palette) if masks else frame)
+
+    def certainty(self) -> dict[str, Any]:
+        """How sure each frame's masks are, None where there are none; `below` what a frame is worth a look."""
+        version, session = self._version, self._opened[1]
+        return {"version": f"{self._nonce}.{version}", "frames": session.certainty, "below": UNCERTAIN}
 
     def preview(self, tab: str, index: int) -> bytes:
         """A frame as JPEG with the masks that a round would give it."""
         with self._editing(tab, changes=False) as session:
-            return encode_jpeg(overlay(np.asarray(session.frames[index]), session.preview(index)))
+            frame, labels = np.asarray(session.frames[index]), session.preview(index)
+            return encode_jpeg(overlay(frame, labels, colors=session.palette))
 
     def scribble(self, tab: str, index: int, label: int, path: list[list[float]]) -> None:
         """Draw a stroke."""
@@ -161,19 +149,38 @@ class Workbench:
             self._check_label(session, label, background=True)
             session.add_scribbles(index, [{"path": path, "object_id": label}])
 
-    def paint(self, tab: str, index: int, label: int, path: list[list[float]], erase: bool = False) -> None:
-        """Add the area inside an outline to an object's mask on a frame, or erase it."""
+    def paint(self, tab: str, index: int, label: int, path: list[list[float]], brush: int, erase: bool = False) -> None:
+        """Add what a brush of so many pixels covers to an object's mask on a frame, or erase it; 0 is the area inside
+        the path.
+        """
         with self._editing(tab) as session:
             self._check_label(session, label, background=False)
-            corners = np.asarray(path, dtype=float)
-            if corners.ndim != 2 or corners.shape[1:] != (2,) or len(corners) < 3:
-                raise Refused("outline: expected at least three points [x, y]")
-            if not ((corners >= 0) & (corners <= 1)).all():
-                raise Refused("outline: a point is outside the frame; expected values from 0 to 1")
+            points = np.asarray(path, dtype=float)
+            least = 1 if brush else 3
+            if points.ndim != 2 or points.shape[1:] != (2,) or len(points) < least:
+                raise Refused(f"path: expected at least {least} points [x, y]")
+            if not ((points >= 0) & (points <= 1)).all():
+                raise Refused("path: a point is outside the frame; expected values from 0 to 1")
             height, width = session.frame_size
-            area = fill_polygons((height, width), [(corners * (width - 1, height - 1)).ravel().tolist()])
+            if not 0 <= brush <= max(height, width):
+                raise Refused(f"brush: expected 0 to {max(height, width)} pixels, got {brush}")
+            points *= (width - 1, height - 1)
+            if brush:
+                area = draw_line((height, width), points.tolist(), brush)
+            else:
+                area = fill_polygons((height, width), [points.ravel().tolist()])
             mask = session.labels(index) == label
             session.paint(index, mask & ~area if erase else mask | area, label)
+
+    def describe(self, tab: str, label: int, name: str, color: str) -> None:
+        """Give an object a name and a color."""
+        with self._editing(tab) as session:
+            session.describe(label, name.strip(), color.lower())
+
+    def remove(self, tab: str, label: int) -> None:
+        """Delete an object."""
+        with self._editing(tab) as session:
+            session.remove(label)
 
     def undo(self, tab: str) -> None:
         """Undo the last step."""
@@ -202,20 +209,19 @@ class Workbench:
                 lambda progress: session.track_from(index, self._load_tracking_model(), direction, progress),
             )
 
-    def export(self, tab: str) -> None:
-        """Start writing masks and overlay."""
+    def export(self, tab: str, formats: list[str]) -> None:
+        """Start writing the masks in formats of `stm convert`, or as `overlay`."""
         footage = self._opened[0]
 
         def work(progress: Progress) -> None:
-            folder = Path(tempfile.mkdtemp(dir=self._folder.name))
-            session.export(folder / "out", footage.fps, progress)
-            with zipfile.ZipFile(folder / "masks.zip", "w") as archive:
-                for file in sorted((folder / "out" / "masks").iterdir()):
-                    archive.write(file, f"masks/{file.name}")
-            shutil.rmtree(folder / "out" / "masks")
-            self.files = {"masks.zip": folder / "masks.zip", "overlay.mp4": folder / "out" / "overlay.mp4"}
+            folder = Path(self._folder.name, "results")
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            self.files = {path.name: path for path in write_results(session, footage, formats, folder, progress)}
 
         with self._editing(tab, changes=False) as session:
+            check_results(formats)
+            self.files = {}
             self._start("export", work)
 
     def stop(self, tab: str) -> None:
@@ -237,9 +243,9 @@ class Workbench:
         return f"{safe_name(self._opened[0].name)}-{name}"
 
     @contextmanager
-    def upload(self) -> Iterator[Path]:
+    def upload(self, name: str) -> Iterator[Path]:
         """Path for an uploaded file, removed when the block ends."""
-        path = Path(self._folder.name) / f"upload-{uuid.uuid4().hex}"
+        path = Path(self._folder.name) / f"upload-{uuid.uuid4().hex}{Path(safe_name(name)).suffix}"
         try:
             yield path
         finally:
@@ -249,6 +255,17 @@ class Workbench:
         """Continue from a saved session of this video."""
         with self._editing(tab) as session, _named(path, name):
             session.restore(path)
+
+    def give(self, tab: str, path: Path, name: str, index: int, label: int) -> None:
+        """Take masks from a file: a picture is of frame `index`, and with a `label` but 0 of this object alone."""
+        with self._editing(tab) as session, _named(path, name):
+            if label:
+                self._check_label(session, label, background=False)
+            if drawn := open_drawn(path, self._opened[0].source):
+                session.give(drawn, drawn.names)
+            else:
+                (labels,) = read_masks(path, binary=label > 0).values()
+                session.give({index: labels * np.uint8(label or 1)})
 
     def open(self, tab: str, path: Path, name: str) -> None:
         """Start over with another video."""
@@ -287,19 +304,10 @@ class Workbench:
         self._threads[-1].start()
 
     def _work(self, job: Job, work: Callable[[Progress], None]) -> None:
-        try:
-            work(job.progress)
-        except _Stopped:
-            job.error = f"{job.name} was stopped"
-        # the page must hear of any error: nobody else sees what a thread raises
-        except Exception as error:
-            job.error = f"{job.name} failed: {str(error).partition(chr(10))[0] or type(error).__name__}"
-            if not isinstance(error, (ValueError, OSError, MemoryError)):
-                traceback.print_exc()
-        finally:
-            with self._lock:
-                self._version += 1
-                job.running = False
+        job.run(work)
+        with self._lock:
+            self._version += 1
+            job.running = False
 
 
 @contextmanager
@@ -308,7 +316,8 @@ def _named(path: Path, name: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise Refused(str(error).replace(str(path), safe_name(name))) from error
+        said = str(error).replace(str(path), safe_name(name)).replace("--binary", '"mask of this object"')
+        raise Refused(re.sub(r",( or)? --colors[^)]*", "", said)) from error
 
 
 def safe_name(name: str | os.PathLike) -> str:

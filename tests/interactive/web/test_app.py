@@ -2,27 +2,19 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
 
 import numpy as np
 import pytest
+from browsing import colour, draw, open_page, spot, status
 
 from stm_model.commands.main import main
 from stm_model.data.synthetic import procedural_clip
 from stm_model.io.masks import read_mask
 from stm_model.io.video import VideoWriter
 from stm_model.network.weights import write_tensors
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-# nothing that it would fetch on its own account, and no sandbox, which needs rights that a container lacks
-CHROMIUM_OPTIONS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
-SECONDS = 30_000  # milliseconds; generous, for machines with other work
 
 
 @pytest.fixture(scope="module")
@@ -58,77 +50,6 @@ def address(files):
         server.wait(30)
 
 
-@pytest.fixture
-def browser(address):
-    """A browser that holds what its pages asked of other hosts in `elsewhere`."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium here")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_OPTIONS)
-        context = browser.new_context(viewport={"width": 1100, "height": 800}, accept_downloads=True)
-        context.set_default_timeout(SECONDS)
-        context.elsewhere, context.errors = [], []
-        here = lambda url: url.startswith((address, "blob:", "data:"))  # noqa: E731
-        context.on("request", lambda request: here(request.url) or context.elsewhere.append(request.url))
-        context.on("weberror", lambda error: context.errors.append(str(error.error)))
-        yield context
-        browser.close()
-
-
-def open_page(browser, address):
-    page = browser.new_page()
-    page.goto(address)
-    page.wait_for_selector("#stm-picture[data-frame]")
-    return page
-
-
-def draw(page, *points, button="left"):
-    """Draw through points of the picture, from 0 to 1."""
-    left, top, width, height = page.evaluate(
-        """() => {
-            const stage = document.querySelector("#stm-stage").getBoundingClientRect(), box = window.stmPage.box();
-            return [stage.left + box.left, stage.top + box.top, box.width, box.height];
-        }"""
-    )
-    places = [(left + x * width, top + y * height) for x, y in points]
-    page.mouse.move(*places[0])
-    page.mouse.down(button=button)
-    for place in places[1:]:
-        page.mouse.move(*place, steps=5)
-    page.mouse.up(button=button)
-
-
-def status(page, condition):
-    """Wait until what the page knows of the session is so."""
-    page.wait_for_function(f"(() => {{ const s = window.stmPage.status; return s && ({condition}); }})()")
-
-
-def colour(page, x, y):
-    """What the page shows at a point of the picture, as RGB, once it shows the frame it should."""
-    page.wait_for_function("document.querySelector('#stm-picture').getAttribute('src') === window.stmPage.wanted")
-    return np.array(
-        page.evaluate(
-            """async ([x, y]) => {
-                const picture = document.querySelector("#stm-picture");
-                await picture.decode();
-                const canvas = new OffscreenCanvas(picture.naturalWidth, picture.naturalHeight);
-                const context = canvas.getContext("2d");
-                context.drawImage(picture, 0, 0);
-                const place = [Math.round(x * (canvas.width - 1)), Math.round(y * (canvas.height - 1))];
-                return [...context.getImageData(...place, 1, 1).data].slice(0, 3);
-            }""",
-            [x, y],
-        )
-    )
-
-
-def spot(mask):
-    """A point well inside an object, from 0 to 1."""
-    rows, columns = np.nonzero(mask)
-    return columns.mean() / (mask.shape[1] - 1), rows.mean() / (mask.shape[0] - 1)
-
-
 def test_scribbling_correcting_exporting_and_going_on(browser, address, clip, tmp_path):
     frames, truths = clip
     x, y = spot(truths[0])
@@ -157,7 +78,8 @@ def test_scribbling_correcting_exporting_and_going_on(browser, address, clip, tm
     page.keyboard.press("r")
     status(page, "s.rounds === 2 && !s.job.running")
 
-    page.click("#stm-export")
+    page.click("#stm-results")
+    page.click("#stm-write")
     page.wait_for_selector("#stm-files a >> text=overlay.mp4")
     with page.expect_download() as download:
         page.click("text=masks.zip")
@@ -165,9 +87,11 @@ def test_scribbling_correcting_exporting_and_going_on(browser, address, clip, tm
     with zipfile.ZipFile(download.value.path()) as archive:
         assert len(archive.namelist()) == 12
         archive.extract("masks/00000.png", tmp_path)
+    page.keyboard.press("Escape")
     labels = read_mask(tmp_path / "masks" / "00000.png")
     assert labels.shape == (120, 160) and labels[round(y * 119), round(x * 159)] == 1
 
+    page.click("#stm-file summary")
     with page.expect_download() as download:
         page.click("#stm-save")
     download.value.save_as(tmp_path / "walk.stm")

@@ -3,53 +3,21 @@
 import io
 import re
 import threading
-import time
 import zipfile
 
 import numpy as np
 import pytest
+from browsing import Current, wait
 from drawing import middle
 
 from stm_model.interactive.footage import Footage
-from stm_model.interactive.session import ScribbleSession
-from stm_model.interactive.web.workbench import Refused, TakenElsewhere, Workbench, safe_name
+from stm_model.interactive.results import OVERLAY
+from stm_model.interactive.web.workbench import Refused, TakenElsewhere, safe_name
+from stm_model.io.formats.table import FORMATS
 from stm_model.io.images import MediaError, read_image
 from stm_model.io.masks import read_mask
-from stm_model.io.video import VideoWriter
 
 STROKE = [[0.4, 0.4], [0.5, 0.5]]
-
-
-@pytest.fixture(scope="module")
-def video(clip, tmp_path_factory):
-    path = tmp_path_factory.mktemp("video") / "walk.mp4"
-    with VideoWriter(path, 10) as writer:
-        for frame in clip[0]:
-            writer.write(frame)
-    return path
-
-
-@pytest.fixture
-def workbench(video, scribble_model, tracking_model):
-    workbench = Workbench(
-        Footage(video, most_frames=20),
-        lambda footage: ScribbleSession(scribble_model, footage.frames),
-        lambda: tracking_model,
-        most_frames=20,
-        upload_bytes=2**20,
-    )
-    workbench.enter("one")
-    yield workbench
-    workbench.close()
-
-
-class Current:
-    """Stands for the workbench of the present test, so that all of them can share one server."""
-
-    workbench = None
-
-    def __getattr__(self, name):
-        return getattr(self.workbench, name)
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +37,6 @@ def client(server, workbench):
     app, current = server
     current.workbench = workbench
     return TestClient(app, headers={"x-stm-tab": "one"}, raise_server_exceptions=False)
-
-
-def wait(workbench):
-    deadline = time.monotonic() + 120
-    while workbench.job.running:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return workbench.job
 
 
 def test_footage_holds_the_frames_of_a_video(video, clip):
@@ -167,10 +127,10 @@ def test_warming_up_shows_nowhere(workbench):
 
 
 def test_tracking_and_painting(workbench, clip):
-    workbench.paint("one", 3, 1, [[0, 0], [0.5, 0], [0.5, 1], [0, 1]])
+    workbench.paint("one", 3, 1, [[0, 0], [0.5, 0], [0.5, 1], [0, 1]], 0)
     mask = workbench.session.labels(3) == 1
     assert mask[:, :44].all() and not mask[:, 46:].any()
-    workbench.paint("one", 3, 1, [[0, 0], [1, 0], [1, 0.5], [0, 0.5]], erase=True)
+    workbench.paint("one", 3, 1, [[0, 0], [1, 0], [1, 0.5], [0, 0.5]], 0, erase=True)
     assert not workbench.session.labels(3)[:34].any() and workbench.session.labels(3)[37:, :44].all()
     workbench.track("one", 3, "both")
     assert wait(workbench).error is None
@@ -205,7 +165,7 @@ def test_pictures_show_masks(client, workbench, tmp_path):
         (tmp_path / "a.jpg").write_bytes(client.get(address).content)
         return read_image(tmp_path / "a.jpg").astype(int)
 
-    workbench.paint("one", 2, 1, [[0, 0], [0.5, 0], [0.5, 1], [0, 1]])
+    workbench.paint("one", 2, 1, [[0, 0], [0.5, 0], [0.5, 1], [0, 1]], 0)
     bare, shown = picture("/stm/frame/2?masks=false"), picture("/stm/frame/2?masks=true")
     assert np.abs(bare - workbench.session.frames[2]).mean() < 8
     assert np.abs(bare - shown)[:, :40].mean() > 30 and np.abs(bare - shown)[:, 50:].mean() < 3
@@ -219,9 +179,9 @@ def test_rounds_over_the_wire(client, workbench, clip):
     assert status["annotated"] == [1] and status["objects"] == [1] and status["yours"]
     assert client.post("/stm/do/run", json={}).status_code == 200
     wait(workbench)
-    client.post("/stm/do/export", json={})
+    client.post("/stm/do/export", json={"formats": ["png", "overlay", "cvat"]})
     assert wait(workbench).error is None
-    assert client.post("/stm/do/status").json()["files"] == ["masks.zip", "overlay.mp4"]
+    assert client.post("/stm/do/status").json()["files"] == ["cvat.xml", "masks.zip", "overlay.mp4"]
     answer = client.get("/stm/file/masks.zip")
     assert 'filename="walk-masks.zip"' in answer.headers["content-disposition"]
     with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
@@ -282,21 +242,27 @@ def test_another_video_can_be_opened(client, workbench, video):
 
 
 STROKE_1 = {"frame": 1, "object": 1, "path": STROKE}
+OUTLINE_1 = STROKE_1 | {"brush": 0}
 REFUSED = {
     "a scribble outside": ("scribble", STROKE_1 | {"path": [[0.5, 1.5]]}, "the point [0.5, 1.5] is outside the frame"),
-    "an outline outside": ("paint", STROKE_1 | {"path": [[0, 0], [2, 0], [0, 1]]}, "a point is outside the frame"),
-    "an outline of two points": ("paint", STROKE_1, "expected at least three points"),
+    "an outline outside": ("paint", OUTLINE_1 | {"path": [[0, 0], [2, 0], [0, 1]]}, "a point is outside the frame"),
+    "an outline of two points": ("paint", OUTLINE_1, "path: expected at least 3 points"),
     "an unknown object": ("scribble", STROKE_1 | {"object": 7}, "object 7 is unknown; expected one of 0, or 1"),
-    "painted background": ("paint", STROKE_1 | {"object": 0}, "object 0 is unknown; expected 1 for a new one"),
+    "painted background": ("paint", OUTLINE_1 | {"object": 0}, "object 0 is unknown; expected 1 for a new one"),
     "no such frame": ("scribble", STROKE_1 | {"frame": 8}, "frame_index: expected 0 to 7, got 8"),
     "a frame by name": ("scribble", STROKE_1 | {"frame": "x"}, "frame: expected int, got 'x'"),
-    "a flag by name": ("paint", STROKE_1 | {"erase": "no"}, "erase: expected bool, got 'no'"),
+    "a flag by name": ("paint", OUTLINE_1 | {"erase": "no"}, "erase: expected bool, got 'no'"),
     "a flag for a frame": ("scribble", STROKE_1 | {"frame": True}, "frame: expected int, got True"),
     "no path": ("scribble", {"frame": 1, "object": 1}, "path: expected list, got None"),
     "words for points": ("scribble", STROKE_1 | {"path": ["ab"]}, "path: expected a list of at least one point"),
     "a list": ("scribble", [1], "expected a JSON object, got list"),
     "nothing to run": ("run", {}, "draw a scribble on one first"),
     "nothing to track": ("track", {"frame": 0, "direction": "both"}, "frame 0 has no mask to track from"),
+    "a brush of no width": ("paint", STROKE_1 | {"brush": -1}, "brush: expected 0 to 90 pixels, got -1"),
+    "a look of no object": ("describe", {"object": 1, "name": "a", "color": "#000000"}, "object 1 is unknown"),
+    "no object to delete": ("remove", {"object": 3}, "object 3 is unknown; expected one of none yet"),
+    "no such format": ("export", {"formats": ["gif"]}, "export gif: no such format; expected some of png, coco"),
+    "no format": ("export", {"formats": []}, "export: expected some of overlay, png, coco"),
     "no such action": ("format", {}, "unknown action 'format'"),
 }
 
@@ -323,7 +289,8 @@ def test_uploads_that_are_refused_leave_the_session_as_it_was(client, workbench)
         ("video", b"no video", "walk.mp4: does not open as a video"),
         ("session", b"no session", "walk.mp4: not a session, or a damaged one"),
         ("video", b"0" * (2**20 + 1), "upload: expected at most 1 MiB"),
-        ("masks", b"", "upload: expected session or video, got 'masks'"),
+        ("masks", b"no mask", "walk.mp4: cannot be read as a picture"),
+        ("pictures", b"", "upload: expected session, video, masks, got 'pictures'"),
     ]:
         answer = client.post(f"/stm/upload/{kind}?name=walk.mp4", content=content)
         assert answer.status_code == 400 and answer.json()["error"].startswith(message), answer.text
@@ -370,9 +337,13 @@ def test_other_sites_are_kept_out(client, workbench):
     )
 
 
-def test_the_page_is_three_files_of_the_right_types(client):
-    found = {}
-    for address, kind in [("/", "text/html"), ("/page/page.css", "text/css"), ("/page/page.js", "text/javascript")]:
+def test_the_page_is_files_of_the_right_types(client):
+    found, scripts = {}, [f"/page/{name}.js" for name in ("page", "server", "stage", "timeline")]
+    for address, kind in [
+        ("/", "text/html"),
+        ("/page/page.css", "text/css"),
+        *((name, "text/javascript") for name in scripts),
+    ]:
         answer = client.get(address)
         assert answer.status_code == 200 and answer.headers["content-type"] == f"{kind}; charset=utf-8"
         assert answer.headers["cache-control"] == "no-cache"
@@ -380,7 +351,12 @@ def test_the_page_is_three_files_of_the_right_types(client):
         # it asks nothing of other hosts
         assert "//" not in re.sub(r"(?m)^ *// .*$", "", answer.text)
     linked = re.findall(r'(?:href|src)="(/[^"]+)"', found["/"])
-    assert sorted(linked) == ["/page/page.css", "/page/page.js"]
+    assert sorted(linked) == ["/page/page.css", "/page/page.js", "/stm/file/session.stm"]
+
+
+def test_the_page_offers_every_format(client):
+    offered = re.findall(r'type="checkbox" value="([^"]+)"', client.get("/").text)
+    assert sorted(offered) == sorted([*FORMATS, OVERLAY])
 
 
 @pytest.mark.parametrize(
