@@ -34,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run() -> None:
     """Run the command as a process of its own, and end it."""
+    # threads that wait sleep: where another process keeps a core busy, threads that spin wait for each other's turn.
+    # OpenMP reads it when torch is imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     exit_code = main()
     if "WORLD_SIZE" in os.environ:
         # one process of many leaves at once: a thread of its process group may outlive what it needs

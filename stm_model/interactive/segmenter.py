@@ -111,7 +111,8 @@ class Segmenter:
             images = torch.cat([pad_to_stride(self._prepare(index))[0] for index in missing])
             query = self.model.encode_query(images)
             self.encoded_frames += len(missing)
-            encoded = {index: _part(query, place) for place, index in enumerate(missing)}
+            shared = self.model.shares_keys
+            encoded = {index: _part(query, place, shared) for place, index in enumerate(missing)}
         for index, query in encoded.items():
             size = sum(part.nbytes for part in (query.key, query.value, *query.features))
             if self.held_bytes + size <= self.memory_limit:
@@ -134,9 +135,13 @@ class Segmenter:
         return prepare_frame(frame, self.size, self.device)
 
 
-def _part(query: Query, place: int) -> Query:
-    """One frame of a query in memory of its own, without the deepest map, which only the key and the value need."""
-    key, value, stride8, stride4 = (
-        part[place : place + 1].clone() for part in (query.key, query.value, *query.features[1:])
-    )
-    return Query(key, value, FrameFeatures(key[:, :0], stride8, stride4))
+def _part(query: Query, place: int, shared: bool) -> Query:
+    """One frame of a query in memory of its own, without what the decoder does not see: the deepest map, or in the
+    shared form the value.
+    """
+    key, value, *maps = (part[place : place + 1] for part in (query.key, query.value, *query.features))
+    if shared:
+        value = value[:, :0]
+    else:
+        maps[0] = maps[0][:, :0]
+    return Query(key.clone(), value.clone(), FrameFeatures(*(part.clone() for part in maps)))

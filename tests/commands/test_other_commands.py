@@ -1,6 +1,7 @@
 """The other commands, and what all have in common."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -126,3 +127,13 @@ def test_help_says_what_is_switched_off_and_what_there_is(capsys):
     assert "davis-interactive}" in shown and re.search(r"--no-report\s+Don't write report.html", shown)
     assert main(["train", "--help"]) == 0
     assert "Presets: small, shared, lite, paper, interactive, smoke." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given", [None, "ACTIVE"])
+def test_threads_that_wait_sleep_unless_the_user_says_otherwise(given):
+    program = "import os, sys, stm_model.commands.main as m; sys.argv[1:] = ['info', '--json']; m.run()"
+    told = f"import atexit, os; atexit.register(lambda: print(os.environ['OMP_WAIT_POLICY'])); {program}"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": given} if given else {}
+    ran = subprocess.run([sys.executable, "-c", told], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == (given or "PASSIVE")

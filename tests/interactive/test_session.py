@@ -1,11 +1,14 @@
 """A session: rounds, history, what is computed and what is not, and input that is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from drawing import everything, middle, same, stroke
 
 from stm_kernels import memory_read
+from stm_model import STM, STMConfig
 from stm_model.data.synthetic import procedural_clip
 from stm_model.interactive.blending import blend_weights, mix
 from stm_model.interactive.session import ScribbleSession
@@ -353,3 +356,18 @@ def test_what_a_session_cannot_be_made_of(scribble_model, tracking_model, clip, 
 
 def test_masks_of_no_frame_are_all_background():
     assert torch.equal(NO_MASKS.unpack((2, 3)), torch.ones(1, 2, 3))
+
+
+def test_a_network_of_the_shared_form_takes_scribbles_and_corrections(clip):
+    torch.manual_seed(0)
+    config = replace(STMConfig.shared("scribbles"), key_channels=8, value_channels=12, decoder_channels=16)
+    model = STM(config).eval().requires_grad_(False)
+    frames, truths = clip
+    cached, anew = (ScribbleSession(model, frames, memory_limit=limit) for limit in (2**30, 0))
+    for session in (cached, anew):
+        session.add_scribbles(1, [middle(truths[1], 1), middle(truths[1], 2)])
+        session.run()
+        session.add_scribbles(6, [middle(truths[6], 2)])
+        session.run()
+    assert cached.encoded_frames == len(frames) < anew.encoded_frames
+    assert cached.masks().any() and np.array_equal(cached.masks(), anew.masks())
