@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from stm_model.runtime import held_process_memory, peak_process_memory
+from stm_model.runtime import device_name, held_process_memory, peak_process_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 # only read: nothing here changes a setting of the GPU
@@ -60,15 +60,6 @@ def describe(device: torch.device | str) -> dict[str, Any]:
         found |= {"multiprocessors": properties.multi_processor_count, "memory_bytes": properties.total_memory}
         found |= {"cache_bytes": properties.L2_cache_size, "clocks": clocks()}
     return found
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def clocks() -> dict[str, str] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import platform
 import sys
 import time
 import warnings
@@ -73,6 +74,18 @@ def usable_device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: {device} cannot be used here ({one_line(error)})") from error
     return found
+
+
+def device_name(device: torch.device) -> str:
+    """What the maker calls the device."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def default_dtype(device: str | torch.device) -> torch.dtype:

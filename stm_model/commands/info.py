@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from stm_model import __version__
-from stm_model.runtime import default_dtype, dtype_name
+from stm_model.runtime import default_dtype, device_name, dtype_name
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,10 @@ def info(config: InfoConfig) -> int:
     from stm_kernels import default_implementation
     from stm_model.runtime import DEFAULT_WEIGHTS
 
-    devices = {f"cuda:{index}": torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
-    devices["cpu"] = platform.processor() or platform.machine()
+    found = [*(torch.device("cuda", index) for index in range(torch.cuda.device_count())), torch.device("cpu")]
+    devices = {str(device): device_name(device) for device in found}
+    if instructions := _instructions():
+        devices["cpu"] += f" ({', '.join(instructions)})"
     versions: dict[str, str | None] = {
         "stm-kernels": __version__,
         "python": platform.python_version(),
@@ -50,8 +52,18 @@ def info(config: InfoConfig) -> int:
         print(f"{package:12} {number or 'not installed'}")
     for device, row in rows.items():
         print(f"{device:12} {row['name']}: reads memory with {row['implementation']}, tracks in {row['dtype']}")
+    if rows["cpu"]["dtype"] == "float32" and len(rows) == 1:
+        print(f"{'':12} --dtype int8 tracks faster here")
     print(f"{'weights':12} {weights or 'none in the package'}")
     return 0
+
+
+def _instructions() -> list[str]:
+    """Instructions of the processor that make a difference, the oldest first."""
+    import torch
+
+    known = {"AVX2": "avx2", "AVX-512": "avx512", "VNNI": "vnni", "bfloat16": "avx512_bf16", "AMX": "amx_tile"}
+    return [name for name, asked in known.items() if getattr(torch.cpu, f"_is_{asked}_supported", bool)()]
 
 
 def _version(package: str) -> str | None:

@@ -22,7 +22,7 @@ from stm_model.commands.main import main
         (["trakc"], "unknown command 'trakc'; expected demo, track, train, evaluate, interact, convert, info"),
         (["track"], "PATH --out PATH (see stm track --help)"),
         (["track", "v", "--mask", "m", "--out", "o", "--size", "big"], "--size"),
-        (["track", "v", "--mask", "m", "--out", "o", "--dtype", "int8"], "invalid choice 'int8'"),
+        (["track", "v", "--mask", "m", "--out", "o", "--dtype", "int4"], "invalid choice 'int4'"),
         (["track", "v", "--mask", "m", "--out", "o", "--colour", "red"], "--colour"),
         (["demo", "--frames", "2"], "--frames: expected at least 3, got 2"),
         (["demo", "--objects", "0"], "--objects: expected 1 to 20, got 0"),
