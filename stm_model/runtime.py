@@ -22,22 +22,23 @@ Item = TypeVar("Item")
 
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "stm_shared.safetensors"
 """The weights that come with the package; their card lies beside them."""
-DEFAULT_INTERACTIVE_WEIGHTS = DEFAULT_WEIGHTS.with_name("stm_interactive_lite.safetensors")
+DEFAULT_INTERACTIVE_WEIGHTS = DEFAULT_WEIGHTS.with_name("stm_interactive.safetensors")
 """The weights guided by scribbles that come with the package."""
-USUAL_SIZE = {DEFAULT_WEIGHTS: 480, DEFAULT_INTERACTIVE_WEIGHTS: 240}
-"""Shorter side in pixels at which a network with these weights runs, unless another one is asked for."""
+USUAL_SIZE = 480
+"""Shorter side in pixels at which a network with the package's weights runs, unless another one is asked for."""
 
 
 def chosen_side(size: int | None, checkpoint: Path | None, frame_size: Sequence[int]) -> int | None:
     """Shorter side in pixels at which a network runs on frames `[H, W]` of this size; None is their own.
 
     Args:
-        size: what was asked for; None is that of `USUAL_SIZE`, with other weights the frames' own.
+        size: what was asked for; None is `USUAL_SIZE`, with other weights than the package's the frames' own.
         checkpoint: where the weights are from; None are the default ones.
         frame_size: height and width in pixels.
     """
-    usual = USUAL_SIZE.get(checkpoint or DEFAULT_WEIGHTS) if size is None else size
-    return None if usual == min(frame_size) else usual
+    if size is None and checkpoint in (None, DEFAULT_WEIGHTS, DEFAULT_INTERACTIVE_WEIGHTS):
+        size = USUAL_SIZE
+    return None if size == min(frame_size) else size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +48,8 @@ class NetworkOptions:
     checkpoint: Path | None = None
     """A released .pth or our .safetensors; None takes the weights that come with the package."""
     size: int | None = None
-    """Shorter side in pixels at which the network runs. None takes 480 with the package's weights, 240 with those
-    guided by scribbles, and the video's own with others. Masks always have the video's size."""
+    """Shorter side in pixels at which the network runs. None takes 480 with the package's weights, and
+    the video's own with others. Masks always have the video's size."""
     device: str | None = None
     """Where to run, like cpu or cuda:0; None takes the GPU if there is one."""
     dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None

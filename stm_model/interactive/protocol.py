@@ -3,7 +3,7 @@
 `drive` plays it in a session of the package `davisinteractive`, where that is installed:
 
     with DavisInteractiveSession(host="localhost", davis_root=root, max_nb_interactions=8, max_time=240) as official:
-        drive(official, STM.load(DEFAULT_INTERACTIVE_WEIGHTS), read_frames, size=240)
+        drive(official, STM.load(DEFAULT_INTERACTIVE_WEIGHTS), read_frames, size=480)
         summary = official.get_global_summary()
 """
 

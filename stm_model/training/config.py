@@ -311,9 +311,12 @@ class InteractiveConfig(TrainConfig):
     rounds: int = 3
     steps: int = 4000
     batch: int = 4
-    crop: int = 176
-    crop_width: int | None = 288
+    crop: int = 224
+    crop_width: int | None = 384
     max_skip: tuple[int, int] = (25, 25)
+    crowd: float = 0.4
+    follow: float = 0.6
+    most_objects: int = 3
     warmup: int = 100
 
 

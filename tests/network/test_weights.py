@@ -69,7 +69,7 @@ def test_files_that_are_no_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path, config", [(None, STMConfig.shared()), (DEFAULT_INTERACTIVE_WEIGHTS, STMConfig.lite("scribbles"))]
+    "path, config", [(None, STMConfig.shared()), (DEFAULT_INTERACTIVE_WEIGHTS, STMConfig.shared("scribbles"))]
 )
 def test_the_default_weights_are_small_and_load(path, config):
     model = STM.load(path, device="cpu", dtype=torch.float32)
@@ -83,7 +83,7 @@ def test_the_default_weights_are_small_and_load(path, config):
         (None, None, (240, 432), 480),
         (None, None, (1920, 1080), 480),
         (None, None, (480, 854), None),
-        (None, DEFAULT_INTERACTIVE_WEIGHTS, (480, 854), 240),
+        (None, DEFAULT_INTERACTIVE_WEIGHTS, (240, 432), 480),
         (None, Path("STM_weights.pth"), (1080, 1920), None),
         (360, None, (1080, 1920), 360),
     ],
