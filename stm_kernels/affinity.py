@@ -33,6 +33,14 @@ class Affinity:
         """B, M and N."""
         return *self.query_key.shape[:2], self.memory_key.shape[1]
 
+    def hidden(self) -> Tensor | None:
+        """Flags `[B, N]` of what no query sees: padding, and where the bias is -inf; None without lengths and bias."""
+        flags = None if self.key_bias is None else self.key_bias.isneginf()
+        if self.lengths is not None:
+            behind = torch.arange(self.memory_key.shape[1], device=self.lengths.device) >= self.lengths[:, None]
+            flags = behind if flags is None else flags | behind
+        return flags
+
     def positions(self, item: int) -> int:
         """How many positions the memory of one batch item has."""
         N = self.memory_key.shape[1]

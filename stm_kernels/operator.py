@@ -25,7 +25,6 @@ TRITON_KEY_CHANNELS = 256
 
 def read(options: ReadOptions, query_key: Tensor, memory_key: Tensor, memory_value: Tensor) -> ReadResult:
     """Read by `options.implementation`, but "reference"; the inputs are checked."""
-    memory_key, memory_value = _hide_for_triton(options, query_key, memory_key, memory_value)
     key_bias, lengths, scale, shift = _flat(options, query_key, memory_key)
     settings = (scale, options.top_k or 0, options.dropped, options.implementation)
     out, lse, skipped, _ = read_operator(query_key, memory_key, memory_value, key_bias, lengths, *settings)
@@ -45,7 +44,6 @@ def select(options: ReadOptions, query_key: Tensor, memory_key: Tensor) -> tuple
 
 def usage(options: ReadOptions, lse: Tensor | None, query_key: Tensor, memory_key: Tensor) -> Tensor:
     """Column sums of the affinity, by `options.implementation`, but "reference"; the inputs are checked."""
-    (memory_key,) = _hide_for_triton(options, query_key, memory_key)
     key_bias, lengths, scale, shift = _flat(options, query_key, memory_key)
     if lse is not None:
         lse = lse.double() if shift is None else lse.double() + shift
@@ -53,19 +51,11 @@ def usage(options: ReadOptions, lse: Tensor | None, query_key: Tensor, memory_ke
     return usage_operator(query_key, memory_key, key_bias, lengths, lse, *settings)
 
 
-def _hide_for_triton(options: ReadOptions, query_key: Tensor, *memory: Tensor) -> tuple[Tensor, ...]:
-    """Keys and values with zeros at the positions that a bias of -inf hides: a weight of 0 times NaN is NaN.
-
-    The CPU's reads copy only what is not finite, see `_shown`; a GPU would have to be waited for to know.
-    """
-    if options.key_bias is None or resolve_implementation(options.implementation, query_key) != "triton":
-        return memory
-    hidden = options.key_bias.isneginf()[:, :, None]
-    return tuple(part.masked_fill(hidden, 0.0) for part in memory)
-
-
 def _shown(memory: Tensor, key_bias: Tensor | None, implementation: str) -> Tensor:
-    """Keys or values `[B, N, ·]` as plain PyTorch may multiply them: finite where they are hidden."""
+    """Keys or values `[B, N, ·]` as plain PyTorch may multiply them: finite where they are hidden.
+
+    Triton's kernels leave hidden positions out themselves.
+    """
     if key_bias is None or implementation == "triton" or not (hidden := key_bias.isneginf()).any():
         return memory
     # a sum is finite only where all its terms are

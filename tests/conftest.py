@@ -36,6 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     stm_model.progress.SECONDS = 3600.0
     # the interpreter's own: how it indexes, and what it computes for the masked edge of a tile
     config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning:triton")
+    config.addinivalue_line("filterwarnings", "ignore:invalid value encountered in matmul:RuntimeWarning:triton")
     config.addinivalue_line("filterwarnings", "ignore:overflow encountered in cast:RuntimeWarning:triton")
     config.addinivalue_line("filterwarnings", "ignore:__array__ implementation:DeprecationWarning:pycocotools")
 

@@ -43,10 +43,21 @@ def top_k_read(affinity: Affinity, memory_value: Tensor, k: int, select: Select)
         select: chooses them.
 
     Returns:
-        The read `[B, M, V]`, the log-sum-exp of the chosen `[B, M]` in float64, and the chosen as `Select` has them.
+        The read `[B, M, V]`, the log-sum-exp of the chosen `[B, M]` in float64, and the chosen as `Select` has them,
+        but hidden ones last, as the index of a visible one.
     """
-    indices, logits = select(affinity, k)
+    indices, logits = _hidden_last(affinity, *select(affinity, k))
     return *weighted_read(memory_value, indices, logits), indices
+
+
+def _hidden_last(affinity: Affinity, indices: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The chosen and their logits, hidden ones last and as the index of a visible position: 0 times NaN is NaN."""
+    if affinity.key_bias is None:
+        return indices, logits
+    order = logits.isneginf().to(torch.uint8).argsort(dim=2, stable=True)
+    indices, logits = indices.gather(2, order), logits.gather(2, order)
+    first = affinity.hidden().to(torch.uint8).argmin(1).to(indices.dtype)  # type: ignore[union-attr]
+    return torch.where(logits.isneginf(), first[:, None, None], indices), logits
 
 
 def weighted_read(memory_value: Tensor, indices: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +68,7 @@ def weighted_read(memory_value: Tensor, indices: Tensor, logits: Tensor) -> tupl
     for item in range(len(out)):
         for channels, table in contiguous_parts(memory_value[item]):
             out[item, :, channels] = F.embedding_bag(indices[item], table, mode="sum", per_sample_weights=weights[item])
-    # padding points to position 0, with weight 0: if that is NaN, so is the product
+    # where all is hidden, what stands for it is hidden too: its weight of 0 times NaN is NaN
     return out.masked_fill_(lse.isneginf()[:, :, None], 0.0), lse
 
 
@@ -85,10 +96,11 @@ def top_k_read_backward(
     grad_query_key, grad_memory_key, grad_memory_value = map(torch.empty_like, (query_key, memory_key, memory_value))
     grad_key_bias = None if key_bias is None else torch.empty_like(key_bias)
     wide = wide_dtype(query_key.dtype)
-    empty = lse.isneginf()[:, :, None]
+    empty, hidden = lse.isneginf()[:, :, None], affinity.hidden()
+    seen = None if hidden is None else (~hidden).sum(1)
     for item in range(len(query_key)):
         chosen = indices[item]
-        weights = _softmax(_logits_of(affinity, item, chosen))
+        weights = _softmax(_logits_of(affinity, item, chosen, seen))
         grad_weights = _sampled_products(grad_out[item], memory_value[item], chosen)
         # not out · grad_out: with a single position the difference is all rounding error
         grad_weights -= (weights * grad_weights).sum(1, keepdim=True)
@@ -145,14 +157,15 @@ def _softmax(logits: Tensor) -> Tensor:
     return logits.softmax(-1).masked_fill_(top.isneginf(), 0.0)
 
 
-def _logits_of(affinity: Affinity, item: int, chosen: Tensor) -> Tensor:
-    """The logits `[M, K]` of chosen positions of one batch item, in `wide_dtype`; -inf for padding."""
+def _logits_of(affinity: Affinity, item: int, chosen: Tensor, seen: Tensor | None) -> Tensor:
+    """The logits `[M, K]` of chosen positions of one batch item, in `wide_dtype`; -inf after the `seen` `[B]`."""
     logits = _sampled_products(affinity.query_key[item], affinity.memory_key[item], chosen) * affinity.scale
     if affinity.key_bias is not None:
         logits += affinity.key_bias[item][chosen]
-    if affinity.lengths is not None:
+    if seen is not None:
+        # hidden ones come last
         columns = torch.arange(chosen.shape[1], device=chosen.device)
-        logits.masked_fill_(columns >= affinity.lengths[item], -math.inf)
+        logits.masked_fill_(columns >= seen[item], -math.inf)
     return logits
 
 

@@ -58,7 +58,7 @@ def affinity_kernel(
             memory_key_ptr, first_n, stop, memory_key_stride_n, first, C, memory_key_stride_c, BLOCK_N, BLOCK_K
         )
         products = tl.dot(queries, tl.trans(keys), products, input_precision="ieee")
-    products = biased(products, key_bias_ptr, b * key_bias_stride_b, n, stop)
+    products, seen = biased(products, key_bias_ptr, b * key_bias_stride_b, n, stop)
     weights = final_weights(products, row_top_ptr, rows, m < M, scale_log2)
     if kept_ptr is not None:
         weights *= kept
@@ -79,7 +79,8 @@ def affinity_kernel(
             )  # fmt: skip
             grad_weights = tl.dot(grad_out, tl.trans(values), grad_weights, input_precision="ieee")
         delta = tl.load(delta_ptr + rows, mask=m < M, other=0.0)
-        grad_logits = weights * (grad_weights - delta[:, None]) * scale
+        # a weight of 0 times NaN is NaN
+        grad_logits = tl.where(seen[None, :], weights * (grad_weights - delta[:, None]) * scale, 0.0)
         tl.store(grad_logits_ptr + places, grad_logits.to(grad_logits_ptr.dtype.element_ty), mask=inside)
 
 
@@ -128,26 +129,24 @@ def affinity_launch(
 
 
 def chunk_of(affinity: Affinity, start: int, size: int) -> Affinity:
-    """The affinity of `size` memory positions from `start` on, or of as many as there are.
-
-    Padding becomes 0: a weight of 0 times NaN is NaN.
-    """
+    """The affinity of `size` memory positions from `start` on, or of as many as there are."""
     chunk = slice(start, start + size)
     lengths = affinity.lengths
     return replace(
         affinity,
-        memory_key=visible(affinity.memory_key[:, chunk], lengths, start),
+        memory_key=affinity.memory_key[:, chunk],
         key_bias=None if affinity.key_bias is None else affinity.key_bias[:, chunk],
         lengths=None if lengths is None else lengths - start,
     )
 
 
-def visible(memory: Tensor, lengths: Tensor | None, start: int) -> Tensor:
-    """Keys or values `[B, N, ·]` of the positions from `start` on, padding as zeros."""
-    if lengths is None:
-        return memory
-    places = torch.arange(start, start + memory.shape[1], device=memory.device, dtype=lengths.dtype)
-    return memory.masked_fill((places >= lengths[:, None])[:, :, None], 0.0)
+def visible(memory: Tensor, affinity: Affinity) -> Tensor:
+    """Keys or values `[B, N, ·]` of a chunk as a matrix product may take them: padding and hidden positions as zeros.
+
+    A weight of 0 times NaN is NaN.
+    """
+    hidden = affinity.hidden()
+    return memory if hidden is None else memory.masked_fill(hidden[:, :, None], 0.0)
 
 
 def row_top_of(lse: Tensor, scale: float) -> Tensor:

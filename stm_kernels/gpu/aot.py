@@ -38,7 +38,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 STANDARD = (128, 512)
 OTHERS = ((64, 512), (64, 128), (256, 256))
 FORMS_OF_OTHERS = (
-    "read", "read, skipping", "read, descriptors", "affinity and gradient", "usage", "maxima", "chosen"
+    "read", "read, bias and lengths", "read, skipping", "read, skipping, bias and lengths", "read, descriptors",
+    "affinity and gradient", "the same, skipping", "usage", "maxima", "chosen"
 )  # fmt: skip
 SHARED_MEMORY_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
 MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma")
@@ -102,7 +103,10 @@ def default_launches(
     full = replace(affinity, key_bias=empty(B, N, of=torch.float32), lengths=empty(B, of=torch.int32))
     kept = empty(B, M // SKIP_QUERIES + 1, N // SKIP_POSITIONS + 1, of=torch.uint8)
     partial = empty(8, B, M, V, of=torch.float32), empty(8, B, M, of=torch.float64)
-    tiles, skip_tiles = (forward_tiles(architecture, dtype, C, V, skips=skips) for skips in (False, True))
+    (tiles, skip_tiles), (bias_tiles, full_skip_tiles) = (
+        [forward_tiles(architecture, dtype, C, V, skips=skips, biased=biased) for skips in (False, True)]
+        for biased in (False, True)
+    )
     engine_tiles = forward_tiles(architecture, dtype, C, V, descriptors=True)
     written, written_skipping = (affinity_tiles(architecture, dtype, C, skips=skips) for skips in (False, True))
     gradient = (value, out, delta, empty(B, M, N))
@@ -112,9 +116,12 @@ def default_launches(
         "read": forward_launch(affinity, value, out[None], lse[None], delta[None], nothing, 0.0, tiles, N),
         "read, split": forward_launch(affinity, value, *partial, empty(8, B, M), nothing, 0.0, tiles, N // 8),
         "read, bias and lengths": forward_launch(
-            full, value, out[None], lse[None], delta[None], nothing, 0.0, tiles, N
+            full, value, out[None], lse[None], delta[None], nothing, 0.0, bias_tiles, N
         ),
         "read, skipping": forward_launch(affinity, value, out[None], lse[None], delta[None], kept, 1e-3, skip_tiles, N),
+        "read, skipping, bias and lengths": forward_launch(
+            full, value, out[None], lse[None], delta[None], kept, 1e-3, full_skip_tiles, N
+        ),
         "read, paged": forward_launch(
             affinity, value, out[None], lse[None], delta[None], nothing, 0.0, tiles, N, pages
         ),
@@ -128,7 +135,7 @@ def default_launches(
         specialized = replace(engine_tiles, kind="warp-specialized", num_warps=4, num_stages=2)
         launches |= {
             "read, descriptors": descriptor_launch(affinity, value, out[None], lse[None], engine_tiles, N),
-            "read, descriptors, full": descriptor_launch(full, value, *partial, engine_tiles, N // 8),
+            "read, descriptors, split": descriptor_launch(affinity, value, *partial, engine_tiles, N // 8),
             "read, warp-specialized": descriptor_launch(affinity, value, out[None], lse[None], specialized, N),
         }
     return launches | _top_k_launches(affinity, full, architecture)

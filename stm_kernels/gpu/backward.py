@@ -38,7 +38,7 @@ def triton_read_backward(
     scratch = query_key.new_empty(2, B * M * size)
     for start in range(0, N, size):
         chunk = slice(start, min(start + size, N))
-        part, values = chunk_of(affinity, start, size), visible(memory_value[:, chunk], affinity.lengths, start)
+        part, values = chunk_of(affinity, start, size), memory_value[:, chunk]
         shape = (B, M, values.shape[1])
         weights, grad_logits = (buffer[: shape[0] * shape[1] * shape[2]].view(shape) for buffer in scratch)
         gradient = (values, grad_out, delta, grad_logits)
@@ -48,6 +48,6 @@ def triton_read_backward(
         grad_memory_key[:, chunk] = grad_logits.mT @ query_key
         if grad_key_bias is not None:
             grad_key_bias[:, chunk] = grad_logits.sum(1, dtype=torch.float32) / affinity.scale
-        total += product(grad_logits, part.memory_key)
+        total += product(grad_logits, visible(part.memory_key, part))
     grad_query_key.copy_(total)
     return grad_query_key, grad_memory_key, grad_memory_value, grad_key_bias

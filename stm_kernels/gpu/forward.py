@@ -127,7 +127,7 @@ def read_kernel(
             # [M, N]
             products = tl.dot(query_key, tl.trans(keys), input_precision="ieee")
             n = first_n + tl.arange(0, BLOCK_N)
-            products = biased(products, key_bias_ptr, b * key_bias_stride_b, n, page_start + last_place)
+            products, seen = biased(products, key_bias_ptr, b * key_bias_stride_b, n, page_start + last_place)
             weights, sums, shrink, row_max, row_sum = online_softmax(products, row_max, row_sum, scale_log2)
             total *= shrink[:, None]
             reads = True
@@ -145,7 +145,7 @@ def read_kernel(
                 # [N, V]
                 values = load_tile(
                     values_ptr, place, last_place, memory_value_stride_n, first_v, V, memory_value_stride_v,
-                    BLOCK_N, BLOCK_V,
+                    BLOCK_N, BLOCK_V, seen if key_bias_ptr is not None else None,
                 )  # fmt: skip
                 total = tl.dot(weights.to(values.dtype), values, total, input_precision="ieee")
 
@@ -215,8 +215,11 @@ def triton_read(
     architecture = architecture_of(query_key.device)
     if not skip and pages is None and staged_is_cheaper(architecture, query_key.dtype, C, V):
         return _staged_read(affinity, memory_value)
-    descriptors = pages is None and has_descriptors(query_key, affinity.memory_key, memory_value)
-    tiles = forward_tiles(architecture, query_key.dtype, C, V, skips=skip > 0, descriptors=descriptors)
+    # TMA cannot leave out rows, and a weight of 0 times NaN is NaN
+    all_seen = pages is None and affinity.key_bias is None and affinity.lengths is None
+    descriptors = all_seen and has_descriptors(query_key, affinity.memory_key, memory_value)
+    biased = affinity.key_bias is not None
+    tiles = forward_tiles(architecture, query_key.dtype, C, V, skips=skip > 0, descriptors=descriptors, biased=biased)
     splits, positions_per_split = forward_splits(tiles, B, M, N, V, multiprocessors(query_key.device))
     partial = query_key.dtype if splits == 1 else torch.float32
     out = query_key.new_empty(splits, B, M, V, dtype=partial)
@@ -254,9 +257,10 @@ def _staged_read(affinity: Affinity, memory_value: Tensor) -> tuple[Tensor, Tens
     scratch = query_key.new_empty(B * M * size)
     out = query_key.new_zeros(B, M, V, dtype=torch.float32)
     for start in range(0, N, size):
-        values = visible(memory_value[:, start : start + size], affinity.lengths, start)
+        part = chunk_of(affinity, start, size)
+        values = visible(memory_value[:, start : start + size], part)
         weights = scratch[: B * M * values.shape[1]].view(B, M, -1)
-        affinity_launch(chunk_of(affinity, start, size), row_top, weights, tiles).run(query_key.device)
+        affinity_launch(part, row_top, weights, tiles).run(query_key.device)
         out += product(weights, values)
     nothing = query_key.new_zeros(B, 0, dtype=torch.uint8)
     return out.to(query_key.dtype), lse, torch.zeros_like(lse, dtype=torch.float32), nothing

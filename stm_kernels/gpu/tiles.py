@@ -9,12 +9,16 @@ MIN_PRODUCT = tl.constexpr(-1e30)
 
 @triton.jit
 def load_tile(ptr, first_row, row_count, row_stride, first_column, COLUMN_COUNT: tl.constexpr, column_stride,
-              ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """A `[ROWS, COLUMNS]` tile of a strided matrix `[row_count, COLUMN_COUNT]`, zeros beyond its edges."""
+              ROWS: tl.constexpr, COLUMNS: tl.constexpr, seen=None):  # fmt: skip
+    """A `[ROWS, COLUMNS]` tile of a strided matrix `[row_count, COLUMN_COUNT]`, zeros beyond its edges and in rows that
+    are not `seen`.
+    """
     rows = first_row + tl.arange(0, ROWS)
     columns = first_column + tl.arange(0, COLUMNS)
     ptrs = ptr + rows[:, None].to(tl.int64) * row_stride + columns[None, :].to(tl.int64) * column_stride
     inside = rows[:, None] < row_count
+    if seen is not None:
+        inside = inside & seen[:, None]
     if COLUMN_COUNT % COLUMNS != 0:
         inside = inside & (columns[None, :] < COLUMN_COUNT)
     return tl.load(ptrs, mask=inside, other=0.0)
@@ -38,11 +42,16 @@ def memory_length(lengths_ptr, b, N):
 
 @triton.jit
 def biased(products, key_bias_ptr, first_bias, n, stop):
-    """Dot products `[M, N]` plus the bias of their positions `n`, in the same unit; -inf from `stop` on."""
-    inside = n < stop
+    """Dot products `[M, N]` plus the bias of their positions `n`, in the same unit, and which positions are seen `[N]`.
+
+    From `stop` on, and where the bias hides a position, products are -inf, whatever its key holds.
+    """
+    seen = n < stop
     if key_bias_ptr is not None:
-        products += tl.load(key_bias_ptr + first_bias + n, mask=inside, other=0.0)[None, :]
-    return tl.where(inside[None, :], products, float("-inf"))
+        bias = tl.load(key_bias_ptr + first_bias + n, mask=seen, other=float("-inf"))
+        products += bias[None, :]
+        seen = bias != float("-inf")
+    return tl.where(seen[None, :], products, float("-inf")), seen
 
 
 @triton.jit

@@ -48,7 +48,7 @@ def group_max_kernel(
         )
         # [M, N]
         products = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-        products = biased(products, key_bias_ptr, b * key_bias_stride_b, first_n + tl.arange(0, BLOCK_N), stop)
+        products, _ = biased(products, key_bias_ptr, b * key_bias_stride_b, first_n + tl.arange(0, BLOCK_N), stop)
         # NaN counts as the greatest, as in a sort; tl.max would ignore it
         products = tl.where(products != products, float("inf"), products)
         maxima = tl.max(tl.reshape(products, [BLOCK_M, BLOCK_N // GROUP, GROUP]), 2)
@@ -93,7 +93,9 @@ def group_products_kernel(
         )  # fmt: skip
         products = tl.sum(keys.to(tl.float32) * query[None, :], 1)
         if key_bias_ptr is not None:
-            products += tl.load(key_bias_ptr + b * key_bias_stride_b + n, mask=seen, other=0.0)
+            bias = tl.load(key_bias_ptr + b * key_bias_stride_b + n, mask=seen, other=0.0)
+            products += bias
+            seen = seen & (bias != float("-inf"))
         tl.store(products_ptr + row * row_stride + place, tl.where(seen, products, float("-inf")), mask=inside)
         tl.store(positions_ptr + row * row_stride + place, first_position + n, mask=inside)
 

@@ -129,7 +129,14 @@ KEYS_PER_MERGED_VALUE = 1e-4
 
 
 def forward_tiles(
-    architecture: str, dtype: torch.dtype, C: int, V: int, *, skips: bool = False, descriptors: bool = False
+    architecture: str,
+    dtype: torch.dtype,
+    C: int,
+    V: int,
+    *,
+    skips: bool = False,
+    descriptors: bool = False,
+    biased: bool = False,
 ) -> ForwardTiles:
     """Choose the forward tile.
 
@@ -139,6 +146,7 @@ def forward_tiles(
         C, V: key and value channels.
         skips: whether values may be dropped.
         descriptors: whether the layout of the inputs allows TMA.
+        biased: whether a bias may hide positions, whose rows each load leaves out.
     """
     block_v = padded(V)
     if architecture == INTERPRETER:
@@ -147,11 +155,13 @@ def forward_tiles(
         if skips:
             return ForwardTiles(32, 32, min(64, block_v), 16 if architecture in LARGE_TILES else 8, 1)
         return ForwardTiles(32, 32, min(128, block_v), 8, 1)
+    if biased and architecture.startswith("gfx"):
+        return ForwardTiles(64, 32, min(128 if padded(C) > 128 else 256, block_v), 8, 2)
     if padded(C) > 128:
         return ForwardTiles(64, 32, min(256, block_v), 8, 2)
-    if architecture in LARGE_TILES and not skips:
+    if architecture in LARGE_TILES and not skips and not (biased and architecture != "sm_90"):
         kind = "descriptor" if descriptors and architecture in TMA_ARCHITECTURES else "portable"
-        return ForwardTiles(128, 64, min(256, block_v), 8, 3, kind)
+        return ForwardTiles(128, 64, min(256, block_v), 8, 2 if biased else 3, kind)
     return ForwardTiles(64, 64, min(256, block_v), 8, 2)
 
 

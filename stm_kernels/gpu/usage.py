@@ -36,7 +36,7 @@ def usage_kernel(
         queries = load_tile(query_key_ptr, first_m, M, query_key_stride_m, 0, C, query_key_stride_c, BLOCK_M, BLOCK_C)
         # [M, N]
         products = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-        products = biased(products, key_bias_ptr, b * key_bias_stride_b, n, stop)
+        products, _ = biased(products, key_bias_ptr, b * key_bias_stride_b, n, stop)
         m = first_m + tl.arange(0, BLOCK_M)
         weights = final_weights(products, row_top_ptr, b * M + m, m < M, scale_log2)
         usage += tl.sum(tl.where((m < M)[:, None], weights, 0.0), 0)

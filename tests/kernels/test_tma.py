@@ -1,7 +1,5 @@
 """The read by tensor descriptors: in the interpreter where there is no GPU with a copy engine."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -21,7 +19,7 @@ def launches(monkeypatch, device) -> list[str]:
         pytest.skip("a GPU without a copy engine")
     launched = []
 
-    def tiles(architecture, dtype, C, V, *, skips=False, descriptors=False):
+    def tiles(architecture, dtype, C, V, *, skips=False, descriptors=False, biased=False):
         kind = KINDS[len(launched) % 2] if descriptors else "portable"
         return ForwardTiles(64, 32, 32, 4, 2, kind)
 
@@ -42,14 +40,20 @@ def test_exact_at_ragged_sizes(launches, device, dtype, sizes):
     assert launches == KINDS
 
 
-def test_splits_bias_and_lengths(monkeypatch, launches, device):
+def test_splits(monkeypatch, launches, device):
     monkeypatch.setattr(forward, "forward_splits", lambda *arguments: (3, 64))
-    problem = make_problem(3, 40, 190, 32, 48, device=device)
-    bias = torch.randn(3, 190, generator=torch.Generator().manual_seed(1)).to(device)
-    bias[0, ::3] = -torch.inf
-    problem = replace(problem, key_bias=bias, lengths=torch.tensor([190, 70, 0], device=device))
-    assert_exact(problem, read_by("triton"), gradients=False)
+    assert_exact(make_problem(3, 40, 190, 32, 48, device=device), read_by("triton"), gradients=False)
     assert launches == KINDS[:1]
+
+
+@pytest.mark.parametrize("form", [{"biased": True}, {"ragged": True}], ids=str)
+def test_hidden_positions_and_padding_go_by_pointers(launches, device, form):
+    """TMA cannot leave out rows, and what is hidden may be NaN."""
+    problem = make_problem(3, 40, 190, 32, 48, device=device, **form)
+    if form == {"biased": True}:
+        problem.memory_value[problem.key_bias.isneginf()] = torch.nan
+    assert_exact(problem, read_by("triton"), gradients=False)
+    assert launches == []
 
 
 def test_what_a_copy_engine_cannot_fetch_goes_by_pointers(launches, device):

@@ -13,7 +13,7 @@ from stm_kernels import memory_read
 from stm_kernels.gpu.launch import architecture_of
 from stm_kernels.gpu.merge import triton_merge
 from stm_kernels.gpu.tuning import affinity_tiles, forward_tiles, keys_per_chunk, padded
-from stm_kernels.testing import assert_exact, make_problem, read_by, results
+from stm_kernels.testing import assert_exact, extra_memory, make_problem, read_by, results
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels run for real")
@@ -76,6 +76,15 @@ def test_tiles_of_the_backward_worth_measuring_are_exact(device, skip):
     for tiles in backward_tiles_of(problem.query_key.device, torch.float16, 16):
         with chosen(backward=tiles):
             assert_exact(problem, read_by("triton", skip=skip))
+
+
+@pytest.mark.parametrize("options", [{}, {"skip": 1e-3}, {"top_k": 5}], ids=str)
+def test_hidden_positions_cost_no_copy_of_the_memory(monkeypatch, device, options):
+    monkeypatch.setattr(backward, "keys_per_chunk", lambda queries: 128)
+    problem = make_problem(1, 16, 4096, 16, 256, biased=True, device=device)
+    results(problem, read_by("triton", **options))  # what a first call keeps
+    extra = extra_memory(lambda: results(problem, read_by("triton", **options), gradients=False), device)
+    assert extra < (problem.memory_key.nbytes + problem.memory_value.nbytes) / 4
 
 
 @pytest.mark.parametrize("channel_major", [False, True], ids=["token_major", "channel_major"])
