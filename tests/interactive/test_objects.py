@@ -5,12 +5,14 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 from drawing import everything, middle, same, stroke
 
 from stm_model.interactive.certainty import certainty
 from stm_model.interactive.footage import Footage
 from stm_model.interactive.results import OVERLAY, check_results, write_results
 from stm_model.interactive.session import ScribbleSession
+from stm_model.interactive.state import FrameMasks
 from stm_model.io.formats.given import read_given
 from stm_model.io.images import OVERLAY_COLORS, write_image
 from stm_model.io.masks import read_mask
@@ -63,6 +65,14 @@ def test_an_object_is_deleted_from_all_frames_and_comes_back(two_rounds, scribbl
     assert session.names[2] == "object 2" and session.palette[2].tolist() == OVERLAY_COLORS[1].tolist()
 
 
+def test_the_pixels_of_a_deleted_object_become_background():
+    # the second object wins the first pixel, the first object the others, the last one closely
+    given = torch.tensor([[[0.3, 0.8, 0.45]], [[0.6, 0.1, 0.15]]])
+    left = FrameMasks.pack((4, 7), given).without(7)
+    assert left.objects == (4,)
+    assert left.unpack((1, 3))[1, 0].numpy() == pytest.approx([0.3, 0.8 / 0.9, 0.45 / 0.85], abs=1 / 255)
+
+
 def test_names_and_colors_are_saved_and_undone(session, scribble_model, clip, tmp_path):
     session.add_scribbles(0, [stroke(1, (0.5, 0.5)), stroke(2, (0.1, 0.1))])
     session.describe(1, name="Größe", color="#102030")
@@ -104,6 +114,8 @@ def test_certainty_is_high_for_sure_masks_and_for_none_low_for_faint_ones(sessio
     faint[2:5, 2:5], faint[6] = 0.4, 0.05
     assert certainty(sure) == pytest.approx(0.98) and certainty(faint) == pytest.approx(0.4)
     assert certainty(np.full((8, 8), 0.05, np.float32)) == 1
+    # in proportion to how much of it is there
+    assert certainty(np.array([[0.9, 0.3]], np.float32)) == pytest.approx(0.9 / 1.2)
     assert session.certainty == [None] * 8
     session.give({3: clip[1][3]})
     found = session.certainty
