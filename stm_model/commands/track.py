@@ -70,7 +70,9 @@ class TrackConfig(NetworkOptions):
     resize_mask: bool = False
     """Resize masks that are not of the video's size, instead of refusing them."""
     overlay: bool = True
-    """Write overlay.mp4, the video with the objects colored."""
+    """Write overlay.mp4, the video with the objects colored, and its sound."""
+    overlay_style: Literal["fill", "outline", "side-by-side"] = "fill"
+    """How it shows them: filled, by their outlines, or filled beside the video as it is."""
     export: tuple[str, ...] = ()
     """Write these formats as well: coco, ytvis, mots, cvat, labelme, yolo, alpha, alpha-mov, alpha-webm, matte,
     matte-webm, exr."""
@@ -125,7 +127,7 @@ def track_video(
     masks = _given_masks(config, video)
     config = dataclasses.replace(config, size=chosen_side(config.size, config.checkpoint, video.size))
     tracker = make_tracker(config, model)
-    run = FolderRun("track", config.out, tracker, config)
+    run = FolderRun("track", config.out, tracker, config, config.overlay_style)
     resume_file = ResumeFile(config.out / RESUME_FILE, config.save_every, config.video)
     saved = resume_file.read() if config.resume else None
     # a video of unknown length is tracked all the same

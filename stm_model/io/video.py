@@ -22,6 +22,7 @@ from stm_model.io.images import (
     reason,
     width_by_height,
 )
+from stm_model.io.sound import Sound
 from stm_model.runtime import is_out_of_memory
 
 FOLDER_FPS = Fraction(24)
@@ -300,6 +301,8 @@ class VideoWriter:
         fps: frames a second.
         codec: FFmpeg's name of an encoder; None chooses.
         time_base: unit in seconds of the times of frames; None is a frame's duration.
+        sound: video file whose first sound track is copied, as far as the frames go; left out with a warning if an mp4
+            cannot hold it.
     """
 
     def __init__(
@@ -308,8 +311,9 @@ class VideoWriter:
         fps: Fraction | float = FOLDER_FPS,
         codec: str | None = None,
         time_base: Fraction | None = None,
+        sound: str | os.PathLike | None = None,
     ):
-        self.path = Path(path)
+        self.path, self._sound_of = Path(path), sound
         self._fps = Fraction(fps).limit_denominator(1001)
         self._codec = codec or ("libx264" if "libx264" in av.codecs_available else "mpeg4")
         self._partial = self.path.with_name(f".{self.path.stem}.partial.mp4")
@@ -317,6 +321,7 @@ class VideoWriter:
         self._last: int | None = None
         self._container: Any = None
         self._stream: Any = None
+        self._sound: Sound | None = None
 
     def write(self, frame: np.ndarray, time: int | None = None) -> None:
         """Append one frame; all have the size of the first. `time` is when it is shown, None a frame's duration after
@@ -346,6 +351,7 @@ class VideoWriter:
             self._stream.options = {"crf": "20", "preset": "veryfast"}
         else:
             self._stream.bit_rate = 8_000_000
+        self._sound = Sound(self._sound_of, self._container) if self._sound_of is not None else None
 
     def close(self) -> None:
         """Finish the file. Closing twice is fine."""
@@ -355,6 +361,8 @@ class VideoWriter:
         try:
             with self._named():
                 container.mux(self._stream.encode())
+                if self._sound is not None and self._last is not None:
+                    self._sound.copy(self._last * self._time_base + 1 / self._fps)
                 container.close()
                 os.replace(self._partial, self.path)
         finally:
@@ -373,6 +381,8 @@ class VideoWriter:
         if self._container is not None:
             container, self._container = self._container, None
             container.close()
+            if self._sound is not None:
+                self._sound.close()
             self._partial.unlink(missing_ok=True)
 
     def __enter__(self) -> VideoWriter:

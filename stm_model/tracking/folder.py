@@ -17,10 +17,10 @@ import torch
 
 from stm_model.io.files import is_empty, write_json
 from stm_model.io.formats.table import FORMATS, TRACKED, Exports
-from stm_model.io.images import overlay
 from stm_model.io.masks import read_mask, write_mask
+from stm_model.io.overlay import Overlay, Style
 from stm_model.io.threads import Prefetch, Writer
-from stm_model.io.video import BrokenVideo, VideoWriter
+from stm_model.io.video import BrokenVideo, VideoFile, VideoWriter
 from stm_model.progress import Progress
 from stm_model.runtime import is_out_of_memory, one_line, peak_process_memory, timed
 from stm_model.tracking.resume import FORMAT, ResumeFile
@@ -40,8 +40,8 @@ OUTPUTS = ("masks", OVERLAY, SHEET, SUMMARY, RESUME_FILE, *(FORMATS[name].target
 class FolderRun:
     """One video tracked into a folder by `command`; the summary records `settings`, a dataclass."""
 
-    def __init__(self, command: str, out: Path, tracker: Tracker, settings: Any):
-        self.out, self.tracker = out, tracker
+    def __init__(self, command: str, out: Path, tracker: Tracker, settings: Any, overlay_style: Style = "fill"):
+        self.out, self.tracker, self.overlay_style = out, tracker, overlay_style
         self._began = self._ended = False
         self._seconds = dict.fromkeys(("tracking", "waiting", "decoding", "writing", "wall"), 0.0)
         self.summary: dict[str, Any] = {
@@ -209,9 +209,11 @@ class FolderRun:
         without labels the mask is there already.
         """
         with contextlib.ExitStack() as stack:
-            video = None
+            video, drawing = None, Overlay(self.overlay_style)
             if overlay_fps is not None:
-                writer = VideoWriter(self.out / OVERLAY, overlay_fps, time_base=getattr(frames, "time_base", None))
+                file = frames.path if isinstance(frames, VideoFile) else None
+                time_base = getattr(frames, "time_base", None)
+                writer = VideoWriter(self.out / OVERLAY, overlay_fps, time_base=time_base, sound=file)
                 video = stack.enter_context(writer)
             if exports is not None:
                 stack.enter_context(exports)
@@ -227,7 +229,7 @@ class FolderRun:
                 if exports is not None:
                     exports.write(index, labels, frame)
                 if video is not None:
-                    colored = overlay(frame, labels)
+                    colored = drawing.draw(frame, labels)
                     times = getattr(frames, "times", ())
                     video.write(colored, times[index] if index < len(times) else None)
                 self._seconds["writing"] += time.perf_counter() - started

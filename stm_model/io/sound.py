@@ -1,0 +1,46 @@
+"""The sound of a video, copied into another file as it is."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from fractions import Fraction
+from typing import Any
+
+import av
+
+from stm_model.io.images import reason
+
+
+class Sound:
+    """The first sound track of a file, if there is one, to be copied into an mp4 that PyAV writes.
+
+    Args:
+        path: the file.
+        container: the mp4, before anything was written; a format of sound that it cannot hold is left out with a
+            warning.
+    """
+
+    def __init__(self, path: str | os.PathLike, container: Any):
+        self._container, self._track = container, None
+        self._source = av.open(os.fspath(path), metadata_errors="ignore")
+        for stream in self._source.streams.audio[:1]:
+            try:
+                self._track = container.add_stream_from_template(stream)
+            except (ValueError, av.FFmpegError) as error:
+                warnings.warn(f"{path}: its sound is left out ({reason(error)})", stacklevel=3)
+
+    def copy(self, end: Fraction) -> None:
+        """Copy what is heard before `end`, in seconds."""
+        with self._source as source:
+            for packet in source.demux(source.streams.audio[:1]) if self._track is not None else ():
+                if packet.pts is None or packet.dts is None:
+                    continue
+                if packet.pts * packet.time_base >= end:
+                    break
+                packet.stream = self._track
+                self._container.mux(packet)
+
+    def close(self) -> None:
+        """Let the file go."""
+        self._source.close()
