@@ -1,18 +1,22 @@
 """Compile the kernels with their default tiles for GPUs that are not here, and report the resources they need.
 
     python -m stm_kernels.gpu.aot [--architecture sm_90 …] [--json FILE]
+    python -m stm_kernels.gpu.aot --check bench/results/aot.json    # exit code 1 where a kernel differs
 
-Needs triton, no GPU, and no TRITON_INTERPRET in the environment.
+Triton keeps what it has compiled, by its source, so that a second run is short. Needs triton, no GPU, and no
+TRITON_INTERPRET in the environment.
 """
 
 import argparse
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -26,13 +30,14 @@ from stm_kernels.affinity import SKIP_POSITIONS, SKIP_QUERIES, Affinity
 from stm_kernels.gpu.affinity import affinity_launch
 from stm_kernels.gpu.forward import PageTable, forward_launch
 from stm_kernels.gpu.launch import Launch
+from stm_kernels.gpu.machine_code import MATRIX_INSTRUCTIONS, main_loop
 from stm_kernels.gpu.merge import merge_launch
 from stm_kernels.gpu.tma import descriptor_launch
 from stm_kernels.gpu.top_k import GROUP, group_max_launch, group_products_launch, select_launch
 from stm_kernels.gpu.tuning import MAX_GROUPS, affinity_tiles, forward_tiles, group_tiles, usage_tiles
 from stm_kernels.gpu.usage import usage_launch
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # C and V: the standard model's, in every dtype; STCN's, the small model's and SAM 2's in one
 STANDARD = (128, 512)
@@ -41,8 +46,7 @@ FORMS_OF_OTHERS = (
     "read", "read, bias and lengths", "read, skipping", "read, skipping, bias and lengths", "read, descriptors",
     "affinity and gradient", "the same, skipping", "usage", "maxima", "chosen"
 )  # fmt: skip
-SHARED_MEMORY_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
-MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma")
+SHARED_MEMORY_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 SPILL_INSTRUCTIONS = ("STL", "LDL", "scratch_store", "scratch_load")
 OTHER_INSTRUCTIONS = ("FFMA", "MUFU.EX2", "LDGSTS", "LDSM", "UTMALDG", "BAR.SYNC")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -76,6 +80,8 @@ class Resources:
     """The architecture's limit for a program."""
     instructions: dict[str, int]
     """Matrix, load and spill instructions in the machine code, by name."""
+    loop: dict[str, int]
+    """Those of the main loop, and all of it as "all"."""
 
     @property
     def spills(self) -> int:
@@ -163,10 +169,8 @@ def _top_k_launches(affinity: Affinity, full: Affinity, architecture: str, k: in
     }
 
 
-def compile_launch(
-    form: str, dtype: torch.dtype, channels: tuple[int, int], launch: Launch, architecture: str
-) -> Resources:
-    """Compile a launch for an architecture ("sm_90", "gfx942") and read its resources from the machine code.
+def machine_code(launch: Launch, architecture: str) -> tuple[str, int, int, float]:
+    """Compile a launch: its machine code, registers and bytes of stack per thread, and KiB of shared memory.
 
     Raises:
         RuntimeError: the process runs Triton's interpreter, which compiles nothing.
@@ -189,9 +193,15 @@ def compile_launch(
     else:
         registers, stack = r"REG:(\d+)", r"STACK:(\d+)"
         usage, code = _disassemble(compiled.asm["cubin"])
-    names = (*MATRIX_INSTRUCTIONS, *SPILL_INSTRUCTIONS, *OTHER_INSTRUCTIONS)
-    # AMD's instructions have their shape after an underscore
-    counts = {name: len(re.findall(rf"\s{re.escape(name)}(?:\b|_)", code)) for name in names}
+    return code, _number(registers, usage), _number(stack, usage), compiled.metadata.shared / 1024
+
+
+def compile_launch(
+    form: str, dtype: torch.dtype, channels: tuple[int, int], launch: Launch, architecture: str
+) -> Resources:
+    """Compile a launch for an architecture ("sm_90", "gfx942") and read its resources from the machine code."""
+    code, registers, stack, shared = machine_code(launch, architecture)
+    loop = main_loop(code)
     return Resources(
         form=form,
         kernel=launch.kernel.__name__,
@@ -200,12 +210,20 @@ def compile_launch(
         value_channels=channels[1],
         architecture=architecture,
         warps=launch.num_warps,
-        registers=_number(registers, usage),
-        stack_bytes=_number(stack, usage),
-        shared_kib=compiled.metadata.shared / 1024,
+        registers=registers,
+        stack_bytes=stack,
+        shared_kib=shared,
         shared_limit_kib=SHARED_MEMORY_KIB[architecture],
-        instructions={name: count for name, count in counts.items() if count},
+        instructions=_counts(code),
+        loop=_counts("".join("\n " + line for line in loop)) | {"all": len(loop)},
     )
+
+
+def _counts(code: str) -> dict[str, int]:
+    names = (*MATRIX_INSTRUCTIONS, *SPILL_INSTRUCTIONS, *OTHER_INSTRUCTIONS)
+    # AMD's instructions have their shape after an underscore
+    counts = {name: len(re.findall(rf"\s{re.escape(name)}(?:\b|_)", code)) for name in names}
+    return {name: count for name, count in counts.items() if count}
 
 
 def _number(pattern: str, text: str) -> int:
@@ -262,6 +280,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--json", type=Path, help="also write the table here")
+    parser.add_argument("--check", type=Path, metavar="FILE", help="compare with the table in this file")
     arguments = parser.parse_args()
     cases = []
     for architecture in arguments.architecture:
@@ -275,9 +294,32 @@ def main() -> None:
         sizes = (row.form, row.key_channels, row.value_channels, row.dtype, row.architecture)
         shared = f"{row.shared_kib:.0f}/{row.shared_limit_kib}"
         print(columns.format(*sizes, row.registers, row.stack_bytes, row.spills, shared, row.tensor_cores))
+    rows = [asdict(row) | {"spills": row.spills, "tensor_cores": row.tensor_cores} for row in table]
     if arguments.json:
-        rows = [asdict(row) | {"spills": row.spills, "tensor_cores": row.tensor_cores} for row in table]
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        arguments.json.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    if arguments.check:
+        recorded = [
+            row for row in json.loads(arguments.check.read_text()) if row["architecture"] in arguments.architecture
+        ]
+        found = differences(recorded, rows)
+        print("\n".join(found) or f"{len(rows)} kernels are as in {arguments.check}")
+        sys.exit(bool(found))
+
+
+def differences(recorded: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each kernel that differs between two tables."""
+    names = ("architecture", "dtype", "key_channels", "value_channels", "form")
+    before, now = ({" ".join(str(row[name]) for name in names): row for row in table} for table in (recorded, rows))
+    lines = [f"{name}: only in the recorded table" for name in before.keys() - now.keys()]
+    lines += [f"{name}: not in the recorded table" for name in now.keys() - before.keys()]
+    for name in before.keys() & now.keys():
+        changes = [
+            f"{key} {before[name].get(key)} → {now[name][key]}"
+            for key in now[name]
+            if before[name].get(key) != now[name][key]
+        ]
+        lines += [f"{name}: {', '.join(changes)}"] if changes else []
+    return sorted(lines)
 
 
 if __name__ == "__main__":

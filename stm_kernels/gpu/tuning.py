@@ -153,7 +153,7 @@ def forward_tiles(
         return ForwardTiles(32, 32, min(64, block_v), 4, 1)
     if dtype == torch.float32:
         if skips:
-            return ForwardTiles(32, 32, min(64, block_v), 16 if architecture in LARGE_TILES else 8, 1)
+            return ForwardTiles(32, 32, min(64, block_v), 16 if architecture in (*LARGE_TILES, "sm_120") else 8, 1)
         return ForwardTiles(32, 32, min(128, block_v), 8, 1)
     if biased and architecture.startswith("gfx"):
         return ForwardTiles(64, 32, min(128 if padded(C) > 128 else 256, block_v), 8, 2)
@@ -206,7 +206,8 @@ def select_tiles(architecture: str, width: int) -> SelectTiles:
     block = min(MAX_GROUPS, padded(width))
     if architecture == INTERPRETER:
         return SelectTiles(32, block, 4)
-    return SelectTiles(max(1, 2048 // block), block, max(4, block // 512))
+    per_warp = 256 if architecture == "sm_120" else 512
+    return SelectTiles(max(1, 2048 // block), block, max(4, block // per_warp))
 
 
 def groups_per_chunk(queries: int) -> int:

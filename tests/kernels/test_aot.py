@@ -10,6 +10,9 @@ import pytest
 
 pytest.importorskip("triton")
 
+from stm_kernels.gpu.aot import differences
+from stm_kernels.gpu.machine_code import main_loop
+
 # kernels that multiply matrices, and those that do not
 MULTIPLYING = {"read_kernel", "descriptor_read_kernel", "affinity_kernel", "usage_kernel", "group_max_kernel"}
 OTHERS = {"merge_kernel", "group_products_kernel", "select_kernel"}
@@ -31,7 +34,7 @@ def test_every_kernel_is_there(table):
     assert len(cases) == len(table)
     assert {row["kernel"] for row in table} == MULTIPLYING | OTHERS
     forms, architectures, *_ = (set(column) for column in zip(*cases))
-    assert architectures == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert architectures == {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942"}
     fetched = {form for form in forms if "descriptor" in form or "warp" in form}
     assert len(fetched) == 3
     for architecture in architectures:
@@ -59,9 +62,44 @@ def test_half_precision_runs_on_tensor_cores(table):
 
 def test_the_table_in_the_repository_is_this_one(table):
     """It shows what a change costs; renew it by `python -m stm_kernels.gpu.aot --json bench/results/aot.json`."""
-    names = ("form", "kernel", "dtype", "key_channels", "value_channels", "architecture")
-    recorded = json.loads((Path(__file__).parents[2] / "bench/results/aot.json").read_text())
-    assert [[row[name] for name in names] for row in recorded] == [[row[name] for name in names] for row in table]
+    assert differences(json.loads((Path(__file__).parents[2] / "bench/results/aot.json").read_text()), table) == []
+
+
+def test_what_differs_is_named():
+    names = ("architecture", "dtype", "key_channels", "value_channels", "form")
+    rows = [dict(zip(names, ("sm_90", "bfloat16", 128, 512, form)), registers=200, loop={"HGMMA": 8}) for form in "abc"]
+    assert differences(rows, rows) == []
+    changed = [rows[0] | {"registers": 255}, rows[1] | {"loop": {"HGMMA": 8, "STL": 2}}, rows[2] | {"form": "d"}]
+    assert differences(rows, changed) == [
+        "sm_90 bfloat16 128 512 a: registers 200 → 255",
+        "sm_90 bfloat16 128 512 b: loop {'HGMMA': 8} → {'HGMMA': 8, 'STL': 2}",
+        "sm_90 bfloat16 128 512 c: only in the recorded table",
+        "sm_90 bfloat16 128 512 d: not in the recorded table",
+    ]
+
+
+SASS = """
+.L_x_0:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+.L_x_1:
+        /*0020*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+.L_x_3:
+        /*0030*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0040*/              @!P0 BRA `(.L_x_1) ;
+        /*0050*/               @P1 BRA `(.L_x_0) ;
+        /*0060*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0070*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0080*/                   EXIT ;
+.L_x_2:
+        /*0090*/                   BRA `(.L_x_3) ;
+"""
+
+
+def test_the_main_loop_is_the_innermost_one_that_multiplies():
+    assert [line.split()[0] for line in main_loop(SASS)] == ["HMMA.16816.F32.BF16"] * 2 + ["BRA"]
+    whole = main_loop(SASS.replace("HMMA.16816.F32.BF16", "FFMA"))
+    assert len(whole) == 10
 
 
 def test_the_interpreter_is_named_as_the_obstacle():

@@ -112,7 +112,9 @@ def test_blocks_hold_their_channels():
     assert [padded(channels) for channels in (1, 16, 17, 128, 129)] == [16, 16, 32, 128, 256]
 
 
-@pytest.mark.parametrize("architecture", ["interpreter", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize(
+    "architecture", ["interpreter", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942"]
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_every_architecture_has_tiles(architecture, dtype):
     for C, V in ((16, 16), (128, 512), (256, 1024)):
