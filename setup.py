@@ -63,6 +63,8 @@ setup(
             "httpx2",
             # drives a browser that is there already
             "playwright",
+            # an FFmpeg that feeds a pipe
+            "imageio-ffmpeg",
             # what users read exported masks with
             "supervision",
             "cvat-cli",

@@ -27,6 +27,15 @@ DEFAULT_INTERACTIVE_WEIGHTS = DEFAULT_WEIGHTS.with_name("stm_interactive.safeten
 USUAL_SIZE = 480
 """Shorter side in pixels at which a network with the package's weights runs, unless another one is asked for."""
 
+STDIN = "-"
+LIVE_SCHEMES = ("rtsp", "rtsps", "rtmp", "tcp", "udp", "rtp", "srt", "http", "https")
+
+
+def is_live(source: str | Path) -> bool:
+    """Whether a source is stdin (`-`), a camera (`/dev/video0`) or a network address, of which nothing comes twice."""
+    scheme, colon, _ = str(source).partition("://")
+    return source == STDIN or str(source).startswith("/dev/video") or (bool(colon) and scheme in LIVE_SCHEMES)
+
 
 def chosen_side(size: int | None, checkpoint: Path | None, frame_size: Sequence[int]) -> int | None:
     """Shorter side in pixels at which a network runs on frames `[H, W]` of this size; None is their own.

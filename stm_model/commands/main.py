@@ -86,9 +86,9 @@ def _demo(argv: Sequence[str]) -> Command:
 
 def _track(argv: Sequence[str]) -> Command:
     from stm_model.commands.options import parse
-    from stm_model.commands.track import TrackConfig, track
+    from stm_model.commands.track import TrackConfig, named, track
 
-    config = parse(TrackConfig, "stm track", argv)
+    config = named(parse(TrackConfig, "stm track", argv))
 
     def track_listed() -> int:
         from stm_model.commands.batch import track_all

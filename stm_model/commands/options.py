@@ -12,6 +12,7 @@ import itertools
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
@@ -70,6 +71,8 @@ def _options(info: tyro.constructors.StructTypeInfo) -> StructConstructorSpec | 
 def _metavar(kind: Any) -> str | None:
     """`PATH` for `Path | None`; None leaves it to tyro."""
     parts = get_args(kind)
+    if set(parts) == {str, Path}:
+        return "PATH"
     if NoneType not in parts:
         return None
     (inner,) = (part for part in parts if part is not NoneType)

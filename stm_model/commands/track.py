@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from stm_model.commands.exits import BAD_INPUT, fail, interrupted, option_bytes
-from stm_model.runtime import NetworkOptions, one_line
+from stm_model.runtime import STDIN, NetworkOptions, is_live, one_line
 
 # torch, PyAV and the model are imported where they are used: `stm track --help` answers at once
 if TYPE_CHECKING:
     import numpy as np
 
     from stm_model import STM, Tracker
+    from stm_model.io.live import LiveVideo
     from stm_model.io.video import FrameFolder, VideoFile
     from stm_model.tracking.folder import FolderRun
 
@@ -31,9 +33,9 @@ class TrackConfig(NetworkOptions):
     Writes masks/00000.png … (labels as in the mask), overlay.mp4 and summary.json into the --out folder.
     """
 
-    video: tyro.conf.Positional[Path]
-    """A video file, or a folder of frames. Without --mask a text file that lists videos, VIDEO MASK [NAME] on each
-    line."""
+    video: tyro.conf.Positional[str | Path]
+    """A video file, a folder of frames, or live input: - for stdin (y4m, mjpeg, …), /dev/video0, rtsp://… Without
+    --mask a text file that lists videos, VIDEO MASK [NAME] on each line."""
     out: Path
     """Folder for the results; for those of a list a folder of folders."""
     mask: Path | None = None
@@ -76,6 +78,11 @@ class TrackConfig(NetworkOptions):
     export: tuple[str, ...] = ()
     """Write these formats as well: coco, ytvis, mots, cvat, labelme, yolo, alpha, alpha-mov, alpha-webm, matte,
     matte-webm, exr."""
+    live: Literal["newest", "every"] | None = None
+    """Of live input, track the newest frame and drop older unread ones, or every frame while the source waits. None
+    takes every of stdin, newest of cameras and streams."""
+    stream: Literal["y4m", "png"] | None = None
+    """Write the masks to stdout instead of files: labels as grey y4m, or PNG after PNG."""
     overwrite: bool = False
     """Replace earlier results in a folder that is not empty; other files in it stay. Without it a list goes on with the
     videos that are not done."""
@@ -84,12 +91,27 @@ class TrackConfig(NetworkOptions):
     list always does."""
     save_every: float = 60.0
     """Seconds from one saved state to the next, more where writing takes over 2 % of them; 0 saves none."""
+    shard: str | None = None
+    """Of a list, the videos of job i of n, as 1/8, 2/8, …: job arrays with one --out."""
     json: bool = False
     """Print the summary as JSON, alone on stdout."""
 
 
-SAME_RESULTS = frozenset({"out", "device", "overwrite", "json", "resume", "save_every"})
+SAME_RESULTS = frozenset({"out", "device", "overwrite", "json", "resume", "save_every", "shard"})
 """Settings that a result does not depend on."""
+
+
+LIVE_BUDGET = "256MiB"
+"""What may be remembered of live input, which has no end, unless the user says otherwise."""
+
+
+def named(config: TrackConfig) -> TrackConfig:
+    """The video as a path, unless it is live input; that needs a mask."""
+    if not is_live(config.video):
+        return dataclasses.replace(config, video=Path(config.video))
+    if config.mask is None:
+        raise ValueError(f"{config.video}: live input needs the --mask of its first frame")
+    return config
 
 
 def track(config: TrackConfig) -> int:
@@ -116,20 +138,25 @@ def track_video(
     """
     from stm_model.io.formats.export import Clip
     from stm_model.io.formats.table import TRACKED, Exports, check_formats
-    from stm_model.io.video import open_video
+    from stm_model.io.masks import MaskStream
     from stm_model.runtime import chosen_side
     from stm_model.tracking.folder import RESUME_FILE, FolderRun
     from stm_model.tracking.resume import ResumeFile
 
     check_formats(config.export, "--export", TRACKED)
     check_output(config)
-    video = open_video(config.video)
+    video = _opened(config)
     masks = _given_masks(config, video)
     config = dataclasses.replace(config, size=chosen_side(config.size, config.checkpoint, video.size))
+    if isinstance(config.video, str) and config.memory_budget is None and config.memory_share is None:
+        config = dataclasses.replace(config, memory_budget=LIVE_BUDGET)
     tracker = make_tracker(config, model)
-    run = FolderRun("track", config.out, tracker, config, config.overlay_style)
-    resume_file = ResumeFile(config.out / RESUME_FILE, config.save_every, config.video)
-    saved = resume_file.read() if config.resume else None
+    stream = MaskStream(sys.stdout.buffer, config.stream, video.fps) if config.stream else None
+    run = FolderRun("track", config.out, tracker, config, config.overlay_style, stream)
+    resume_file = None
+    if not isinstance(config.video, str) and not config.stream:
+        resume_file = ResumeFile(config.out / RESUME_FILE, config.save_every, config.video)
+    saved = resume_file.read() if resume_file and config.resume else None
     # a video of unknown length is tracked all the same
     plan = None if video.frame_count is None else tracker.plan(video.size, video.frame_count, masks)
     done = saved["summary"]["frames"] if saved else 0
@@ -142,7 +169,7 @@ def track_video(
         overlay_fps=video.fps if config.overlay else None,
         exports=Exports(config.export, config.out, Clip(video.name, video), done) if config.export else None,
         title=title,
-        announce=lines if announce and not config.json else (),
+        announce=lines if announce and not config.json and not config.stream else (),
         resume_file=resume_file,
         saved=saved,
     )
@@ -212,6 +239,10 @@ def check_output(config: TrackConfig) -> None:
     from stm_model.io.files import is_empty
     from stm_model.tracking.folder import OUTPUTS
 
+    if config.resume and (config.stream or isinstance(config.video, str)):
+        raise ValueError("--resume: expected a video file and masks in files; live input and --stream are gone")
+    if config.json and config.stream:
+        raise ValueError("--json and --stream both write to stdout; choose one of them")
     if config.resume and config.overwrite:
         raise ValueError("--resume goes on with what --overwrite replaces; choose one of them")
     if config.resume:
@@ -220,20 +251,33 @@ def check_output(config: TrackConfig) -> None:
         raise ValueError(f"--out {config.out}: is not empty; choose another folder, or add --overwrite or --resume")
     ours = {(config.out / name).resolve() for name in OUTPUTS}
     for name in ("video", "mask"):
-        path = getattr(config, name).resolve()
+        path = Path(getattr(config, name)).resolve()
         if ours & {path, *path.parents}:
             raise ValueError(f"--out {config.out}: the results would overwrite the {name}; choose another folder")
 
 
-def _given_masks(config: TrackConfig, video: VideoFile | FrameFolder) -> dict[int, np.ndarray]:
+def _opened(config: TrackConfig) -> VideoFile | FrameFolder | LiveVideo:
+    from stm_model.io.live import LiveVideo
+    from stm_model.io.video import open_video
+
+    if isinstance(config.video, str):
+        return LiveVideo(config.video, (config.live or ("every" if config.video == STDIN else "newest")) == "every")
+    if config.live:
+        raise ValueError(f"--live {config.live}: expected live input, got {config.video}")
+    return open_video(config.video)
+
+
+def _given_masks(config: TrackConfig, video: VideoFile | FrameFolder | LiveVideo) -> dict[int, np.ndarray]:
     from stm_model.io.formats.given import read_given
     from stm_model.io.images import width_by_height
+    from stm_model.io.live import LiveVideo
     from stm_model.io.masks import resize_mask
 
     assert config.mask is not None
     if config.binary and config.colors:
         raise ValueError("--binary takes the mask for one object, --colors for one of each color; choose one of them")
-    masks = read_given(config.mask, video, binary=config.binary, colors=config.colors)
+    known = None if isinstance(video, LiveVideo) else video
+    masks = read_given(config.mask, known, binary=config.binary, colors=config.colors)
     for index, labels in masks.items():
         if labels.shape == video.size:
             continue
@@ -272,10 +316,12 @@ def report(run: FolderRun, as_json: bool) -> int:
     except OSError as error:
         # a full disk: what was said of it first counts
         summary["stopped"] = summary["stopped"] or one_line(error)
-    print(json.dumps(summary, indent=2) if as_json else describe(summary))
+    # stdout may be a stream of masks
+    file = sys.stderr if run.stream else None
+    print(json.dumps(summary, indent=2) if as_json else describe(summary), file=file)
     if summary["stopped"] is None:
         return 0
-    kept = f"the masks of {summary['frames']} frames are kept in {run.out}"
+    kept = f"the masks of {summary['frames']} frames are {'on stdout' if run.stream else f'kept in {run.out}'}"
     if (run.out / folder.RESUME_FILE).exists():
         kept += "; --resume goes on"
     line = f"{summary['stopped']}; {kept}"
@@ -295,6 +341,11 @@ def describe(summary: dict[str, Any]) -> str:
     for label, noted in summary["signals"].items():
         if frames := noted["uncertain"]:
             lines.append(f"lost?       object {label} in {len(frames)} frames from {frames[0]} on")
+    if live := summary.get("live"):
+        lost = f", {live['damaged']} damaged" * bool(live["damaged"])
+        lost += f", connected again {live['reconnected']} times" * bool(live["reconnected"])
+        latency = "" if live["median_latency"] is None else f", median latency {live['median_latency']:.3f} s"
+        lines.append(f"live        {live['policy']} kept, {live['dropped']} dropped{lost}{latency}")
     return "\n".join(
         [
             *lines,

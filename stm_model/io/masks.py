@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -203,6 +204,32 @@ def _number(file: Path) -> int | None:
     return int(number[1]) if number else None
 
 
+class MaskStream:
+    """Label maps one after the other into a binary file, as stdout is.
+
+    Args:
+        file: where they go; flushed after each.
+        form: `y4m`, grey values are the labels, or `png`, palette PNGs as `write_mask` makes them.
+        fps: frames a second, which y4m says.
+    """
+
+    def __init__(self, file: IO[bytes], form: str, fps: Fraction):
+        self.file, self.form, self.fps, self._began = file, form, fps, False
+
+    def write(self, labels: np.ndarray) -> None:
+        """Append the labels uint8 `[H, W]` of the next frame. Raises an OSError where nobody reads any more."""
+        if self.form == "png":
+            _palette_picture(labels).save(self.file, format="PNG")
+        else:
+            if not self._began:
+                size = f"W{labels.shape[1]} H{labels.shape[0]}"
+                rate = f"F{self.fps.numerator}:{self.fps.denominator}"
+                self.file.write(f"YUV4MPEG2 {size} {rate} Ip A1:1 Cmono\n".encode())
+            self._began = True
+            self.file.write(b"FRAME\n" + labels.tobytes())
+        self.file.flush()
+
+
 def write_mask(path: str | os.PathLike, labels: np.ndarray) -> None:
     """Write labels `[H, W]`, whole numbers 0…255, as a PNG with DAVIS' palette. A file of that name is there whole or
     not at all.
@@ -219,10 +246,14 @@ def write_mask(path: str | os.PathLike, labels: np.ndarray) -> None:
         raise ValueError(f"labels: expected 0 to 255, got {labels.min()} to {labels.max()}")
     if Path(path).suffix.lower() != ".png":
         raise ValueError(f"{path}: expected a name that ends in .png, as masks are PNG files")
-    image = Image.fromarray(labels.astype(np.uint8), mode="P")
-    image.putpalette(davis_palette())
     with whole(path) as partial:
-        image.save(partial, format="PNG")
+        _palette_picture(labels.astype(np.uint8)).save(partial, format="PNG")
+
+
+def _palette_picture(labels: np.ndarray) -> Image.Image:
+    image = Image.fromarray(labels, mode="P")
+    image.putpalette(davis_palette())
+    return image
 
 
 def davis_palette() -> bytes:

@@ -66,7 +66,10 @@ def open_video(path: str | os.PathLike) -> VideoFile | FrameFolder:
     if not path.exists():
         raise MediaError(f"{path}: no such video file or folder of frames")
     if path.is_fifo():
-        raise MediaError(f"{path}: is a pipe, which is read only once; expected a video file or a folder of frames")
+        raise MediaError(
+            f"{path}: is a pipe, which is read only once; expected a video file or a folder of "
+            "frames, or - for a video on stdin"
+        )
     return VideoFile(path)
 
 
@@ -202,7 +205,7 @@ class VideoFile:
                     if picture is not None:
                         yield from ((picture, False, time) for time in sorted(earlier))
                     due -= earlier | {frame.pts}
-                    picture = _upright(frame)
+                    picture = upright(frame)
                     yield picture, not frame.is_corrupt, frame.pts if timed else None
             if picture is not None and due:
                 raise _Break("the rest cannot be decoded" if failure is None else reason(failure)) from failure
@@ -284,7 +287,8 @@ def _ends_within_a_packet(path: Path) -> bool:
     return False
 
 
-def _upright(frame) -> np.ndarray:
+def upright(frame) -> np.ndarray:
+    """A decoded frame as uint8 RGB `[H, W, 3]`, turned as it says."""
     pixels = frame.to_ndarray(format="rgb24")
     quarters = round(frame.rotation / 90) % 4
     return np.ascontiguousarray(np.rot90(pixels, quarters)) if quarters else pixels

@@ -17,7 +17,8 @@ import torch
 
 from stm_model.io.files import is_empty, write_json
 from stm_model.io.formats.table import FORMATS, TRACKED, Exports
-from stm_model.io.masks import read_mask, write_mask
+from stm_model.io.live import LiveVideo
+from stm_model.io.masks import MaskStream, read_mask, write_mask
 from stm_model.io.overlay import Overlay, Style
 from stm_model.io.threads import Prefetch, Writer
 from stm_model.io.video import BrokenVideo, VideoFile, VideoWriter
@@ -38,10 +39,20 @@ OUTPUTS = ("masks", OVERLAY, SHEET, SUMMARY, RESUME_FILE, *(FORMATS[name].target
 
 
 class FolderRun:
-    """One video tracked into a folder by `command`; the summary records `settings`, a dataclass."""
+    """One video tracked into a folder by `command`; the summary records `settings`, a dataclass. Masks go to `stream`
+    where there is one.
+    """
 
-    def __init__(self, command: str, out: Path, tracker: Tracker, settings: Any, overlay_style: Style = "fill"):
-        self.out, self.tracker, self.overlay_style = out, tracker, overlay_style
+    def __init__(
+        self,
+        command: str,
+        out: Path,
+        tracker: Tracker,
+        settings: Any,
+        overlay_style: Style = "fill",
+        stream: MaskStream | None = None,
+    ):
+        self.out, self.tracker, self.overlay_style, self.stream = out, tracker, overlay_style, stream
         self._began = self._ended = False
         self._seconds = dict.fromkeys(("tracking", "waiting", "decoding", "writing", "wall"), 0.0)
         self.summary: dict[str, Any] = {
@@ -57,7 +68,7 @@ class FolderRun:
             "device": str(next(tracker.model.parameters()).device),
             "dtype": tracker.model.dtype_name,
             "stopped": "unfinished",
-            "files": {"masks": str(out / "masks"), "summary": str(out / SUMMARY)},
+            "files": ({} if stream else {"masks": str(out / "masks")}) | {"summary": str(out / SUMMARY)},
             "settings": plain_settings(settings),
         }
 
@@ -93,7 +104,8 @@ class FolderRun:
         """
         done = self._take_up(saved) if saved else 0
         spent, started = self._seconds, time.perf_counter() - self._seconds["wall"]
-        prefetch = Prefetch(timed(frames, spent, "decoding"))
+        live = frames if isinstance(frames, LiveVideo) else None
+        prefetch = live or Prefetch(timed(frames, spent, "decoding"))
         writer: Writer[Written] = Writer(lambda items: self._write(items, frames, overlay_fps, exports))
         bar = Progress(desc=title or "", unit="frame", total=frame_count, shown=title is not None)
         frame: np.ndarray = np.empty(0)
@@ -141,6 +153,8 @@ class FolderRun:
         if overlay_fps is not None:
             self.summary["files"]["overlay"] = str(self.out / OVERLAY)
         self.summary["files"] |= exports.files if exports else {}
+        if live:
+            self.summary["live"] = live.summary()
         self._measure()
 
     def mask_file(self, index: int) -> Path:
@@ -220,7 +234,10 @@ class FolderRun:
             for index, frame, labels, objects in items:
                 started = time.perf_counter()
                 if labels is not None:
-                    write_mask(self.mask_file(index), labels)
+                    if self.stream is None:
+                        write_mask(self.mask_file(index), labels)
+                    else:
+                        self.stream.write(labels)
                     self.summary["frames"], self.summary["objects"] = index + 1, list(objects)
                 elif video is None and exports is None:
                     continue

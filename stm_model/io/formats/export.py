@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from stm_model.io.live import LiveVideo
 from stm_model.io.video import FOLDER_FPS, FrameFolder, VideoFile
 from stm_model.labels import VOID
 
@@ -19,7 +20,12 @@ class Clip:
     `names` are those of objects, by label.
     """
 
-    def __init__(self, name: str, video: VideoFile | FrameFolder | None = None, names: Mapping[int, str] | None = None):
+    def __init__(
+        self,
+        name: str,
+        video: VideoFile | FrameFolder | LiveVideo | None = None,
+        names: Mapping[int, str] | None = None,
+    ):
         self.name, self.video, self.names = name, video, names or {}
         self.fps: Fraction = FOLDER_FPS if video is None else video.fps
         self.files: tuple[Path, ...] = () if video is None else video.files
