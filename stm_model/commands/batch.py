@@ -10,6 +10,7 @@ import re
 import shlex
 import traceback
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ from stm_model.runtime import is_out_of_memory, one_line
 from stm_model.tracking.folder import INTERRUPTED, SUMMARY, is_output_of, plain_settings
 
 COMMAND = "track list"
+MANIFEST = "results.jsonl"
+"""In the folder of results: a line a video that was tracked, or failed, appended when it ended."""
 
 
 class ListedVideo(NamedTuple):
@@ -76,7 +79,7 @@ def _listed(words: list[str], folder: Path) -> ListedVideo:
         raise ValueError(f"expected VIDEO MASK [NAME] (quotes around spaces), got {len(words)} words")
     video, mask = ((folder / word).resolve() for word in words[:2])
     name = words[2] if len(words) == 3 else video.name if video.is_dir() else video.stem
-    if Path(name).name != name or name in ("", "..", SUMMARY):
+    if Path(name).name != name or name in ("", "..", SUMMARY, MANIFEST):
         raise ValueError(f"expected the name of a folder among the results, got {name!r}")
     return ListedVideo(name, video, mask)
 
@@ -102,7 +105,10 @@ def track_list(config: TrackConfig) -> dict[str, Any]:
     or earlier results had others, and KeyboardInterrupt also after the video at hand was interrupted; what is done is
     kept.
     """
-    with Ranks() as ranks, locked(config.out) if ranks.first else contextlib.nullcontext():
+    shard = read_shard(config.shard)
+    # jobs of one array share a folder, but no video, each of which has a lock of its own
+    lock = locked(config.out) if shard == (1, 1) else contextlib.nullcontext()
+    with Ranks() as ranks, lock if ranks.first else contextlib.nullcontext():
         device = ranks.device(config.device)
         load = functools.cache(lambda: STM.load(config.checkpoint, device=device, dtype=config.dtype))
         jobs = ranks.on_first(lambda: _prepare(config, load))
@@ -114,6 +120,7 @@ def track_list(config: TrackConfig) -> dict[str, Any]:
                 title = f"{job.name} ({number}/{len(mine)})" if ranks.first else None
                 record = _track(dataclasses.replace(job.config, device=device), load, title)
                 records[job.name] = record | {"rank": ranks.index}
+                _append(config, job, records[job.name])
             return records
 
         try:
@@ -128,8 +135,10 @@ def track_list(config: TrackConfig) -> dict[str, Any]:
 
 def _prepare(config: TrackConfig, load: Callable[[], STM]) -> list[Job]:
     """Refuse what can be refused before anything is written, and see what is left to do."""
-    listed = read_list(config.video)
-    if not config.overwrite and not is_output_of(COMMAND, config.out):
+    first, step = read_shard(config.shard)
+    listed = read_list(Path(config.video))[first - 1 :: step]
+    ours = (config.out / MANIFEST).is_file() or is_output_of(COMMAND, config.out)
+    if not config.overwrite and not ours:
         raise ValueError(f"--out {config.out}: holds something other than results of a list; choose another folder")
     configs = {
         name: dataclasses.replace(config, video=video, mask=mask, out=config.out / name, resume=not config.overwrite)
@@ -138,12 +147,29 @@ def _prepare(config: TrackConfig, load: Callable[[], STM]) -> list[Job]:
     earlier = {name: None if config.overwrite else finished(own) for name, own in configs.items()}
     make_tracker(config, load())
     jobs = [
-        Job(name, own, earlier[name], 0 if earlier[name] else _length(own.video))
+        Job(name, own, earlier[name], 0 if earlier[name] else _length(Path(own.video)))
         for name, own in Progress(configs.items(), desc="open", unit="video")
     ]
     config.out.mkdir(parents=True, exist_ok=True)
+    (config.out / MANIFEST).touch()
     _write_summary(config, jobs, {}, "unfinished")
     return jobs
+
+
+def read_shard(text: str | None) -> tuple[int, int]:
+    """Job i of n of `i/n`; 1 of 1 without. Raises a ValueError where it makes no sense."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text or "1/1")
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise ValueError(f"--shard: expected i/n with i from 1 to n, as 2/8, got {text}")
+    return int(found[1]), int(found[2])
+
+
+def _append(config: TrackConfig, job: Job, record: dict[str, Any]) -> None:
+    """A line at the end of the manifest, in one piece: others may append at the same time."""
+    line = {"name": job.name, "video": str(job.config.video), "out": str(job.config.out)} | record
+    line |= {"shard": config.shard, "ended": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    with open(config.out / MANIFEST, "ab", buffering=0) as file:
+        file.write(json.dumps(line).encode() + b"\n")
 
 
 def _length(video: Path) -> int:
@@ -189,13 +215,14 @@ def _write_summary(
         "videos": videos,
         "settings": plain_settings(config),
     }
-    write_json(config.out / SUMMARY, summary)
+    name = f"summary-{config.shard.replace('/', '-of-')}.json" if config.shard else SUMMARY
+    write_json(config.out / name, summary)
     return summary
 
 
 def describe(summary: dict[str, Any]) -> str:
     """A summary as the lines that the command prints."""
-    width = max(map(len, summary["videos"]))
+    width = max(map(len, summary["videos"]), default=0)
     lines = []
     for name, record in summary["videos"].items():
         speed = f", {record['fps']:.2f} frames a second" if record["fps"] else ""

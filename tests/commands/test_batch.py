@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import answers
 import numpy as np
 import pytest
 import torch
@@ -225,6 +226,60 @@ def test_quotes_comments_and_names_of_a_list(tmp_path):
         "frames.v2": (tmp_path / "frames.v2", tmp_path / "m.png"),
         "z": (Path("/x/y.mkv"), tmp_path / "masks"),
     }
+
+
+def _manifest(out):
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def test_the_manifest_has_a_line_for_each_video_as_it_ends(track, folder, tmp_path):
+    listed = _with_a_broken_video(folder, tmp_path)
+    assert track(listed=listed)[0] == 2
+    lines = _manifest(tmp_path / "out")
+    assert {line["name"]: (line["state"], line["frames"]) for line in lines} == {
+        "ant": ("done", 4),
+        "bee": ("done", 7),
+        "cat": ("done", 5),
+        "dog": ("failed", 0),
+    }
+    (dog,) = (line for line in lines if line["name"] == "dog")
+    assert dog["video"] == str(tmp_path / "broken.mp4") and "does not open as a video" in dog["reason"]
+    # what is done already has its line; what fails again gets another
+    assert track(listed=listed)[0] == 2
+    assert _manifest(tmp_path / "out")[:4] == lines
+    assert [line["name"] for line in _manifest(tmp_path / "out")[4:]] == ["dog"]
+
+
+def test_two_shards_at_once_share_a_folder(track, folder, tmp_path):
+    listed = _with_a_broken_video(folder, tmp_path)
+    command = [*answers.STM, *_arguments(folder, listed, tmp_path / "out")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    jobs = [
+        subprocess.Popen([*command, "--shard", f"{job}/2"], env=environment, stderr=subprocess.PIPE, text=True)
+        for job in (1, 2)
+    ]
+    said = [job.communicate(timeout=300)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 2], said
+    assert "stm: error: dog: " in said[1]
+    found = {line["name"]: (line["shard"], line["state"]) for line in _manifest(tmp_path / "out")}
+    assert found == {"ant": ("1/2", "done"), "bee": ("1/2", "done"), "dog": ("2/2", "failed"), "cat": ("2/2", "done")}
+    for job, names in ((1, {"ant", "bee"}), (2, {"dog", "cat"})):
+        summary = json.loads((tmp_path / "out" / f"summary-{job}-of-2.json").read_text())
+        assert summary["videos"].keys() == names
+    # a run of the whole list finds their work
+    before = _written(tmp_path / "out")
+    assert track(listed=listed)[0] == 2 and _written(tmp_path / "out") == before
+    assert track("--shard", "9/9")[0] == 0, "more jobs than videos"
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "-1/2", "1/0"])
+def test_a_shard_that_makes_no_sense_is_refused(track, tmp_path, text):
+    code, out, err = track(f"--shard={text}")
+    assert (code, out) == (
+        2,
+        "",
+    ) and err == f"stm: error: --shard: expected i/n with i from 1 to n, as 2/8, got {text}\n"
+    assert not (tmp_path / "out").exists()
 
 
 # run as the user does
