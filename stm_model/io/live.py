@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import queue
+import select
 import statistics
 import sys
 import threading
@@ -70,7 +72,8 @@ class LiveVideo:
         self._closed = threading.Event()
         self._error: Exception | None = None
         self._queue: queue.Queue[_Arrived | None] = queue.Queue(DEPTH if every else 1)
-        threading.Thread(target=self._read, name="live", daemon=True).start()
+        self._thread = threading.Thread(target=self._read, name="live", daemon=True)
+        self._thread.start()
         first = self._next(0)
         if first is None:
             raise MediaError(f"{self.path}: brings no video (it ends before its first frame)")
@@ -93,12 +96,14 @@ class LiveVideo:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop reading; the thread ends with what it waits for."""
+        """Stop reading; a camera or stream that brings nothing is not waited for."""
         self._closed.set()
         # it may wait for a free place
         with suppress(queue.Empty):
             while True:
                 self._queue.get_nowait()
+        # a thread within FFmpeg may keep the interpreter from ending
+        self._thread.join(2.0)
 
     def summary(self) -> dict[str, Any]:
         """What became of the frames: numbers of dropped and damaged ones, times reconnected, seconds of latency."""
@@ -163,7 +168,7 @@ class LiveVideo:
         options: dict[str, str] = {}
         form = None
         if self.address == STDIN:
-            source = _Stdin()
+            source = _Stdin(self._closed)
         elif self.scheme is None:
             form = "v4l2" if sys.platform == "linux" else None
         elif self.scheme in ("rtsp", "rtsps"):
@@ -191,16 +196,22 @@ class LiveVideo:
 
 
 class _Stdin:
-    """stdin as FFmpeg reads it: what is there, without waiting for more; how many bytes that were, and its end."""
+    """stdin as FFmpeg reads it: what is there, without waiting for more; how many bytes that were, and its end, which
+    `closed` brings about.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, closed: threading.Event) -> None:
         if sys.stdin is None or sys.stdin.isatty():
             raise ValueError("expected video (y4m, mjpeg, …) on stdin, got a terminal")
         self._file = open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)
-        self.count, self.ended = 0, False
+        self.count, self.ended, self._closed = 0, False, closed
 
     def read(self, size: int) -> bytes:
-        part = self._file.read(size)
+        # Windows selects sockets only
+        while os.name == "posix" and not self._closed.is_set():
+            if select.select([self._file], [], [], 0.2)[0]:
+                break
+        part = b"" if self._closed.is_set() else self._file.read(size)
         self.count += len(part)
         self.ended = not part
         return part

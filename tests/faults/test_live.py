@@ -157,11 +157,15 @@ def test_a_signal_ends_it_with_all_that_was_tracked(ffmpeg, clip, weights, out):
             command, stdin=source.stdout, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         ) as tracking:
             given_up = time.monotonic() + 120
-            while not (out / "masks" / "00005.png").exists() and time.monotonic() < given_up:
+            begun = out / "masks" / "00005.png"
+            while not begun.exists() and tracking.poll() is None and time.monotonic() < given_up:
                 time.sleep(0.05)
             tracking.send_signal(signal.SIGTERM)
-            said, err = tracking.communicate(timeout=60)
-        source.kill()
+            try:
+                said, err = tracking.communicate(timeout=60)
+            finally:
+                tracking.kill()
+                source.kill()
     summary = json.loads(said)
     assert tracking.returncode == 143 and err.count("\n") == 1 and "interrupted; the masks of" in err
     assert summary == json.loads((out / "summary.json").read_text())
