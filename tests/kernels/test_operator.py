@@ -3,10 +3,12 @@
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from stm_kernels import SpaceTimeMemoryRead, memory_read, space_time_memory_read
 from stm_kernels.operator import backward_operator, read_operator
@@ -69,6 +71,19 @@ def test_compile(dynamic):
         expected = results(problem, lambda q, k, v, scale: read(q, k, v))
         found = results(problem, lambda q, k, v, scale: compiled(q, k, v))
         assert all(found[name].equal(expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"similarity": "l2"}], ids=str)
+def test_a_longer_memory_is_not_compiled_anew(options):
+    """Once for the first length, and once for any."""
+    torch.compiler.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(partial(memory_read, **options), fullgraph=True, backend=counter)
+    for frames in (1, 2, 3, 4, 8):
+        problem = make_problem(1, 12, 12 * frames, 16, 32)
+        tensors = [getattr(problem, name).requires_grad_() for name in ("query_key", "memory_key", "memory_value")]
+        compiled(*tensors).sum().backward()
+    assert counter.frame_count == 2
 
 
 def test_compile_of_the_module():
