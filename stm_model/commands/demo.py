@@ -50,8 +50,9 @@ def _demo(config: DemoConfig) -> int:
     from stm_model.commands.track import report
     from stm_model.data.aquarium import aquarium_clip
     from stm_model.evaluation.metrics import sequence_scores
-    from stm_model.io.images import contact_sheet, overlay, write_image
+    from stm_model.io.images import contact_sheet, write_image
     from stm_model.io.masks import read_mask, write_mask
+    from stm_model.io.overlay import Overlay
     from stm_model.io.video import VideoWriter, open_video
     from stm_model.tracking.folder import FolderRun, is_output_of
 
@@ -76,7 +77,10 @@ def _demo(config: DemoConfig) -> int:
         region, contour = (sum(score[part] for score in scores.values()) / len(scores) for part in (0, 1))
         run.summary["scores"] = {"J": region, "F": contour, "J&F": (region + contour) / 2}
         shown = [round(step * (config.frames - 1) / (SHEET_FRAMES - 1)) for step in range(SHEET_FRAMES)]
-        write_image(sheet, contact_sheet([overlay(frames[index], predictions[index]) for index in shown], columns=4))
+        drawing = Overlay()
+        write_image(
+            sheet, contact_sheet([drawing.draw(frames[index], predictions[index]) for index in shown], columns=4)
+        )
         run.summary["files"]["contact_sheet"] = str(sheet)
     code = report(run, config.json)
     if not config.json:
