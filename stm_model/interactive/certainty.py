@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 UNCERTAIN = 0.8
-"""A certainty below which a frame is worth a look: on DAVIS' held-out sequences nearly all of these have a J below 0.7."""
+"""A certainty below which a frame is worth a look: on DAVIS' held-out sequences these have a J below 0.7."""
 FAINT = 0.1
 """Smaller probabilities of a pixel are no sign of an object."""
 
