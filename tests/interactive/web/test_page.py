@@ -25,6 +25,16 @@ def box(page):
     return page.evaluate("window.stmPage.stage.box()")
 
 
+def answer_certainty(page, frames):
+    """Say this of the frames whenever the page asks from now on."""
+
+    def answer(route):
+        version = route.request.url.partition("version=")[2]
+        route.fulfill(json={"version": version, "frames": frames, "below": 0.8})
+
+    page.route("**/stm/certainty*", answer)
+
+
 def exported(page, name, file):
     """Where the browser has put the session in a format."""
     page.keyboard.press("x")
@@ -104,15 +114,10 @@ def test_an_object_is_drawn_in_mid_video_deleted_and_brought_back(page, workbenc
     assert np.array_equal(workbench.session.masks(), before)
 
 
-def test_uncertain_frames_stand_on_the_time_line_and_are_jumped_to(page, workbench):
+def test_uncertain_frames_stand_on_the_time_line_and_are_jumped_to(page):
     assert page.is_hidden("#stm-doubt")
-    answer = {
-        "version": workbench.status("x")["version"],
-        "frames": [None, 0.9, 0.7, 0.4, 0.6, 0.95, 0.5, 0.9],
-        "below": 0.8,
-    }
-    page.route("**/stm/certainty*", lambda route: route.fulfill(json=answer))
-    page.evaluate("window.stmPage.learnCertainty()")
+    answer_certainty(page, [None, 0.9, 0.7, 0.4, 0.6, 0.95, 0.5, 0.9])
+    page.reload()
     page.wait_for_selector("#stm-doubt >> text=4 uncertain")
     shown = []
     for press in (lambda: page.keyboard.press("u"), lambda: page.click("#stm-doubt"), lambda: page.keyboard.press("u")):
@@ -231,22 +236,16 @@ def test_a_server_that_is_gone_is_told_and_noticed_when_it_is_back(page, served)
     status(page, "s.annotated.length === 1")
 
 
-def test_a_screen_of_390_pixels_shows_everything(browser, address, workbench, clip):
+def test_a_screen_of_390_pixels_shows_everything(browser, address, clip):
     page = browser.new_page()
     page.set_viewport_size({"width": 390, "height": 844})
+    answer_certainty(page, [0.5] * 8)
     page.goto(address)
     page.wait_for_selector("#stm-picture[data-frame]")
     x, y = spot(clip[1][0] == 1)
     page.click("#stm-understood")
     draw(page, (x - 0.03, y), (x + 0.03, y))
     status(page, "s.objects.length === 1")
-    page.route(
-        "**/stm/certainty*",
-        lambda route: route.fulfill(
-            json={"version": workbench.status("x")["version"], "frames": [0.5] * 8, "below": 0.8}
-        ),
-    )
-    page.evaluate("window.stmPage.learnCertainty()")
     page.wait_for_selector("#stm-doubt:visible")
     page.click("#stm-brush")
     for opened in (None, "#stm-results", "#stm-help", "#stm-file summary"):
