@@ -10,6 +10,7 @@ import stm_model.tracking.session as session_module
 from stm_kernels import PagedMemory
 from stm_model.tracking.budget import MemoryRule
 from stm_model.tracking.frames import pad_to_stride, scaled_size
+from stm_model.tracking.session import FAINT
 from stm_model.tracking.tracker import Tracker
 
 
@@ -255,14 +256,17 @@ def test_padding_is_symmetric_with_the_odd_pixel_below_and_right():
     assert padded[0, 5:26, 7:40].all() and padded.sum() == 21 * 33
 
 
-def test_certainty_is_the_mean_probability_of_a_mask(small_model, clip):
+def test_certainty_is_the_mean_probability_weighted_by_itself(small_model, clip):
     frames, labels = clip
     first, *others = track(small_model, frames, {0: labels[0]})
     assert first.certainty == (1.0, 1.0)
     for result in others:
         for channel, certainty in enumerate(result.certainty, 1):
-            own = result.probabilities[channel][torch.from_numpy(result.labels) == channel]
-            assert certainty == pytest.approx(own.mean().item() if len(own) else 0.0, abs=1e-6)
+            seen = result.probabilities[channel].double()
+            seen = seen[seen > FAINT]
+            shown = (result.labels == result.objects[channel - 1]).any()
+            expected = (seen.square().sum() / seen.sum()).item() if shown else 0.0
+            assert certainty == pytest.approx(expected, abs=1e-6)
 
 
 def test_familiarity_is_the_similarity_that_the_read_finds(small_model, clip):
@@ -280,7 +284,7 @@ def test_familiarity_is_the_similarity_that_the_read_finds(small_model, clip):
 @pytest.mark.parametrize("skip_uncertain", [False, True])
 def test_uncertain_frames_are_kept_out_of_the_memory(small_model, clip, monkeypatch, skip_uncertain):
     frames, labels = clip
-    certainties = iter([[1.0, 1.0], [0.9, 0.7], [0.7, 0.1], [0.9, 0.8], [0.1, 0.1], [0.9, 0.9], [1.0, 1.0], [1.0, 1.0]])
+    certainties = iter([[1.0, 1.0], [0.9, 0.6], [0.6, 0.1], [0.9, 0.7], [0.1, 0.1], [0.9, 0.9], [1.0, 1.0], [1.0, 1.0]])
     monkeypatch.setattr(session_module, "_certainty", lambda *_: next(certainties))
     tracker = Tracker(small_model, memory="every:1", skip_uncertain=skip_uncertain)
     assert len(list(tracker.track(frames, {0: labels[0], 2: labels[2]}))) == 8

@@ -166,14 +166,17 @@ def test_work_shows_the_time_left_and_can_be_cancelled(page, workbench, clip, mo
 
 
 def test_playing_goes_on_until_it_is_paused_or_at_the_end(page):
+    # so slow that there is time to pause before the end
+    page.evaluate("() => { window.stmPage.timeline.fps = 2; }")
     page.keyboard.press(" ")
     page.wait_for_selector("#stm-picture[data-frame='3']")
     assert page.inner_text("#stm-play") == "Pause"
     page.click("#stm-play")
     assert page.inner_text("#stm-play") == "Play"
     frame = page.evaluate("window.stmPage.frame")
-    page.wait_for_timeout(400)
+    page.wait_for_timeout(800)
     assert page.evaluate("window.stmPage.frame") == frame >= 3
+    page.evaluate("() => { window.stmPage.timeline.fps = 30; }")
     page.keyboard.press(" ")
     page.wait_for_selector("#stm-picture[data-frame='7']")
     page.wait_for_selector("#stm-play >> text=Play")

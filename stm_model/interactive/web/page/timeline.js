@@ -87,16 +87,17 @@ export class Timeline {
 
   // in step with the video, or slower where pictures come later; none is left out
   async play() {
-    this.playing = true;
+    // paused and played again while a picture is awaited, the loop that waits ends
+    const run = (this.playing = {});
     this.button.textContent = "Pause";
     if (this.frame === this.frames - 1) this.show(0);
-    while (this.playing && this.frame < this.frames - 1) {
+    while (this.playing === run && this.frame < this.frames - 1) {
       const due = performance.now() + 1000 / this.fps;
       for (let ahead = AHEAD; ahead > 1; ahead -= 1) this.ready(Math.min(this.frame + ahead, this.frames - 1));
       await this.ready(this.frame + 1);
       await new Promise((resolve) => setTimeout(resolve, due - performance.now()));
-      if (this.playing) this.show(this.frame + 1);
+      if (this.playing === run) this.show(this.frame + 1);
     }
-    this.pause();
+    if (this.playing === run) this.pause();
   }
 }
