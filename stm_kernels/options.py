@@ -112,6 +112,8 @@ def check_tensors(tensors: dict[str, Tensor], ndim: int = 3) -> None:
             raise TypeError(f"{name}: expected a dense tensor, got a {'nested' if tensor.is_nested else 'sparse'} one")
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+        if tensor.itemsize < 2:
+            raise TypeError(f"{name}: expected a floating-point tensor of 16 bits or more, got {tensor.dtype}")
         if tensor.ndim != ndim:
             raise ValueError(f"{name}: expected {ndim} axes, got {tensor.ndim} in shape {list(tensor.shape)}")
 

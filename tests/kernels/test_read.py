@@ -98,6 +98,11 @@ GOOD = {"query_key": ones(2, 3, 4), "memory_key": ones(2, 5, 4), "memory_value":
 BAD = [
     ({"query_key": [1.0]}, TypeError, "query_key: expected a tensor, got list"),
     ({"memory_key": ones(2, 5, 4).int()}, TypeError, "memory_key: expected a floating-point tensor, got torch.int32"),
+    (
+        {"query_key": ones(2, 3, 4).to(torch.float8_e4m3fn)},
+        TypeError,
+        "query_key: .* of 16 bits or more, got torch.float8",
+    ),
     ({"memory_key": ones(2, 5, 4).to_sparse()}, TypeError, "memory_key: expected a dense tensor, got a sparse one"),
     (
         {"memory_value": torch.nested.as_nested_tensor([ones(5, 3), ones(4, 3)], layout=torch.jagged)},
