@@ -101,7 +101,7 @@ BAD = [
     (
         {"query_key": ones(2, 3, 4).to(torch.float8_e4m3fn)},
         TypeError,
-        "query_key: .* of 16 bits or more, got torch.float8",
+        "query_key: expected a floating-point tensor of 16 bits or more, got torch.float8_e4m3fn",
     ),
     ({"memory_key": ones(2, 5, 4).to_sparse()}, TypeError, "memory_key: expected a dense tensor, got a sparse one"),
     (
