@@ -19,6 +19,7 @@ import torch
 
 from stm_model import __version__
 from stm_model.distributed import Ranks
+from stm_model.evaluation.certainty import certainty_scores
 from stm_model.evaluation.config import EvaluateConfig
 from stm_model.evaluation.predict import Speed, track_videos
 from stm_model.evaluation.protocol import Dataset, Video, open_dataset
@@ -37,7 +38,7 @@ from stm_model.runtime import DEFAULT_WEIGHTS, NetworkOptions, default_device, d
 from stm_model.tracking.budget import MemoryBudget, MemoryRule
 from stm_model.tracking.resume import source_digest
 
-SUMMARY = "evaluation.json"
+SUMMARY, CERTAINTY = "evaluation.json", "certainty"
 MADE_WITH = frozenset(
     ("dataset", "split", "weights", "data", "resolution", "size", "dtype", "memory", "memory_share", "results", "study")
 )
@@ -62,7 +63,9 @@ def _evaluation(config: EvaluateConfig, dataset: Dataset, left: list[Video], ran
         mine = ranks.share(left, lambda video: len(video.frame_paths))
         options = {"memory": config.memory, "budget": MemoryBudget(share=config.memory_share)}
         folder = masks / dataset.submission_folder
-        speeds = ranks.each(lambda: track_videos(mine, config, options, folder, quiet=not ranks.first))
+        speeds = ranks.each(
+            lambda: track_videos(mine, config, options, folder, not ranks.first, config.out / CERTAINTY)
+        )
         speed = sum(speeds[1:], start=speeds[0])
     return ranks.on_first(lambda: _finish(config, dataset, masks, speed))
 
@@ -76,6 +79,7 @@ def _finish(config: EvaluateConfig, dataset: Dataset, masks: Path, speed: Speed 
         "floor": summarize(dataset.name, floor),
         "speed": {"FPS": speed.fps, **dataclasses.asdict(speed)} if speed else None,
         "objects": score_records(scores),
+        "certainty": certainty_scores(scores, config.out / CERTAINTY),
     }
     if scores:
         write_score_tables(config.out, dataset, scores)
@@ -125,6 +129,12 @@ def describe(summary: dict[str, Any]) -> str:
     if speed := summary["speed"]:
         peak = f", peak memory {speed['peak_bytes'] / 2**20:.0f} MiB" if speed["peak_bytes"] else ""
         lines.append(f"{speed['FPS']:.2f} frames a second over {speed['frames']} frames{peak}")
+    if (lost := summary["certainty"]["wrong"])["auc"] is not None:
+        parts = ("auc", "precision", "recall")
+        told = ", ".join(f"{part} {lost[part]:.3f}" for part in parts if lost[part] is not None)
+        lines.append(
+            f"certainty tells {lost['count']} of {summary['certainty']['masks']} masks with J below 0.5: {told}"
+        )
     return "\n".join([*lines, f"written to {summary['settings']['out']}"])
 
 
@@ -200,7 +210,8 @@ def begin(out: Path, known: Mapping[str, Any], keep: bool = False) -> None:
     unfinished.
     """
     if (out / SUMMARY).is_file() and not keep:
-        shutil.rmtree(out / "masks", ignore_errors=True)
+        for name in ("masks", CERTAINTY):
+            shutil.rmtree(out / name, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / SUMMARY, {**known, "stopped": "unfinished"})
 

@@ -14,12 +14,14 @@ import numpy as np
 import torch
 
 from stm_model.evaluation.protocol import Video
+from stm_model.io.files import write_json
 from stm_model.io.images import MediaError, picture_size, read_image, width_by_height
 from stm_model.io.masks import write_mask
 from stm_model.labels import VOID
 from stm_model.network import STM
 from stm_model.progress import Progress
 from stm_model.runtime import NetworkOptions, chosen_side, held_process_memory, peak_process_memory, timed
+from stm_model.tracking.session import FrameResult
 from stm_model.tracking.tracker import Tracker
 
 WARM_UP = 5
@@ -50,7 +52,12 @@ class Speed:
 
 
 def track_videos(
-    videos: list[Video], network: NetworkOptions, options: Mapping[str, Any], out: Path, quiet: bool = False
+    videos: list[Video],
+    network: NetworkOptions,
+    options: Mapping[str, Any],
+    out: Path,
+    quiet: bool = False,
+    certainty: Path | None = None,
 ) -> Speed:
     """Track videos one after the other and write OUT/VIDEO/ with the masks that their benchmark asks for.
 
@@ -60,6 +67,7 @@ def track_videos(
         options: further arguments of the `Tracker`, as its memory rule.
         out: folder that gets a folder of masks for each video.
         quiet: show no progress.
+        certainty: folder that gets VIDEO.json with how sure the tracker is: label → frame → certainty.
 
     Raises:
         MediaError: a frame or a mask cannot be read, or does not fit its video; the message names it.
@@ -79,9 +87,15 @@ def track_videos(
                     pass
                 loaded = _held_memory(device)
             progress.set_postfix_str(video.name, refresh=False)
-            for _ in _write(video, _results(trackers[size], video, spent), out / video.name):
+            sure: dict[int, dict[int, float]] = {}
+            for result in _write(video, _results(trackers[size], video, spent), out / video.name):
+                for label, value in zip(result.objects, result.certainty):
+                    sure.setdefault(label, {})[result.index] = round(value, 4)
                 frames += 1
                 progress.update()
+            if certainty is not None:
+                certainty.mkdir(parents=True, exist_ok=True)
+                write_json(certainty / f"{video.name}.json", sure)
     on_gpu = device.type == "cuda"
     peak = torch.cuda.max_memory_allocated(device) if on_gpu else peak_process_memory()
     return Speed(frames, spent["tracking"], peak, loaded)
@@ -102,24 +116,23 @@ def track_videos_apart(*arguments: Any) -> Speed:
         return pool.submit(track_videos, *arguments).result()
 
 
-def _write(video: Video, results: Iterable[tuple[int, np.ndarray]], out: Path) -> Iterator[None]:
-    """Write the masks that the benchmark asks for, as the annotations are; yields after each frame."""
+def _write(video: Video, results: Iterable[FrameResult], out: Path) -> Iterator[FrameResult]:
+    """Write the masks that the benchmark asks for, as the annotations are; each result is given on."""
     out.mkdir(parents=True, exist_ok=True)
     asked = set(video.asked)
     white = np.uint8(VOID if video.black_and_white else 1)
-    for index, labels in results:
-        if index in asked:
-            write_mask(out / video.mask_name(index), labels * white)
-        yield
+    for result in results:
+        if result.index in asked:
+            write_mask(out / video.mask_name(result.index), result.labels * white)
+        yield result
 
 
-def _results(tracker: Tracker, video: Video, spent: dict[str, float]) -> Iterator[tuple[int, np.ndarray]]:
-    """(frame, labels) of a video; `spent` gets the seconds of tracking, without those of reading."""
+def _results(tracker: Tracker, video: Video, spent: dict[str, float]) -> Iterator[FrameResult]:
+    """The results of a video; `spent` gets the seconds of tracking, without those of reading."""
     frames = timed(map(read_image, video.frame_paths), spent, "reading", "tracking")
     results = tracker.track(frames, _given_masks(video), frame_count=len(video.frame_paths))
     try:
-        for result in timed(results, spent, "tracking"):
-            yield result.index, result.labels
+        yield from timed(results, spent, "tracking")
     except MediaError:
         raise
     except ValueError as error:

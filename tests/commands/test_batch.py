@@ -19,7 +19,6 @@ from stm_model.data.synthetic import procedural_clip
 from stm_model.io.masks import read_mask, write_mask
 from stm_model.io.video import VideoWriter, open_video
 from stm_model.network.weights import write_tensors
-from stm_model.runtime import DEFAULT_WEIGHTS, USUAL_SIZE
 
 ROOT = Path(__file__).parents[2]
 LENGTHS = {"ant": 4, "bee": 7, "cat": 5}
@@ -163,7 +162,7 @@ def test_results_of_an_earlier_version_are_refused_by_name(track, tmp_path):
 def test_the_size_of_the_default_weights_is_the_same_setting(tmp_path, folder, monkeypatch):
     """Asked for nothing, larger frames run at the size of the weights; that is no other setting the next time."""
     monkeypatch.setattr("stm_model.network.stm.DEFAULT_WEIGHTS", folder / "tiny.safetensors")
-    monkeypatch.setitem(USUAL_SIZE, DEFAULT_WEIGHTS, 32)
+    monkeypatch.setattr("stm_model.runtime.USUAL_SIZE", 32)
     command = ["track", str(folder / "list.txt"), "--out", str(tmp_path / "out"), "--device", "cpu"]
     assert main(command) == 0
     assert json.loads((tmp_path / "out" / "ant" / "summary.json").read_text())["settings"]["size"] == 32

@@ -79,7 +79,7 @@ OTHER = {
     "size": (["--size", "32"], "size: 32 instead of the None"),
     "skip": (["--skip", "0.1"], "skip: 0.1 instead of the 0.0"),
     "budget": (["--memory-budget", "1MiB"], "device budget: 1048576 instead of the None"),
-    "dtype": (["--dtype", "float16"], "dtype: torch.float16 instead of the torch."),
+    "dtype": (["--dtype", "int8"], "dtype: int8 instead of the"),
 }
 
 
