@@ -164,7 +164,7 @@ def test_a_video_of_unknown_length_is_tracked_without_a_plan(track, monkeypatch)
 def test_the_summary_says_where_an_object_is_likely_lost(track, clip, tmp_path, monkeypatch):
     import stm_model.tracking.session
 
-    certainties = iter([[1.0, 1.0], [0.9, 0.7]] + [[0.85, 0.8]] * (FRAMES - 3) + [[0.0, 0.9]])
+    certainties = iter([[1.0, 1.0], [0.9, 0.6]] + [[0.85, 0.7]] * (FRAMES - 3) + [[0.0, 0.9]])
     monkeypatch.setattr(stm_model.tracking.session, "_certainty", lambda *_: next(certainties))
     code, out, _ = track("--skip-uncertain")
     assert code == 0 and f"object 7 in 1 frames from {FRAMES - 1} on" in out and "object 9 in 1 frames from 1 on" in out
