@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 
+from stm_model.io.damage import Break, Clock, ends_within_a_packet, lost_times, which_damaged
 from stm_model.io.images import (
     IMAGE_SUFFIXES,
     MediaError,
@@ -28,10 +30,10 @@ from stm_model.runtime import is_out_of_memory
 FOLDER_FPS = Fraction(24)
 ONE_FRAME_A_PACKET = frozenset({"h264", "hevc", "av1", "vp9", "mpeg2video", "mjpeg", "prores", "ffv1"})
 """Codecs of which a packet without a frame is damage; others store some frames that are never shown."""
-TIMED = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "flv"})
-"""Containers that say when each frame is shown, by FFmpeg's names."""
-TRANSPORT_PACKETS = ((188, 0), (192, 4), (204, 0))
-"""Sizes of a transport stream's packets, and where in one its first byte, 0x47, is."""
+INDEXED = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
+"""Containers in which a frame can be sought by when it is shown, by FFmpeg's names."""
+TIMED = INDEXED | {"mpegts", "flv"}
+"""Containers that say when each frame is shown."""
 
 
 class BrokenVideo(MediaError):
@@ -92,7 +94,11 @@ class FrameFolder:
         self.frame_count = len(self.files)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        for index, file in enumerate(self.files):
+        return self.frames_from(0)
+
+    def frames_from(self, start: int) -> Iterator[np.ndarray]:
+        """The frames from number `start` on."""
+        for index, file in enumerate(self.files[start:], start):
             try:
                 frame = read_image(file)
             except MediaError as error:
@@ -129,7 +135,7 @@ class VideoFile:
             for frame, whole, time in self._decoded():
                 if frame.shape[:2] != self.size:
                     sizes = f"{width_by_height(self.size)} to {width_by_height(frame.shape)}"
-                    raise _Break(f"its frames change from {sizes} pixels")
+                    raise Break(f"its frames change from {sizes} pixels")
                 if not whole:
                     damaged.append(count)
                 if time is not None and len(self.times) == count:
@@ -137,13 +143,46 @@ class VideoFile:
                     self.times.append(time - start)
                 yield frame
                 count += 1
-        except _Break as stop:
+        except Break as stop:
             known = f" of {self.frame_count}" if (self.frame_count or 0) > count else ""
-            also = f"; {_which(damaged, count)}" if damaged else ""
+            also = f"; {which_damaged(damaged, count)}" if damaged else ""
             message = f"{self.path}: the video breaks off after {count}{known} frames ({stop}){also}"
             raise BrokenVideo(message, count) from stop
         if damaged:
-            raise BrokenVideo(f"{self.path}: {_which(damaged, count)}", count)
+            raise BrokenVideo(f"{self.path}: {which_damaged(damaged, count)}", count)
+
+    def frames_from(self, start: int) -> Iterator[np.ndarray]:
+        """The frames from number `start` on, as iterating gives them, without a word on damage."""
+        with suppress(Break):
+            yield from (frame for frame, _, _ in self._sought(start) or itertools.islice(self._decoded(), start, None))
+
+    def _sought(self, start: int) -> Iterator[tuple[np.ndarray, bool, int | None]] | None:
+        """What is decoded from a frame on; None where that frame cannot be sought, or is damaged."""
+        if start >= len(self._shown):
+            return None
+        time = self._shown[start]
+        frames = itertools.dropwhile(lambda each: each[2] is None or each[2] < time, self._decoded(time))
+        with suppress(Break):
+            first = next(frames, None)
+            if first is not None and first[2] == time:
+                return itertools.chain([first], frames)
+        return None
+
+    @cached_property
+    def _shown(self) -> list[int]:
+        """The time stamp of each frame that comes out, in order; empty where they are not known without decoding, or
+        cannot be sought.
+        """
+        with self._opened() as (container, stream):
+            if container.format.name not in INDEXED or stream.codec.name not in ONE_FRAME_A_PACKET:
+                return []
+            try:
+                packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
+            except (av.error.FFmpegError, OSError):
+                return []
+        times = [packet.pts for packet in packets]
+        _, _, first = next(self._decoded())
+        return [] if None in (*times, first) else sorted(time for time in times if time >= first)
 
     @contextmanager
     def _opened(self):
@@ -166,21 +205,24 @@ class VideoFile:
             except (av.error.FFmpegError, OSError):
                 return None
             if container.format.name == "mpegts":
-                self._lost = _lost_times([time for time in times if time is not None])
+                self._lost = lost_times([time for time in times if time is not None])
             return len(times) + len(self._lost) or None
 
-    def _decoded(self) -> Iterator[tuple[np.ndarray, bool, int | None]]:
-        """Every frame, whether it is whole and when it is shown, the one before in place of a missing one; `_Break`
-        where the rest cannot be decoded.
+    def _decoded(self, sought: int | None = None) -> Iterator[tuple[np.ndarray, bool, int | None]]:
+        """Every frame, whether it is whole and when it is shown, the one before in place of a missing one; `Break`
+        where the rest cannot be decoded. With a time stamp that is `sought`, from some frame before it on.
         """
         picture: np.ndarray | None = None
         failure: Exception | None = None
         with self._opened() as (container, stream):
             stream.thread_type = "SLICE"  # frame threads report damage late, after pictures that follow it
+            if sought is not None:
+                container.seek(sought, stream=stream)
             packets = container.demux(stream)
-            clock = _Clock(container, stream, self.fps)
+            clock = Clock(container, stream, self.fps)
             timed = container.format.name in TIMED
-            due = set(self._lost)  # time stamps of frames that have not come out yet
+            # time stamps of frames that have not come out yet
+            due = set(self._lost)
             while True:
                 packet = None
                 try:
@@ -197,7 +239,7 @@ class VideoFile:
                     if picture is None:  # a video cut out of a longer one may start with frames that need earlier ones
                         continue
                     if packet is None or packet.pts is None or not timed:
-                        raise _Break(reason(error)) from error
+                        raise Break(reason(error)) from error
                     failure, frames = error, []
                     due.add(packet.pts)
                 for frame in frames:
@@ -208,83 +250,11 @@ class VideoFile:
                     picture = upright(frame)
                     yield picture, not frame.is_corrupt, frame.pts if timed else None
             if picture is not None and due:
-                raise _Break("the rest cannot be decoded" if failure is None else reason(failure)) from failure
-            if picture is not None and (shortfall := clock.shortfall()):
-                raise _Break(shortfall)
-            if container.format.name == "mpegts" and _ends_within_a_packet(self.path):
-                raise _Break("the file ends within a packet")
-
-
-class _Break(Exception):
-    """Why a video cannot be decoded any further."""
-
-
-class _Clock:
-    """Compares where a stream ends with where its file says so: FFmpeg reports nothing where an mkv or avi is cut."""
-
-    def __init__(self, container, stream, fps: Fraction):
-        self.fps = fps
-        self.packets, self.listed = 0, stream.frames if "mp4" in container.format.name else 0
-        self.start: Fraction | None = None
-        self.end: Fraction | None = None
-        self.expected: Fraction | None = None
-        if tag := re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", "")):
-            self.expected = int(tag[1]) * 3600 + int(tag[2]) * 60 + Fraction(tag[3])
-        elif container.format.name == "avi" and stream.frames:
-            self.expected = stream.frames / fps
-        elif stream.duration:
-            self.expected = stream.duration * stream.time_base
-
-    def see(self, packet) -> None:
-        self.packets += packet.size > 0
-        if packet.pts is not None:
-            start = packet.pts * packet.time_base
-            end = start + (packet.duration * packet.time_base if packet.duration else 1 / self.fps)
-            self.start = start if self.start is None else min(start, self.start)
-            self.end = end if self.end is None else max(end, self.end)
-
-    def shortfall(self) -> str | None:
-        """What is missing, if the stream ends early."""
-        if self.packets < self.listed:
-            return f"it holds {self.packets} of {self.listed} packets"
-        if self.start is None or self.end is None or self.expected is None:
-            return None
-        # some files count from their first frame, some from zero
-        if max(self.end, self.end - self.start) >= self.expected - Fraction(1, 10) - 2 / self.fps:
-            return None
-        return f"it ends at {float(self.end):.2f} s of {float(self.expected):.2f} s"
-
-
-def _which(damaged: list[int], count: int) -> str:
-    """The numbers of damaged frames, the first few, and what became of them."""
-    first = ", ".join(map(str, damaged[:5])) + (", …" if len(damaged) > 5 else "")
-    return (
-        f"{len(damaged)} of {count} frames are damaged ({first}); the one before a missing one stands in for it, and "
-        "those after it may be wrong"
-    )
-
-
-def _lost_times(times: list[int]) -> list[int]:
-    """The time stamps that are missing among those of frames at a constant rate, in gaps of up to a dozen frames."""
-    times = sorted(times)
-    gaps = np.diff(times)
-    if not len(gaps) or (step := int(np.median(gaps))) <= 0:
-        return []
-    return [
-        time + turn * step
-        for time, frames in zip(times, np.round(gaps / step).astype(int).tolist())
-        for turn in range(1, frames)
-        if frames <= 12
-    ]
-
-
-def _ends_within_a_packet(path: Path) -> bool:
-    with open(path, "rb") as file:
-        head = file.read(512)
-    for size, first in TRANSPORT_PACKETS:
-        if head[first : first + 1] == head[first + size : first + size + 1] == b"G":
-            return path.stat().st_size % size > 0
-    return False
+                raise Break("the rest cannot be decoded" if failure is None else reason(failure)) from failure
+            if picture is not None and sought is None and (shortfall := clock.shortfall()):
+                raise Break(shortfall)
+            if container.format.name == "mpegts" and ends_within_a_packet(self.path):
+                raise Break("the file ends within a packet")
 
 
 def upright(frame) -> np.ndarray:

@@ -221,7 +221,7 @@ def test_a_thread_that_cannot_be_started_is_no_damaged_video(clip, track, monkey
     assert refused(track(), "out of memory (")
     monkeypatch.undo()
     opened = VideoFile(clip / "clip.mp4")
-    monkeypatch.setattr("stm_model.io.video._Clock", Mock())
+    monkeypatch.setattr("stm_model.io.video.Clock", Mock())
     monkeypatch.setattr(
         opened,
         "_opened",
