@@ -41,6 +41,9 @@ class TrackConfig(NetworkOptions):
     mask: Path | None = None
     """Labels of the first frame as a palette or grey PNG, or a folder of such masks named by frame number, or a file of
     COCO, CVAT, LabelMe or SAM 2. 0 is background, 255 void (unknown); objects may enter by a mask of a later frame."""
+    both_ways: bool = False
+    """Track backwards too, from the masks of later frames to the start: they count before their frames as well as after
+    them, and objects are followed from the first frame on. Twice the time."""
     memory: str | None = None
     """Which frames are remembered: first, previous, first+previous, every:N (with both), first+every:N or uniform:K.
     None takes first+every:5 where the decoder sees the previous masks, as with the package's weights, else every:5."""
@@ -140,7 +143,7 @@ def track_video(
     from stm_model.io.formats.table import TRACKED, Exports, check_formats
     from stm_model.io.masks import MaskStream
     from stm_model.runtime import chosen_side
-    from stm_model.tracking.folder import RESUME_FILE, FolderRun
+    from stm_model.tracking.folder import BACKWARD, RESUME_FILE, FolderRun
     from stm_model.tracking.resume import ResumeFile
 
     check_formats(config.export, "--export", TRACKED)
@@ -157,6 +160,10 @@ def track_video(
     if not isinstance(config.video, str) and not config.stream:
         resume_file = ResumeFile(config.out / RESUME_FILE, config.save_every, config.video)
     saved = resume_file.read() if resume_file and config.resume else None
+    backward_file = backward_saved = None
+    if config.both_ways:
+        backward_file = ResumeFile(config.out / BACKWARD / RESUME_FILE, config.save_every, Path(config.video))
+        backward_saved = backward_file.read() if config.resume else None
     # a video of unknown length is tracked all the same
     plan = None if video.frame_count is None else tracker.plan(video.size, video.frame_count, masks)
     done = saved["summary"]["frames"] if saved else 0
@@ -172,6 +179,8 @@ def track_video(
         announce=lines if announce and not config.json and not config.stream else (),
         resume_file=resume_file,
         saved=saved,
+        backward_file=backward_file,
+        backward_saved=backward_saved,
     )
     assert tracker.bank is not None
     planned = {"rule": str(tracker.memory), "planned": plan and str(plan)}
@@ -239,6 +248,8 @@ def check_output(config: TrackConfig) -> None:
     from stm_model.io.files import is_empty
     from stm_model.tracking.folder import OUTPUTS
 
+    if config.both_ways and isinstance(config.video, str):
+        raise ValueError(f"--both-ways: expected a video that can be read backwards, got live input, {config.video}")
     if config.resume and (config.stream or isinstance(config.video, str)):
         raise ValueError("--resume: expected a video file and masks in files; live input and --stream are gone")
     if config.json and config.stream:
@@ -296,11 +307,14 @@ def _given_masks(config: TrackConfig, video: VideoFile | FrameFolder | LiveVideo
                 f"{width_by_height(video.size)}; expected a mask that is not turned by 90°"
             )
         masks[index] = resize_mask(labels, video.size)
-    if first := min(masks):
+    if (first := min(masks)) and not config.both_ways:
         warnings.warn(
-            f"the first mask is for frame {first}, counted from 0: in the {first} before it all is background",
+            f"the first mask is for frame {first}, counted from 0: in the {first} before it all is background; "
+            "--both-ways tracks it back to the start",
             stacklevel=1,
         )
+    if config.both_ways and not max(masks):
+        warnings.warn("--both-ways: no later frame has a mask, so there is nothing to track backwards", stacklevel=1)
     if len(masks) == video.frame_count:
         warnings.warn("every frame has a given mask: nothing is left to track", stacklevel=1)
     return masks

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -24,6 +25,7 @@ from stm_model.io.threads import Prefetch, Writer
 from stm_model.io.video import BrokenVideo, VideoFile, VideoWriter
 from stm_model.progress import Progress
 from stm_model.runtime import is_out_of_memory, one_line, peak_process_memory, timed
+from stm_model.tracking.both_ways import Backward
 from stm_model.tracking.resume import FORMAT, ResumeFile
 from stm_model.tracking.session import UNCERTAIN, FrameResult
 from stm_model.tracking.tracker import Tracker
@@ -33,9 +35,9 @@ Written = tuple[int, np.ndarray, "np.ndarray | None", tuple[int, ...]]
 
 INTERRUPTED = "interrupted"
 """Why a run stopped, in its summary, where the user did it."""
-RESUME_FILE = "resume.pt"
+RESUME_FILE, BACKWARD = "resume.pt", "backward"
 OVERLAY, SHEET, SUMMARY = "overlay.mp4", "contact_sheet.png", "summary.json"
-OUTPUTS = ("masks", OVERLAY, SHEET, SUMMARY, RESUME_FILE, *(FORMATS[name].target for name in TRACKED))
+OUTPUTS = ("masks", OVERLAY, SHEET, SUMMARY, RESUME_FILE, BACKWARD, *(FORMATS[name].target for name in TRACKED))
 
 
 class FolderRun:
@@ -84,6 +86,8 @@ class FolderRun:
         announce: Sequence[str] = (),
         resume_file: ResumeFile | None = None,
         saved: dict[str, Any] | None = None,
+        backward_file: ResumeFile | None = None,
+        backward_saved: dict[str, Any] | None = None,
     ) -> None:
         """Track and write; `summary["stopped"]` says why it ended early, None if it did not. The masks so far always
         stay.
@@ -98,11 +102,18 @@ class FolderRun:
             announce: lines to print once nothing that was given can be refused any more.
             resume_file: written when it is due.
             saved: what an earlier run wrote there, to go on from.
+            backward_file: track backwards too, before; written when it is due.
+            backward_saved: what an earlier run wrote there, to go on from.
 
         Raises:
             ValueError, OSError: the input is refused, or nothing was tracked; what else is a bug of ours.
         """
         done = self._take_up(saved) if saved else 0
+        backward = None
+        if backward_file is not None:
+            backward = Backward(self.out / BACKWARD, masks)
+            if not saved:
+                self._track_backward(frames, backward, backward_file, backward_saved, title)
         spent, started = self._seconds, time.perf_counter() - self._seconds["wall"]
         live = frames if isinstance(frames, LiveVideo) else None
         prefetch = live or Prefetch(timed(frames, spent, "decoding"))
@@ -120,7 +131,11 @@ class FolderRun:
 
         # the tracker pulls its frames itself: what it waits for them is not tracking
         results = self.tracker.track(
-            timed(source(), spent, "waiting", "tracking"), masks, frame_count, resume=saved and saved["tracker"]
+            timed(source(), spent, "waiting", "tracking"),
+            masks,
+            frame_count,
+            resume=saved and saved["tracker"],
+            backward=backward,
         )
         self.out.mkdir(parents=True, exist_ok=True)
         for partial in (*self.out.glob(".*.partial.*"), *self.out.glob("masks/.*.partial.*")):
@@ -157,6 +172,26 @@ class FolderRun:
             self.summary["live"] = live.summary()
         self._measure()
 
+    def _track_backward(
+        self, frames: Any, backward: Backward, file: ResumeFile, saved: dict[str, Any] | None, title: str | None
+    ) -> None:
+        """Track backwards, and keep what is found for the pass forwards."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        done = saved["frames"] if saved else 0
+        passed = timed(
+            self.tracker.track_backward(frames, backward, resume=saved and saved["tracker"]), self._seconds, "tracking"
+        )
+        total = backward.start + 1
+        with Progress(desc=f"{title}, backwards", unit="frame", total=total, initial=done, shown=bool(title)) as bar:
+            for count, _ in enumerate(passed, done + 1):
+                self._clear(0)
+                if saved is None and count == 1:
+                    # of an earlier run
+                    file.path.unlink(missing_ok=True)
+                bar.update()
+                if file.due():
+                    file.write({"tracker": self.tracker.state(), "frames": count})
+
     def mask_file(self, index: int) -> Path:
         """Where the mask of a frame is."""
         return self.out / "masks" / f"{index:05d}.png"
@@ -166,6 +201,7 @@ class FolderRun:
         write_json(self.out / SUMMARY, self.summary)
         if self._ended:
             (self.out / RESUME_FILE).unlink(missing_ok=True)
+            shutil.rmtree(self.out / BACKWARD, ignore_errors=True)
 
     def _take_up(self, saved: dict[str, Any]) -> int:
         """Be where an earlier run was when it saved this; how many frames it had tracked."""

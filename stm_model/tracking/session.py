@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from stm_model.labels import VOID, objects_in
 from stm_model.network import STM, STRIDE, Query, other_object_masks, soft_aggregate
+from stm_model.tracking.both_ways import Backward, Hint
 from stm_model.tracking.frames import (
     Frame,
     as_array,
@@ -96,12 +97,20 @@ class TrackingSession:
         masks: given masks by frame index, checked.
         shorter_side: of the network's frames, None is the video's own.
         skip_uncertain: as in `Tracker`.
+        backward: what was tracked backwards, if it was.
     """
 
     def __init__(
-        self, model: STM, bank: MemoryBank, masks: dict[int, np.ndarray], shorter_side: int | None, skip_uncertain: bool
+        self,
+        model: STM,
+        bank: MemoryBank,
+        masks: dict[int, np.ndarray],
+        shorter_side: int | None,
+        skip_uncertain: bool,
+        backward: Backward | None = None,
     ):
         self.model, self.bank, self.masks, self.skip_uncertain = model, bank, masks, skip_uncertain
+        self.backward = backward
         self.shorter_side, self.device = shorter_side, next(model.parameters()).device
         self.objects: list[int] = []
         """Label of each object, in the order they entered."""
@@ -121,6 +130,9 @@ class TrackingSession:
             _check_size(mask, pixels, index)
         image = prepare_frame(pixels, scaled_size(pixels.shape[:2], self.shorter_side), self.device)
         query, probabilities, familiarity = self._segment(image)
+        if self.backward is not None and (hints := self.backward.hints(index, self.device)):
+            probabilities = self._mix(probabilities, hints)
+            familiarity += [-math.inf] * (len(self.objects) - len(familiarity))
         encoded = query if self.model.shares_keys else None
         self.previous = _Previous(index, pixels, image, probabilities, familiarity, encoded)
         return self._apply(mask)
@@ -291,12 +303,7 @@ class TrackingSession:
 
     def _overwrite(self, probabilities: Tensor, labels: Tensor, given: frozenset[int]) -> Tensor:
         """Overwrite predictions by a given mask and take in new objects; void pixels keep their prediction."""
-        new = sorted(given - set(self.objects))
-        if new:
-            self.objects += new
-            self.bank.add_objects(len(new))
-            absent = torch.zeros(len(new), *probabilities.shape[1:], device=self.device)
-            probabilities = torch.cat([probabilities, absent])
+        probabilities = self._take_in(given, probabilities)
         known, named = labels != VOID, torch.zeros_like(labels, dtype=torch.bool)
         probabilities = probabilities.clone()
         for label in given:
@@ -310,6 +317,32 @@ class TrackingSession:
         for label in given:
             probabilities[1 + self.objects.index(label)][labels == label] = 1
         return probabilities
+
+    def _take_in(self, labels: Iterable[int], probabilities: Tensor) -> Tensor:
+        """Take in the objects among `labels` that are new; the probabilities with theirs, which are 0."""
+        new = sorted(set(labels) - set(self.objects))
+        if not new:
+            return probabilities
+        self.objects += new
+        self.bank.add_objects(len(new))
+        absent = torch.zeros(len(new), *probabilities.shape[1:], device=self.device)
+        return torch.cat([probabilities, absent])
+
+    def _mix(self, probabilities: Tensor, hints: list[Hint]) -> Tensor:
+        """Mix in what was tracked backwards; the other objects and the background share what that leaves."""
+        probabilities = self._take_in([hint.label for hint in hints], probabilities)
+        certainty = _certainty(probabilities, probabilities.max(0).indices)
+        places = [self.objects.index(hint.label) for hint in hints]
+        channels = [1 + place for place in places]
+        each = [hint.weight(certainty[place]) for hint, place in zip(hints, places)]
+        weights = torch.tensor(each, device=self.device).view(-1, 1, 1)
+        mixed = torch.lerp(probabilities[channels], torch.stack([hint.mask for hint in hints]), weights)
+        mixed /= mixed.sum(0).clamp(min=1)
+        rest = probabilities.index_fill(0, torch.tensor(channels, device=self.device), 0)
+        rest *= (1 - mixed.sum(0)) / rest.sum(0).clamp(min=1e-6)
+        rest[channels] = mixed
+        rest[0] += 1 - rest.sum(0)
+        return rest.clamp_(min=0)
 
 
 def _check_size(mask: np.ndarray, frame: Frame, index: int) -> None:

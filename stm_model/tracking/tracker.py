@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,7 @@ from torch import Tensor
 from stm_kernels import memory_read
 from stm_model.labels import objects_in
 from stm_model.network import STM, STRIDE, for_inference
+from stm_model.tracking.both_ways import Backward, backwards
 from stm_model.tracking.budget import MemoryBudget, MemoryPlan, MemoryRule, plan_memory
 from stm_model.tracking.frames import Frame, as_array, check_frame, check_index, check_mask, check_side, scaled_size
 from stm_model.tracking.memory import MemoryBank
@@ -85,6 +89,7 @@ class Tracker:
         frame_count: int | None = None,
         *,
         resume: Mapping[str, Any] | None = None,
+        backward: Backward | None = None,
     ) -> Iterator[FrameResult]:
         """Segment a video frame by frame, as the frames come.
 
@@ -96,6 +101,7 @@ class Tracker:
             frame_count: number of frames, if known; only the rule `uniform:K` needs it.
             resume: what `state` returned, to go on from there: the frames before it are passed over, the results after
                 it are, on a CPU to the bit, those of a run that was never stopped.
+            backward: what `track_backward` found, to be mixed in.
 
         Yields:
             A result for every frame, in order. Before the first mask everything is background.
@@ -107,7 +113,7 @@ class Tracker:
         """
         if frame_count is None and isinstance(frames, Sized):
             frame_count = len(frames)
-        session = self._begin(masks, frame_count)
+        session = self._begin(masks, frame_count, backward)
         if not any(objects_in(mask) for mask in session.masks.values()):
             raise ValueError("masks: expected at least one labelled object (1…254), got none")
         if resume is not None:
@@ -132,12 +138,62 @@ class Tracker:
         self.bank = self._session.bank
         return self._session
 
-    def _begin(self, masks: Mapping[int, np.ndarray | Tensor], frame_count: int | None) -> TrackingSession:
+    def track_both_ways(
+        self, frames: Iterable[Frame], masks: Mapping[int, np.ndarray | Tensor]
+    ) -> Iterator[FrameResult]:
+        """Segment a video from masks of any of its frames: backwards first, then forwards, the two mixed.
+
+        Between two given masks of an object both ways count, each the more the nearer its mask is and the surer it is
+        of the object; what is remembered for the frames after them is the mixture. Before an object's first mask it is
+        what was tracked backwards.
+
+        Args:
+            frames: as in `track`, each of which can be had at any time: a list, an array, or what `open_video` gives.
+            masks: as in `track`. The pass backwards begins at the last of them.
+
+        Yields:
+            A result for every frame, in order, once the pass backwards is done. Its soft masks are in a temporary
+            folder until the last result.
+
+        Raises:
+            TypeError, ValueError: as `track`.
+        """
+        count = len(frames) if isinstance(frames, Sized) else getattr(frames, "frame_count", None)
+        given = self._begin(masks, count).masks
+        with tempfile.TemporaryDirectory() as folder:
+            backward = Backward(Path(folder), given)
+            for _ in self.track_backward(frames, backward):
+                pass
+            yield from self.track(frames, given, count, backward=backward)
+
+    def track_backward(
+        self, frames: Any, backward: Backward, *, resume: Mapping[str, Any] | None = None
+    ) -> Iterator[int]:
+        """Track backwards from the last given mask and keep what is found for `track`; yields each frame's index.
+
+        For the arguments see `track_both_ways` and `track`; without a mask after the first frame nothing is to do.
+        """
+        if not backward.start:
+            return
+        source = backwards(frames, backward.start)
+        for result in self.track(source, backward.mirrored, backward.start + 1, resume=resume):
+            assert self._session is not None and self._session.previous is not None
+            index = backward.start - result.index
+            masks = dict(zip(result.objects, self._session.previous.probabilities[1:]))
+            backward.write(index, masks, result.certainty)
+            yield index
+
+    def _begin(
+        self,
+        masks: Mapping[int, np.ndarray | Tensor],
+        frame_count: int | None,
+        backward: Backward | None = None,
+    ) -> TrackingSession:
         if not isinstance(masks, Mapping):
             raise TypeError(f"masks: expected label maps by frame number, as {{0: mask}}, got {type(masks).__name__}")
         checked = {check_index(index, frame_count or None): check_mask(mask, index) for index, mask in masks.items()}
         bank = MemoryBank(self._rule(frame_count), self.budget, **self.read_options)
-        return TrackingSession(self.model, bank, checked, self.size, self.skip_uncertain)
+        return TrackingSession(self.model, bank, checked, self.size, self.skip_uncertain, backward)
 
     def state(self) -> dict[str, Any]:
         """All that `track` needs to go on after the result that it gave last, for `torch.save`.
@@ -155,6 +211,8 @@ class Tracker:
     def _made_with(self, session: TrackingSession, frame_index: int) -> dict[str, Any]:
         """All that the results up to a frame depend on, but the frames."""
         kept = session.bank.rule.kept
+        # what was tracked backwards depends on later masks
+        last = frame_index if session.backward is None else math.inf
         return {
             "memory": str(self.memory),
             "remembered frames": sorted(kept) if isinstance(kept, frozenset) else None,
@@ -168,7 +226,8 @@ class Tracker:
             "compiled": self.compiled,
             **self.read_options,
             "weights": self._weights_digest,
-            "masks": array_digest({index: mask for index, mask in session.masks.items() if index <= frame_index}),
+            "both ways": session.backward is not None,
+            "masks": array_digest({index: mask for index, mask in session.masks.items() if index <= last}),
         }
 
     @cached_property

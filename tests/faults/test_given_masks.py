@@ -59,7 +59,8 @@ FAULTS = [
     Fault(
         "masks of a video file that count from 1",
         lambda clip, made: {"mask": masks(clip, made, {"00001.png": 0, "00004.png": 3})},
-        "stm: warning: the first mask is for frame 1, counted from 0: in the 1 before it all is background",
+        "stm: warning: the first mask is for frame 1, counted from 0: in the 1 before it all is background; "
+        "--both-ways tracks it back to the start",
         code=0,
         masks=10,
     ),
