@@ -52,6 +52,11 @@ class EvaluateConfig(EvaluationOptions):
     None takes first+every:5 where the decoder sees the previous masks, as with the package's weights, else every:5."""
     memory_share: float | None = None
     """The most remembered positions to keep, as a share of all: those that reads use; None keeps all."""
+    both_ways: bool = False
+    """Track backwards too, from the masks of later frames, as `stm track --both-ways`."""
+    corrections: int = 0
+    """Correct each video so many times: the true mask of its worst frame is given, and it is tracked anew. The masks
+    written are the last ones."""
     overlay: bool = False
     """Write overlays/VIDEO.mp4, the frames with the objects colored, and link them in the report."""
     resume: bool = False
@@ -67,8 +72,14 @@ class EvaluateConfig(EvaluationOptions):
             raise ValueError("dataset: davis-interactive takes an EvaluateInteractiveConfig")
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers: expected at least 1, got {self.workers}")
-        if self.resume and (self.overwrite or self.results is not None or self.study is not None):
-            raise ValueError("resume: goes on with tracking; give it without --overwrite, --results and --study")
+        if self.corrections < 0:
+            raise ValueError(f"corrections: expected at least 0, got {self.corrections}")
+        if self.corrections and (self.results is not None or self.study is not None):
+            raise ValueError("corrections: track anew, each time; give them without --results and --study")
+        if self.resume and (self.overwrite or self.corrections or self.results is not None or self.study is not None):
+            raise ValueError(
+                "resume: goes on with tracking; give it without --overwrite, --corrections, --results and --study"
+            )
         if self.results is not None and self.study is not None:
             raise ValueError("study: tracks with settings of its own and can't score --results; give one of the two")
         if self.results is not None and self.checkpoint is not None:

@@ -11,7 +11,7 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from stm_model import __version__
 from stm_model.distributed import Ranks
 from stm_model.evaluation.certainty import certainty_scores
 from stm_model.evaluation.config import EvaluateConfig
+from stm_model.evaluation.corrections import Round, corrected, correction_rows
 from stm_model.evaluation.predict import Speed, track_videos
 from stm_model.evaluation.protocol import Dataset, Video, open_dataset
 from stm_model.evaluation.scoring import find_results, score
@@ -40,7 +41,8 @@ from stm_model.tracking.resume import source_digest
 
 SUMMARY, CERTAINTY = "evaluation.json", "certainty"
 MADE_WITH = frozenset(
-    ("dataset", "split", "weights", "data", "resolution", "size", "dtype", "memory", "memory_share", "results", "study")
+    ("dataset", "split", "weights", "data", "resolution", "size", "dtype", "memory", "memory_share", "both_ways")
+    + ("results", "study")
 )
 """What masks depend on: an evaluation that is resumed must have been made with the same."""
 
@@ -59,18 +61,29 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 def _evaluation(config: EvaluateConfig, dataset: Dataset, left: list[Video], ranks: Ranks) -> dict[str, Any]:
     masks, speed = config.results or config.out / "masks", None
+    rounds: list[Round] = []
     if left:
-        mine = ranks.share(left, lambda video: len(video.frame_paths))
-        options = {"memory": config.memory, "budget": MemoryBudget(share=config.memory_share)}
-        folder = masks / dataset.submission_folder
-        speeds = ranks.each(
-            lambda: track_videos(mine, config, options, folder, not ranks.first, config.out / CERTAINTY)
-        )
-        speed = sum(speeds[1:], start=speeds[0])
-    return ranks.on_first(lambda: _finish(config, dataset, masks, speed))
+        speed = _track(config, dataset, left, ranks)
+    for _ in range(config.corrections):
+        # every process gets the first one's
+        rounds.append((dataset, ranks.on_first(lambda: score(dataset, masks, workers=config.workers))))  # noqa: B023
+        dataset = corrected(*rounds[-1])
+        speed = _track(config, dataset, dataset.videos, ranks)
+    return ranks.on_first(lambda: _finish(config, dataset, masks, speed, rounds))
 
 
-def _finish(config: EvaluateConfig, dataset: Dataset, masks: Path, speed: Speed | None) -> dict[str, Any]:
+def _track(config: EvaluateConfig, dataset: Dataset, videos: Sequence[Video], ranks: Ranks) -> Speed:
+    mine = ranks.share(videos, lambda video: len(video.frame_paths))
+    options = {"memory": config.memory, "budget": MemoryBudget(share=config.memory_share)}
+    folder, certainty = config.out / "masks" / dataset.submission_folder, config.out / CERTAINTY
+    task = (mine, config, options, folder, not ranks.first, certainty, config.both_ways)
+    speeds = ranks.each(lambda: track_videos(*task))
+    return sum(speeds[1:], start=speeds[0])
+
+
+def _finish(
+    config: EvaluateConfig, dataset: Dataset, masks: Path, speed: Speed | None, rounds: list[Round]
+) -> dict[str, Any]:
     """Score, and write tables, JSON, overlays and the report."""
     scores = score(dataset, masks, binary=config.binary, workers=config.workers)
     floor = score(dataset, None, workers=config.workers)
@@ -81,6 +94,8 @@ def _finish(config: EvaluateConfig, dataset: Dataset, masks: Path, speed: Speed 
         "objects": score_records(scores),
         "certainty": certainty_scores(scores, config.out / CERTAINTY),
     }
+    if rounds:
+        summary["corrections"] = correction_rows([*rounds, (dataset, scores)])
     if scores:
         write_score_tables(config.out, dataset, scores)
     evaluation = Evaluation(dataset, masks, scores, floor, speed, summary)
@@ -135,6 +150,10 @@ def describe(summary: dict[str, Any]) -> str:
         lines.append(
             f"certainty tells {lost['count']} of {summary['certainty']['masks']} masks with J below 0.5: {told}"
         )
+    if corrections := summary.get("corrections"):
+        names = ("J-Mean", "F-Mean", "before", "after")
+        table = {str(row["corrections"]): {name: row[name] for name in names if name in row} for row in corrections}
+        lines.append(format_table(table, "corrections"))
     return "\n".join([*lines, f"written to {summary['settings']['out']}"])
 
 
@@ -142,7 +161,7 @@ def _prepare(config: EvaluateConfig) -> tuple[Dataset, list[Video]]:
     """Find the videos, check all settings, clear the folder of an earlier evaluation; also the videos left to track."""
     out = config.out
     dataset = open_dataset(config.dataset, config.data, config.split, config.resolution, config.videos)
-    if (config.study or config.results) and not any(video.scored for video in dataset.videos):
+    if (config.study or config.results or config.corrections) and not any(video.scored for video in dataset.videos):
         raise ValueError(f"{config.dataset}: the ground truth of the split {dataset.split} is not here to score by")
     check_out(out, config.overwrite or config.resume, {"data": config.data, "results": config.results})
     if config.results is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ def track_videos(
     out: Path,
     quiet: bool = False,
     certainty: Path | None = None,
+    both_ways: bool = False,
 ) -> Speed:
     """Track videos one after the other and write OUT/VIDEO/ with the masks that their benchmark asks for.
 
@@ -68,6 +70,7 @@ def track_videos(
         out: folder that gets a folder of masks for each video.
         quiet: show no progress.
         certainty: folder that gets VIDEO.json with how sure the tracker is: label → frame → certainty.
+        both_ways: track backwards too, from the masks of later frames.
 
     Raises:
         MediaError: a frame or a mask cannot be read, or does not fit its video; the message names it.
@@ -83,12 +86,12 @@ def track_videos(
             if size not in trackers:
                 trackers[size] = Tracker(model, size=size, **options)
             if not number:
-                for _ in zip(range(WARM_UP), _results(trackers[size], video, dict(spent))):
+                for _ in zip(range(WARM_UP), _results(trackers[size], video, dict(spent), False)):
                     pass
                 loaded = _held_memory(device)
             progress.set_postfix_str(video.name, refresh=False)
             sure: dict[int, dict[int, float]] = {}
-            for result in _write(video, _results(trackers[size], video, spent), out / video.name):
+            for result in _write(video, _results(trackers[size], video, spent, both_ways), out / video.name):
                 for label, value in zip(result.objects, result.certainty):
                     sure.setdefault(label, {})[result.index] = round(value, 4)
                 frames += 1
@@ -127,12 +130,32 @@ def _write(video: Video, results: Iterable[FrameResult], out: Path) -> Iterator[
         yield result
 
 
-def _results(tracker: Tracker, video: Video, spent: dict[str, float]) -> Iterator[FrameResult]:
+class _Frames:
+    """The frames of a video, read when they are asked for; `spent` gets the seconds."""
+
+    def __init__(self, video: Video, spent: dict[str, float]):
+        self.video, self.spent = video, spent
+
+    def __len__(self) -> int:
+        return len(self.video.frame_paths)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        started = time.perf_counter()
+        frame = read_image(self.video.frame_paths[index])
+        took = time.perf_counter() - started
+        self.spent["reading"] += took
+        self.spent["tracking"] -= took
+        return frame
+
+
+def _results(tracker: Tracker, video: Video, spent: dict[str, float], both_ways: bool) -> Iterator[FrameResult]:
     """The results of a video; `spent` gets the seconds of tracking, without those of reading."""
-    frames = timed(map(read_image, video.frame_paths), spent, "reading", "tracking")
-    results = tracker.track(frames, _given_masks(video), frame_count=len(video.frame_paths))
+    track = tracker.track_both_ways if both_ways else tracker.track
     try:
-        yield from timed(results, spent, "tracking")
+        yield from timed(track(_Frames(video, spent), _given_masks(video)), spent, "tracking")
     except MediaError:
         raise
     except ValueError as error:
@@ -148,7 +171,7 @@ def _given_masks(video: Video) -> dict[int, np.ndarray]:
             raise MediaError(
                 f"{annotation}: {width_by_height(mask.shape)} pixels; expected {width_by_height(size)} like its frame"
             )
-        for label in video.entries[frame]:
+        for label in video.entries.get(frame, ()):
             if not (mask == label).any():
                 raise MediaError(
                     f"{video.annotations[frame]}: object {label} should enter here, but is not in the mask"

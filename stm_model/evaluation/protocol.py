@@ -38,6 +38,8 @@ class Video(data.Video):
     """Frame → objects scored there; empty where the ground truth is not public."""
     groups: Mapping[int, str] = field(default_factory=dict)
     """Object → `seen` or `unseen`, where the benchmark tells."""
+    corrected: tuple[int, ...] = ()
+    """Frames whose true masks are given as well, of all objects, as a user corrects what went wrong."""
 
     @property
     def objects(self) -> tuple[int, ...]:
@@ -50,7 +52,7 @@ class Video(data.Video):
         for frame, labels in self.entries.items():
             annotation = self.read_annotation(frame)
             masks[frame] = np.where(np.isin(annotation, (*labels, VOID)), annotation, 0).astype(np.uint8)
-        return masks
+        return masks | {frame: self.read_annotation(frame) for frame in self.corrected}
 
     def mask_name(self, frame: int) -> str:
         """File name of a frame's mask in a submission."""

@@ -14,9 +14,9 @@ def _stop_in(monkeypatch, length, frame):
     """Ctrl-C in the video of so many frames."""
     track = Tracker.track
 
-    def stopping(self, frames, masks, frame_count=None):
-        for result in track(self, frames, masks, frame_count=frame_count):
-            if (frame_count, result.index) == (length, frame):
+    def stopping(self, frames, masks):
+        for result in track(self, frames, masks):
+            if (len(frames), result.index) == (length, frame):
                 raise KeyboardInterrupt
             yield result
 
