@@ -13,7 +13,7 @@ import tyro
 if TYPE_CHECKING:
     import numpy as np
 
-    from stm_model.io.video import FrameFolder, VideoFile
+    from stm_model.io.video import Video
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def _check_output(config: ConvertConfig, files: Mapping[str, str]) -> None:
             raise ValueError(f"{file}: is there already; choose another --out, or add --overwrite")
 
 
-def _open_masks(config: ConvertConfig, video: VideoFile | FrameFolder | None) -> Mapping[int, np.ndarray]:
+def _open_masks(config: ConvertConfig, video: Video | None) -> Mapping[int, np.ndarray]:
     """The masks by frame, read when they are asked for."""
     from stm_model.io.formats.given import PictureMasks, open_drawn
 
@@ -78,7 +78,7 @@ def _open_masks(config: ConvertConfig, video: VideoFile | FrameFolder | None) ->
 
 
 def _checked(
-    masks: Mapping[int, np.ndarray], video: VideoFile | FrameFolder | None, needs_frames: bool, path: Path
+    masks: Mapping[int, np.ndarray], video: Video | None, needs_frames: bool, path: Path
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
     """Index, labels and, where they are needed, pixels of the frames that have a mask. Raises a ValueError for masks of
     another size than the video, or than the first of them.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from stm_model import STM, Tracker
     from stm_model.io.live import LiveVideo
-    from stm_model.io.video import FrameFolder, VideoFile
+    from stm_model.io.video import Video
     from stm_model.tracking.folder import FolderRun
 
 
@@ -267,7 +267,7 @@ def check_output(config: TrackConfig) -> None:
             raise ValueError(f"--out {config.out}: the results would overwrite the {name}; choose another folder")
 
 
-def _opened(config: TrackConfig) -> VideoFile | FrameFolder | LiveVideo:
+def _opened(config: TrackConfig) -> Video | LiveVideo:
     from stm_model.io.live import LiveVideo
     from stm_model.io.video import open_video
 
@@ -278,7 +278,7 @@ def _opened(config: TrackConfig) -> VideoFile | FrameFolder | LiveVideo:
     return open_video(config.video)
 
 
-def _given_masks(config: TrackConfig, video: VideoFile | FrameFolder | LiveVideo) -> dict[int, np.ndarray]:
+def _given_masks(config: TrackConfig, video: Video | LiveVideo) -> dict[int, np.ndarray]:
     from stm_model.io.formats.given import read_given
     from stm_model.io.images import width_by_height
     from stm_model.io.live import LiveVideo

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from stm_model.io.damage import BrokenVideo
 from stm_model.io.images import MediaError
-from stm_model.io.video import BrokenVideo, open_video
+from stm_model.io.video import open_video
 from stm_model.progress import Progress
 
 

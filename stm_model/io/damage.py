@@ -8,8 +8,20 @@ from pathlib import Path
 
 import numpy as np
 
+from stm_model.io.images import MediaError
+
 TRANSPORT_PACKETS = ((188, 0), (192, 4), (204, 0))
 """Sizes of a transport stream's packets, and where in one its first byte, 0x47, is."""
+
+
+class BrokenVideo(MediaError):
+    """A video that stops before its end, or some of whose frames are damaged; `frames_read` frames came out before
+    that.
+    """
+
+    def __init__(self, message: str, frames_read: int):
+        super().__init__(message)
+        self.frames_read = frames_read
 
 
 class Break(Exception):
@@ -31,6 +43,10 @@ class Clock:
             self.expected = stream.frames / fps
         elif stream.duration:
             self.expected = stream.duration * stream.time_base
+
+    def skip(self, start: Fraction) -> None:
+        """The stream, which starts there, is read from somewhere later on."""
+        self.listed, self.start = 0, start
 
     def see(self, packet) -> None:
         self.packets += packet.size > 0

@@ -43,6 +43,12 @@ def picture_files(folder: Path) -> list[Path]:
     return sorted((file for file in files if not file.name.startswith(".")), key=_natural)
 
 
+def file_number(path: Path) -> int | None:
+    """The number in which a file's name ends."""
+    number = re.search(r"(\d+)$", path.stem)
+    return int(number[1]) if number else None
+
+
 def _natural(path: Path) -> list:
     return [int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", path.name)]
 

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 
+from stm_model.io.damage import BrokenVideo
 from stm_model.io.images import MediaError, reason, width_by_height
 from stm_model.io.threads import DEPTH
-from stm_model.io.video import FOLDER_FPS, BrokenVideo, upright
+from stm_model.io.video import FOLDER_FPS, upright
 from stm_model.progress import say
 from stm_model.runtime import STDIN
 

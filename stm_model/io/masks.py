@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from fractions import Fraction
 from pathlib import Path
@@ -13,11 +12,11 @@ import numpy as np
 from PIL import Image
 
 from stm_model.io.files import whole
-from stm_model.io.images import MediaError, open_picture, picture_files, read_image, upright
+from stm_model.io.images import MediaError, file_number, open_picture, picture_files, read_image, upright
 from stm_model.labels import VOID, objects_in
 
 if TYPE_CHECKING:
-    from stm_model.io.video import FrameFolder, VideoFile
+    from stm_model.io.video import Video
 
 MAX_GREY_LABELS = 64
 """A grey picture with more values than this is a photograph or has soft edges: it holds no labels."""
@@ -80,7 +79,7 @@ def has_palette(path: str | os.PathLike) -> bool:
 
 def read_masks(
     path: str | os.PathLike,
-    video: VideoFile | FrameFolder | None = None,
+    video: Video | None = None,
     *,
     binary: bool = False,
     colors: bool = False,
@@ -123,24 +122,22 @@ def read_masks(
     return masks
 
 
-def frame_indices(files: list[Path], video: VideoFile | FrameFolder | None) -> list[int]:
+def frame_indices(files: list[Path], video: Video | None) -> list[int]:
     """The frames that masks of these names are of. Raises a MediaError that names one of no frame."""
     frames = video.files if video else ()
     stems = {file.stem: index for index, file in enumerate(frames)}
-    # frames may count from 1, or with gaps
-    numbers = {_number(file): index for index, file in enumerate(frames)}
-    numbered = None not in numbers and len(numbers) == len(frames) > 0
+    numbers = {number: index for index, number in enumerate(video.numbers)} if video else {}
     by_name = any(file.stem in stems for file in files)
     indices = []
     for file in files:
-        number = _number(file)
-        index = stems.get(file.stem) if by_name else numbers.get(number) if numbered else number
+        number = file_number(file)
+        index = stems.get(file.stem) if by_name else number if number is None or not numbers else numbers.get(number)
         if index is None:
             expected = "the name of a frame of the video" if by_name else "a name that ends in the frame's number"
-            if numbered and number is not None and not by_name and video:
-                given = [each for each in numbers if each is not None]
+            if numbers and number is not None and not by_name and video:
                 raise MediaError(
-                    f"{file}: a mask for frame {number}, but {video.path} has the frames {min(given)} to {max(given)}"
+                    f"{file}: a mask for frame {number}, but {video.path} has the frames {min(numbers)} to "
+                    f"{max(numbers)}"
                 )
             raise MediaError(f"{file}: expected {expected}")
         if video and video.frame_count is not None and index >= video.frame_count:
@@ -196,12 +193,6 @@ def _rims(labels: np.ndarray) -> list[int]:
     rims = np.flatnonzero((sizes > 0) & (4 * touching >= 3 * sizes))
     outline = (thick & (most != least)).sum()
     return rims.tolist() if outline and 4 * sizes[rims].sum() >= outline else []
-
-
-def _number(file: Path) -> int | None:
-    """The number in which a file's name ends."""
-    number = re.search(r"(\d+)$", file.stem)
-    return int(number[1]) if number else None
 
 
 class MaskStream:

@@ -23,7 +23,7 @@ class Sound:
 
     def __init__(self, path: str | os.PathLike, container: Any):
         self._container, self._track = container, None
-        self._source = av.open(os.fspath(path), metadata_errors="ignore")
+        self._source = av.open(os.path.abspath(path), metadata_errors="ignore")
         for stream in self._source.streams.audio[:1]:
             try:
                 self._track = container.add_stream_from_template(stream)

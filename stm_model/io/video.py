@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
+import math
 import os
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
@@ -14,20 +17,12 @@ from typing import Any
 import av
 import numpy as np
 
-from stm_model.io.damage import Break, Clock, ends_within_a_packet, lost_times, which_damaged
-from stm_model.io.images import (
-    IMAGE_SUFFIXES,
-    MediaError,
-    picture_files,
-    picture_size,
-    read_image,
-    reason,
-    width_by_height,
-)
+from stm_model.io.damage import Break, BrokenVideo, Clock, ends_within_a_packet, lost_times, which_damaged
+from stm_model.io.images import MediaError, reason, width_by_height
+from stm_model.io.pictures import EVERY, FOLDER_FPS, Animation, FrameFolder, is_animation
 from stm_model.io.sound import Sound
 from stm_model.runtime import is_out_of_memory
 
-FOLDER_FPS = Fraction(24)
 ONE_FRAME_A_PACKET = frozenset({"h264", "hevc", "av1", "vp9", "mpeg2video", "mjpeg", "prores", "ffv1"})
 """Codecs of which a packet without a frame is damage; others store some frames that are never shown."""
 INDEXED = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
@@ -36,26 +31,17 @@ TIMED = INDEXED | {"mpegts", "flv"}
 """Containers that say when each frame is shown."""
 
 
-class BrokenVideo(MediaError):
-    """A video that stops before its end, or some of whose frames are damaged; `frames_read` frames came out before
-    that.
-    """
-
-    def __init__(self, message: str, frames_read: int):
-        super().__init__(message)
-        self.frames_read = frames_read
-
-
-def open_video(path: str | os.PathLike) -> VideoFile | FrameFolder:
+def open_video(path: str | os.PathLike) -> Video:
     """Open a video file or a folder of frames, without reading it into memory.
 
     Args:
-        path: a file that FFmpeg reads (mp4, mkv, webm, avi, …), or a folder of pictures, taken in natural order
-            (`frame2` before `frame10`).
+        path: a file that FFmpeg reads (mp4, mkv, webm, avi, …), an animated WebP or GIF, or a folder of pictures, taken
+            in natural order (`frame2` before `frame10`).
 
     Returns:
         A source. Iterating yields uint8 RGB `[H, W, 3]` frames, from the start each time. It has `path`, `name`,
-        `size` (H, W) in pixels, `fps` (Fraction, frames a second; 24 for a folder) and `frame_count` (None if unknown).
+        `size` (H, W) in pixels, `fps` (Fraction, frames a second; 24 for a folder) and `frame_count` (None if unknown);
+        `frames(numbers)` yields some of them, and `place` finds the frame of a number or a time.
 
     Raises:
         MediaError: nothing there, not a video, no frames, or frames of different sizes in a folder.
@@ -72,51 +58,22 @@ def open_video(path: str | os.PathLike) -> VideoFile | FrameFolder:
             f"{path}: is a pipe, which is read only once; expected a video file or a folder of "
             "frames, or - for a video on stdin"
         )
-    return VideoFile(path)
-
-
-class FrameFolder:
-    """A folder of pictures as a video; see `open_video`."""
-
-    fps = FOLDER_FPS
-
-    def __init__(self, path: Path):
-        self.path, self.name = path, path.resolve().name
-        self.files = tuple(picture_files(path))
-        if not self.files:
-            raise MediaError(f"{path}: no frames; expected pictures ({' '.join(sorted(IMAGE_SUFFIXES))})")
-        self.size = picture_size(self.files[0])
-        for file in self.files[1:]:
-            if (size := picture_size(file)) != self.size:
-                raise MediaError(
-                    f"{file}: {width_by_height(size)} pixels, but the frames before it are {width_by_height(self.size)}"
-                )
-        self.frame_count = len(self.files)
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return self.frames_from(0)
-
-    def frames_from(self, start: int) -> Iterator[np.ndarray]:
-        """The frames from number `start` on."""
-        for index, file in enumerate(self.files[start:], start):
-            try:
-                frame = read_image(file)
-            except MediaError as error:
-                raise BrokenVideo(f"{error}; {index} of {self.frame_count} frames read", index) from error
-            yield frame
+    return Animation(path) if is_animation(path) else VideoFile(path)
 
 
 class VideoFile:
     """A video file read through FFmpeg; see `open_video`. Rotation noted in the file is applied."""
 
     files: tuple[Path, ...] = ()
+    numbers: tuple[int, ...] = ()
 
     def __init__(self, path: Path):
         self.path, self.name = path, path.stem
         with self._opened() as (container, stream):
             self.fps = Fraction(stream.average_rate or stream.guessed_rate or FOLDER_FPS)
             self.frame_count = stream.frames or None
-            self.time_base = stream.time_base if container.format.name in TIMED else 1 / self.fps
+            self._timed = container.format.name in TIMED
+            self.time_base = stream.time_base if self._timed else 1 / self.fps
         # some containers (mkv, webm) do not say how many frames they hold: count them without decoding
         self._lost: list[int] = []
         self.times: list[int] = []
@@ -129,10 +86,18 @@ class VideoFile:
         self.size = first[0].shape[:2]
 
     def __iter__(self) -> Iterator[np.ndarray]:
+        return self.frames(EVERY)
+
+    def frames(self, numbers: range) -> Iterator[np.ndarray]:
+        """The frames of these numbers, as iterating gives them."""
         count, damaged = 0, []
         self.times, start = [], None
+        frames = self._sought(numbers[0]) if numbers[0] else None
+        if frames is not None:
+            count, start = numbers[0], self._shown[0]
+            self.times = [time - start for time in self._shown[:count]]
         try:
-            for frame, whole, time in self._decoded():
+            for frame, whole, time in frames or self._decoded():
                 if frame.shape[:2] != self.size:
                     sizes = f"{width_by_height(self.size)} to {width_by_height(frame.shape)}"
                     raise Break(f"its frames change from {sizes} pixels")
@@ -141,8 +106,11 @@ class VideoFile:
                 if time is not None and len(self.times) == count:
                     start = time if start is None else start
                     self.times.append(time - start)
-                yield frame
+                if count in numbers:
+                    yield frame
                 count += 1
+                if count > numbers[-1]:
+                    break
         except Break as stop:
             known = f" of {self.frame_count}" if (self.frame_count or 0) > count else ""
             also = f"; {which_damaged(damaged, count)}" if damaged else ""
@@ -184,6 +152,18 @@ class VideoFile:
         _, _, first = next(self._decoded())
         return [] if None in (*times, first) else sorted(time for time in times if time >= first)
 
+    def place(self, at: int | Fraction) -> int:
+        """The number of a frame by itself, or of the first that is shown from so many seconds on."""
+        if not isinstance(at, Fraction):
+            return at
+        times = self._shown
+        if not times and self._timed:
+            # only decoding tells
+            with suppress(BrokenVideo):
+                collections.deque(self, maxlen=0)
+            times = self.times
+        return bisect_left(times, times[0] + at / self.time_base) if times else math.ceil(at * self.fps)
+
     @contextmanager
     def _opened(self):
         try:
@@ -220,7 +200,8 @@ class VideoFile:
                 container.seek(sought, stream=stream)
             packets = container.demux(stream)
             clock = Clock(container, stream, self.fps)
-            timed = container.format.name in TIMED
+            if sought is not None:
+                clock.skip(self._shown[0] * stream.time_base)
             # time stamps of frames that have not come out yet
             due = set(self._lost)
             while True:
@@ -230,7 +211,7 @@ class VideoFile:
                         break
                     clock.see(packet)
                     shown = packet.size and packet.pts is not None and not packet.is_discard
-                    if timed and shown and stream.codec.name in ONE_FRAME_A_PACKET:
+                    if self._timed and shown and stream.codec.name in ONE_FRAME_A_PACKET:
                         due.add(packet.pts)
                     frames = packet.decode()
                 except (av.error.FFmpegError, OSError) as error:
@@ -238,7 +219,7 @@ class VideoFile:
                         raise MemoryError(reason(error)) from error
                     if picture is None:  # a video cut out of a longer one may start with frames that need earlier ones
                         continue
-                    if packet is None or packet.pts is None or not timed:
+                    if packet is None or packet.pts is None or not self._timed:
                         raise Break(reason(error)) from error
                     failure, frames = error, []
                     due.add(packet.pts)
@@ -248,13 +229,17 @@ class VideoFile:
                         yield from ((picture, False, time) for time in sorted(earlier))
                     due -= earlier | {frame.pts}
                     picture = upright(frame)
-                    yield picture, not frame.is_corrupt, frame.pts if timed else None
+                    yield picture, not frame.is_corrupt, frame.pts if self._timed else None
             if picture is not None and due:
                 raise Break("the rest cannot be decoded" if failure is None else reason(failure)) from failure
-            if picture is not None and sought is None and (shortfall := clock.shortfall()):
+            if picture is not None and (shortfall := clock.shortfall()):
                 raise Break(shortfall)
             if container.format.name == "mpegts" and ends_within_a_packet(self.path):
                 raise Break("the file ends within a packet")
+
+
+Video = VideoFile | FrameFolder | Animation
+"""What `open_video` opens."""
 
 
 def upright(frame) -> np.ndarray:
@@ -316,7 +301,7 @@ class VideoWriter:
             self._container.mux(self._stream.encode(picture))
 
     def _open(self, frame: np.ndarray) -> None:
-        self._container = av.open(str(self._partial), "w", format="mp4")
+        self._container = av.open(os.path.abspath(self._partial), "w", format="mp4")
         self._stream = self._container.add_stream(self._codec, rate=self._fps)
         self._stream.height, self._stream.width = frame.shape[:2]
         self._stream.pix_fmt = "yuv420p"

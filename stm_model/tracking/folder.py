@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from stm_model.io.damage import BrokenVideo
 from stm_model.io.files import is_empty, write_json
 from stm_model.io.formats.table import FORMATS, TRACKED, Exports
 from stm_model.io.live import LiveVideo
 from stm_model.io.masks import MaskStream, read_mask, write_mask
 from stm_model.io.overlay import Overlay, Style
 from stm_model.io.threads import Prefetch, Writer
-from stm_model.io.video import BrokenVideo, VideoFile, VideoWriter
+from stm_model.io.video import VideoFile, VideoWriter
 from stm_model.progress import Progress
 from stm_model.runtime import is_out_of_memory, one_line, peak_process_memory, timed
 from stm_model.tracking.both_ways import Backward

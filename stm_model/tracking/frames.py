@@ -21,9 +21,9 @@ def check_frame(frame: Frame, index: int, size: tuple[int, int] | None) -> Frame
     """
     if not isinstance(frame, (np.ndarray, Tensor)) and hasattr(frame, "__array_interface__"):
         frame = np.asarray(frame)
-    form = f"{frame.dtype} {list(frame.shape)}" if hasattr(frame, "dtype") else type(frame).__name__
     if isinstance(frame, Tensor):
         _check_dense(frame, f"frame {index}")
+    form = f"{frame.dtype} {list(frame.shape)}" if hasattr(frame, "dtype") else type(frame).__name__
     if (
         not isinstance(frame, (np.ndarray, Tensor))
         or frame.dtype not in (np.uint8, torch.uint8)
@@ -64,10 +64,15 @@ def check_mask(mask: np.ndarray | Tensor, index: int) -> np.ndarray:
     """A label map as uint8 `[H, W]`; raise a ValueError that says what is wrong with it."""
     if isinstance(mask, Tensor):
         _check_dense(mask, f"mask of frame {index}")
-        # NumPy has neither bfloat16 nor the formats of eight bits
-        array = (mask.float() if mask.is_floating_point() else mask).detach().cpu().numpy()
-    else:
+    try:
+        if isinstance(mask, Tensor):
+            # NumPy has neither bfloat16 nor the formats of eight bits
+            mask = (mask.float() if mask.is_floating_point() else mask).detach().cpu().numpy()
         array = np.asarray(mask)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        # numbers in pairs or quantized, rows of different lengths
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"mask of frame {index}: expected whole label values [H, W], got {kind}") from error
     if array.ndim != 2:
         raise ValueError(f"mask of frame {index}: expected [H, W], got {list(array.shape)}")
     if array.dtype.kind == "f" and not np.isfinite(array).all():

@@ -170,6 +170,9 @@ def test_a_colon_in_a_relative_path_names_no_protocol(clip, track, tmp_path, mon
     shutil.copy(clip / "clip.mp4", tmp_path / "http:clip.mp4")
     monkeypatch.chdir(tmp_path)
     assert track(video="http:clip.mp4")[0] == 0
+    # whose overlay takes its sound from there
+    assert track("--export", "matte", video="http:clip.mp4", out=Path("http:out"), overlay=True)[0] == 0
+    assert {"matte.mp4", "overlay.mp4"} <= {file.name for file in Path("http:out").iterdir()}
 
 
 def test_a_device_without_values_is_refused(clip, tmp_path, capsys):

@@ -35,6 +35,19 @@ WRONG = {
         lambda f, m: (torch.from_numpy(f).to("meta"), {0: m}),
         "frame 0: expected a dense tensor with values, got a meta one",
     ),
+    "nested frames": (
+        lambda f, m: ([torch.nested.nested_tensor([torch.from_numpy(f[0])])], {0: m}),
+        "frame 0: expected a dense tensor with values, got a nested one",
+    ),
+    "frames of eight bits with a point": (
+        lambda f, m: (torch.from_numpy(f).to(torch.float8_e4m3fn), {0: m}),
+        r"frame 0: expected a uint8 array or tensor .*, got torch.float8_e4m3fn \[70, 90, 3\]",
+    ),
+    "mask of four bits": (
+        lambda f, m: (f, {0: torch.from_numpy(m).view(torch.float4_e2m1fn_x2)}),
+        r"mask of frame 0: expected whole label values \[H, W\], got torch.float4_e2m1fn_x2",
+    ),
+    "rows of different lengths": (lambda f, m: (f, {0: [[0], [0, 1]]}), r"mask of frame 0: expected .*, got list"),
     "sparse mask": (
         lambda f, m: (f, {0: torch.from_numpy(m).to_sparse()}),
         "mask of frame 0: expected a dense tensor with values, got a sparse one",

@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from stm_model.io.live import LiveVideo
-from stm_model.io.video import FOLDER_FPS, FrameFolder, VideoFile
+from stm_model.io.video import FOLDER_FPS, Video
 from stm_model.labels import VOID
 
 
@@ -23,7 +23,7 @@ class Clip:
     def __init__(
         self,
         name: str,
-        video: VideoFile | FrameFolder | LiveVideo | None = None,
+        video: Video | LiveVideo | None = None,
         names: Mapping[int, str] | None = None,
     ):
         self.name, self.video, self.names = name, video, names or {}

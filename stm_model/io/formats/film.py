@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
@@ -52,7 +53,7 @@ class _Film(Export):
         return cut_out(labels)
 
     def _open(self, height: int, width: int) -> None:
-        self._container = av.open(str(self._partial), "w")
+        self._container = av.open(os.path.abspath(self._partial), "w")
         rate = Fraction(self.clip.fps).limit_denominator(1001)
         self._stream = self._container.add_stream(self.codec, rate=rate, options=self.options)
         self._stream.height, self._stream.width = height, width

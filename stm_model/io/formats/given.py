@@ -15,12 +15,12 @@ from stm_model.io.formats.sam import read_sam
 from stm_model.io.formats.shapes import DrawnMasks, Frame, read_json, reading
 from stm_model.io.images import MediaError, picture_files
 from stm_model.io.masks import frame_indices, read_mask, read_masks
-from stm_model.io.video import FrameFolder, VideoFile
+from stm_model.io.video import Video
 from stm_model.labels import objects_in
 
 
 def read_given(
-    path: Path, video: VideoFile | FrameFolder | None = None, *, binary: bool = False, colors: bool = False
+    path: Path, video: Video | None = None, *, binary: bool = False, colors: bool = False
 ) -> dict[int, np.ndarray]:
     """The given masks of a video, frame → uint8 labels `[H, W]`: of `open_drawn`, else of `read_masks`.
 
@@ -36,7 +36,7 @@ def read_given(
     return masks
 
 
-def open_drawn(path: Path, video: VideoFile | FrameFolder | None = None) -> DrawnMasks | None:
+def open_drawn(path: Path, video: Video | None = None) -> DrawnMasks | None:
     """The masks in a JSON file of COCO, YouTube-VIS, LabelMe or SAM 2, in a folder of LabelMe's, or in an XML or zip of
     CVAT; None for anything else, as pictures are.
 
@@ -59,7 +59,7 @@ def open_drawn(path: Path, video: VideoFile | FrameFolder | None = None) -> Draw
         return DrawnMasks(path, frames, video)
 
 
-def _from_json(path: Path, files: list[Path], video: VideoFile | FrameFolder | None) -> list[Frame]:
+def _from_json(path: Path, files: list[Path], video: Video | None) -> list[Frame]:
     contents = {file.name: read_json(file) for file in files}
     content = next(iter(contents.values()))
     if path.is_dir() or "shapes" in content:
@@ -73,7 +73,7 @@ def _from_json(path: Path, files: list[Path], video: VideoFile | FrameFolder | N
     return read_sam(content)
 
 
-def _from_cvat(path: Path, video: VideoFile | FrameFolder | None) -> list[Frame]:
+def _from_cvat(path: Path, video: Video | None) -> list[Frame]:
     pictures = {file.stem for file in video.files} if video else set()
     try:
         if path.suffix.lower() == ".xml":
@@ -97,7 +97,7 @@ class PictureMasks(Mapping[int, np.ndarray]):
         MediaError: there are no masks, two are of one frame, or one of no frame; on access, as `read_mask`.
     """
 
-    def __init__(self, path: Path, video: VideoFile | FrameFolder | None = None, *, binary: bool = False):
+    def __init__(self, path: Path, video: Video | None = None, *, binary: bool = False):
         files = picture_files(path) if path.is_dir() else [path]
         if not files:
             raise MediaError(f"{path}: no masks; expected PNG files named by frame number, like 00000.png")

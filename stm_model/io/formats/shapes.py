@@ -14,7 +14,7 @@ import numpy as np
 
 from stm_model.io.images import MediaError
 from stm_model.io.masks import frame_indices
-from stm_model.io.video import FrameFolder, VideoFile
+from stm_model.io.video import Video
 from stm_model.labels import VOID
 
 MAX_LABEL = VOID - 1
@@ -55,7 +55,7 @@ class DrawnMasks(Mapping[int, np.ndarray]):
         MediaError: two are of one frame, one of no frame, or there are too many objects.
     """
 
-    def __init__(self, path: Path, frames: Sequence[Frame], video: VideoFile | FrameFolder | None):
+    def __init__(self, path: Path, frames: Sequence[Frame], video: Video | None):
         self.path = path
         self._frames: dict[int, Frame] = {}
         for index, frame in sorted(zip(_indices(path, frames, video), frames), key=lambda each: each[0]):
@@ -116,7 +116,7 @@ def distinct_names(names: Sequence[tuple[str, Any]]) -> dict[tuple[str, Any], st
     return {(name, number): name if len(numbers[name]) == 1 else f"{name} {number}" for name, number in names}
 
 
-def _indices(path: Path, frames: Sequence[Frame], video: VideoFile | FrameFolder | None) -> list[int]:
+def _indices(path: Path, frames: Sequence[Frame], video: Video | None) -> list[int]:
     named = [Path(frame.at) for frame in frames if isinstance(frame.at, str)]
     if len(frames) == 1 and named and not re.search(r"\d$", named[0].stem) and not (video and video.files):
         return [0]

@@ -45,7 +45,7 @@ def refused(path, content, said, video=None):
 
 
 def video(frames=8, files=()):
-    return SimpleNamespace(frame_count=frames, files=files, path="walk.mp4", name="walk", size=(20, 30))
+    return SimpleNamespace(frame_count=frames, files=files, numbers=(), path="walk.mp4", name="walk", size=(20, 30))
 
 
 @pytest.mark.parametrize("name", ["coco", "ytvis", "cvat", "labelme"])
