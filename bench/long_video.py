@@ -50,8 +50,8 @@ from stm_model.io.masks import write_mask
 from stm_model.io.video import VideoWriter
 from stm_model.network.weights import write_tensors
 from stm_model.runtime import held_process_memory
+from stm_model.tracking.bank import MemoryBank
 from stm_model.tracking.budget import EVICTIONS, MemoryBudget, MemoryRule, budget_page
-from stm_model.tracking.memory import MemoryBank
 from stm_model.training.state import initialize
 
 SECTIONS = ("frames", "exact", "run")

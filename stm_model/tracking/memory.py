@@ -1,10 +1,10 @@
-"""Keys and values of the remembered frames, within a budget."""
+"""Keys and values of the remembered positions of objects that entered together."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stm_kernels import PagedMemory
 from stm_model.network import as_positions
-from stm_model.tracking.budget import GIVEN_SHARE, MemoryBudget, MemoryRule, budget_page, too_small
+from stm_model.tracking.budget import MemoryRule, budget_page
 
 USAGE_DECAY = 0.95
 """What a read counts for at the next one: half of it after 14 reads."""
@@ -128,31 +128,33 @@ class SpaceTimeMemory:
         order = torch.where(new, torch.inf, self.notes[:, USED]).masked_fill_(stays, torch.nan)
         self.evict(order.argsort(stable=True)[:count])
 
-    def remove(self, place: int) -> None:
-        """Forget one of several objects."""
-        staying = torch.tensor([other for other in range(self.objects) if other != place])
-        self.objects -= 1
-        if self.pages is None:
-            return
-        before, state = self.pages, self.pages.state()
-        # values lie side by side under one key, or every object has keys of its own
-        channels, batch = before.value_channels, before.batch
-        sharing = batch <= self.objects
+    def part(self, objects: Sequence[int]) -> SpaceTimeMemory:
+        """The memory of some of its objects alone, with pages of its own."""
+        options = {"limit": self.limit, "weighed": self.weighed, **self.read_options}
+        part = SpaceTimeMemory(self.rule, len(objects), **options)
+        state = self.state() | {"objects": len(objects)}
+        if state["pages"] is not None:
+            assert self.pages is not None
+            # values lie side by side under one key, or every object has keys of its own
+            sharing = self.objects // self.pages.batch
 
-        def without(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-            index = staying.to(key.device)
-            if not sharing:
-                return key[index], value[index]
-            parts = rearrange(value, "k p (n v) -> k p n v", n=self.objects + 1)
-            return key, rearrange(parts[:, :, index], "k p n v -> k p (n v)")
+            def of_part(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+                index = torch.tensor(objects, device=key.device)
+                if sharing == 1:
+                    return key[index], value[index]
+                parts = rearrange(value, "k p (n v) -> k p n v", n=sharing)
+                return key, rearrange(parts[:, :, index], "k p n v -> k p (n v)")
 
-        if sharing:
-            channels = channels // (self.objects + 1) * self.objects
-        else:
-            batch -= 1
-        options: dict[str, Any] = {"page_size": before.page_size, "dtype": before.dtype, "device": before.device}
-        self.pages = PagedMemory(batch, before.key_channels, channels, **options, device_pages=before.device_pages)
-        self.pages.load_state(state | {"pages": [without(*page) for page in state["pages"]]})
+            state["pages"] = state["pages"] | {"pages": [of_part(*page) for page in state["pages"]["pages"]]}
+        part.load_state(state, self.pages.device if self.pages is not None else torch.device("cpu"))
+        return part
+
+    def forget_since(self, frame_index: int) -> None:
+        """Drop the frames after one, but for those with a given mask."""
+        self.forget_temporary()
+        wrong = ((self.notes[:, FRAME] > frame_index) & (self.notes[:, GIVEN] == 0)).nonzero()[:, 0]
+        if len(wrong):
+            self.evict(wrong)
 
     def read(self, query_key: Tensor) -> tuple[Tensor, Tensor]:
         """What each of the n objects reads at every position of a frame, and how familiar the position is.
@@ -201,163 +203,3 @@ class SpaceTimeMemory:
 def _beside(value: Tensor, keys: int) -> Tensor:
     """Values `[n, V, h, w]` of objects that share a key side by side, `[keys, n/keys·V, h, w]`."""
     return rearrange(value, "(k n) v h w -> k (n v) h w", k=keys)
-
-
-class Entry(NamedTuple):
-    """How a frame enters a memory."""
-
-    memory: SpaceTimeMemory
-    part: slice
-    """Its objects among all of the video."""
-    given: bool
-    """Whether the user gave the mask of one of them."""
-    kept: bool
-    """Whether the frame stays for good."""
-
-
-class MemoryBank:
-    """The memories of all objects of a video, kept within a budget.
-
-    Objects that entered at the same frame share a memory.
-
-    Args:
-        rule: which frames are remembered.
-        budget: how much, and what is forgotten for it.
-        read_options: those of `PagedMemory.read`.
-    """
-
-    def __init__(self, rule: MemoryRule, budget: MemoryBudget, **read_options: Any) -> None:
-        self.rule, self.budget, self.read_options = rule, budget, read_options
-        self.memories: list[SpaceTimeMemory] = []
-        self.most = {"device": 0, "host": 0}
-        """Peak bytes."""
-
-    def add_objects(self, count: int) -> None:
-        """Take in objects that enter the video together."""
-        limited = self.budget.total is not None or self.budget.share is not None
-        weighed = limited and self.budget.eviction == "use"
-        memory = SpaceTimeMemory(self.rule, count, limit=self.budget.device, weighed=weighed, **self.read_options)
-        self.memories.append(memory)
-
-    def remove(self, place: int) -> None:
-        """Forget the object at that place among all."""
-        for memory in self.memories:
-            if place < memory.objects:
-                break
-            place -= memory.objects
-        if memory.objects == 1:
-            self.memories.remove(memory)
-        else:
-            memory.remove(place)
-
-    def read(self, query_key: Tensor) -> tuple[Tensor, Tensor]:
-        """What every object reads, and how familiar each position is, as `SpaceTimeMemory.read`."""
-        readouts, similarities = zip(*(memory.read(query_key) for memory in self.memories))
-        return torch.cat(readouts), torch.cat(similarities)
-
-    def wanted(self, frame_index: int, given: Sequence[bool], certain: Sequence[bool]) -> list[Entry]:
-        """Forget the temporary frame, and say which memories the next frame is segmented with this one in.
-
-        Args:
-            frame_index: of the frame that was segmented last.
-            given: for each object whether the user gave its mask.
-            certain: for each object whether its mask can be relied on; a frame with one that cannot is not kept.
-        """
-        entries, start = [], 0
-        for memory in self.memories:
-            memory.forget_temporary()
-            part = slice(start, start := start + memory.objects)
-            mask_given = any(given[part])
-            kept = self.rule.keeps(frame_index, mask_given) and (mask_given or all(certain[part]))
-            if kept or self.rule.previous:
-                entries.append(Entry(memory, part, mask_given, kept))
-        return entries
-
-    def remember(self, frame_index: int, entries: Sequence[Entry], key: Tensor, value: Tensor) -> None:
-        """Put a frame into the memories that want it.
-
-        Args:
-            frame_index: of the frame.
-            entries: what `wanted` returned.
-            key: `[n, C, h, w]` of all n objects, or `[1, C, h, w]` if they share it.
-            value: `[n, V, h, w]`.
-
-        Raises:
-            ValueError: the budget does not hold even the frames that must stay; the message says what would.
-        """
-        for memory, part, given, kept in entries:
-            keys, values = key if len(key) == 1 else key[part], value[part]
-            memory.prepare(keys, values)
-            self._make_room(memory, frame_index)
-            memory.remember(frame_index, given, kept, keys, values)
-            if kept and self.budget.share is not None:
-                self._keep_share(memory, frame_index, self.budget.share)
-            pages = self._pages()
-            self.most["device"] = max(self.most["device"], sum(each.device_nbytes for each in pages))
-            self.most["host"] = max(self.most["host"], sum(each.host_nbytes for each in pages))
-
-    def state(self) -> dict[str, Any]:
-        """All that is remembered, as `PagedMemory.state`."""
-        return {
-            "memories": [memory.state() for memory in self.memories],
-            "most": dict(self.most),
-        }
-
-    def summary(self) -> dict[str, Any]:
-        """Positions kept and dropped, and the dropped ones' share of the use of all in the reads so far."""
-        kept = sum(len(memory.notes) for memory in self.memories)
-        dropped = sum(memory.dropped for memory in self.memories)
-        lost = sum(memory.dropped_use for memory in self.memories)
-        use = lost + sum(memory.notes[:, USE].sum().item() for memory in self.memories)
-        share = lost / use if use else None
-        return {"positions_kept": kept, "positions_dropped": dropped, "share_of_use_dropped": share}
-
-    def load_state(self, state: dict[str, Any], device: torch.device) -> None:
-        """Remember what another bank of the same settings did at its `state`, on a device, and nothing else."""
-        self.memories = []
-        for memory in state["memories"]:
-            self.add_objects(memory["objects"])
-            self.memories[-1].load_state(memory, device)
-        self.most = dict(state["most"])
-
-    def _pages(self) -> list[PagedMemory]:
-        return [memory.pages for memory in self.memories if memory.pages is not None]
-
-    def _make_room(self, memory: SpaceTimeMemory, frame_index: int) -> None:
-        """Drop positions until this frame fits into a memory, but not from others that have just taken it in."""
-        device, total = self.budget.device, self.budget.total
-        if device is None or total is None:
-            return
-        while (
-            needed := sum(other.nbytes_with(memory.positions * (other is memory)) for other in self.memories)
-        ) > total:
-            stays = [other.stay(frame_index) for other in self.memories]
-            free = [int((~each).sum()) for each in stays]
-            if not any(free):
-                raise too_small(needed, sum(other.objects for other in self.memories), total)
-            if self.budget.eviction == "fifo":
-                frames = [other.notes[~each, FRAME] for other, each in zip(self.memories, stays)]
-                oldest, place = min((each.min().item(), place) for place, each in enumerate(frames) if len(each))
-                self.memories[place].evict((self.memories[place].notes[:, FRAME] == oldest).nonzero()[:, 0])
-                continue
-            # by a page, from the memory that holds most of what need not stay
-            place = max(range(len(free)), key=free.__getitem__)
-            other = self.memories[place]
-            assert other.pages is not None
-            excess = (len(other.notes) + memory.positions * (other is memory) - 1) % other.pages.page_size + 1
-            other.evict_least(min(excess, free[place]), stays[place], frame_index)
-        held = self._pages()
-        for pages in held:
-            pages.free_unused()
-        for pages in held:
-            others = sum(other.device_nbytes for other in held if other is not pages)
-            pages.device_pages = max(0, device - others) // pages.page_nbytes
-
-    @staticmethod
-    def _keep_share(memory: SpaceTimeMemory, frame_index: int, share: float) -> None:
-        """Drop what exceeds a share of all positions seen and one frame's, but for those on probation."""
-        limit = max(math.ceil(share * memory.seen), memory.positions)
-        settled = int((memory.notes[:, FRAME] <= frame_index - PROBATION).sum())
-        if settled > limit:
-            stays = memory.stay(frame_index, int(limit * GIVEN_SHARE))
-            memory.evict_least(min(settled - limit, int((~stays).sum())), stays, frame_index)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from stm_model.labels import VOID, objects_in
 from stm_model.network import STM, STRIDE, Query, other_object_masks, soft_aggregate
+from stm_model.tracking.bank import MemoryBank
 from stm_model.tracking.both_ways import Backward, Hint
 from stm_model.tracking.frames import (
     Frame,
@@ -25,7 +26,6 @@ from stm_model.tracking.frames import (
     prepare_mask,
     scaled_size,
 )
-from stm_model.tracking.memory import MemoryBank
 
 if TYPE_CHECKING:
     from supervision import Detections
@@ -34,6 +34,10 @@ UNCERTAIN = 0.7
 """A certainty below which an object counts as lost: on held-out videos most of such masks have a J below 0.5, and most
 masks that have are such.
 """
+WRONG = 0.5
+"""A given mask corrects an object, and is not just one more, if J of what was found is lower."""
+CORRECTION_WEIGHT = 4
+"""How many frames a correction counts for: it says what the network gets wrong."""
 FAINT = 0.02
 """Smaller probabilities are no sign of an object."""
 
@@ -82,8 +86,8 @@ class _Previous:
     query: Query | None
     """What was computed of the frame alone, if it was segmented and its key is shared."""
     certainty: list[float] = field(default_factory=list)
-    given: frozenset[int] = frozenset()
-    """Labels of the objects whose mask the user gave."""
+    given: dict[int, int] = field(default_factory=dict)
+    """Label of an object whose mask the user gave → how many frames it counts for."""
 
 
 class TrackingSession:
@@ -192,7 +196,8 @@ class TrackingSession:
         staying = [channel for channel in range(len(probabilities)) if channel != 1 + place]
         self.bank.remove(place)
         del self.objects[place]
-        previous.probabilities, previous.given = probabilities[staying], previous.given - {label}
+        previous.probabilities = probabilities[staying]
+        previous.given.pop(label, None)
         previous.familiarity = previous.familiarity[:place] + previous.familiarity[place + 1 :]
         mask = self.masks.get(previous.index)
         if mask is not None:
@@ -210,7 +215,7 @@ class TrackingSession:
             "index": previous.index,
             "frame": torch.from_numpy(np.ascontiguousarray(as_array(previous.frame))),
             "probabilities": previous.probabilities,
-            "given": sorted(previous.given),
+            "given": previous.given,
             "certainty": previous.certainty,
             "objects": list(self.objects),
             "bank": self.bank.state(),
@@ -224,7 +229,7 @@ class TrackingSession:
         self.objects = list(state["objects"])
         unknown = [-math.inf] * len(self.objects)
         self.previous = _Previous(state["index"], frame, image, probabilities, unknown, None)
-        self.previous.given, self.previous.certainty = frozenset(state["given"]), list(state["certainty"])
+        self.previous.given, self.previous.certainty = dict(state["given"]), list(state["certainty"])
         self.bank.load_state(state["bank"], self.device)
 
     @property
@@ -245,8 +250,11 @@ class TrackingSession:
             given = frozenset(objects_in(mask))
             size = scaled_size(mask.shape, self.shorter_side)
             labels = prepare_mask(mask, size, self.device)
+            wrong = self._forget_wrong(labels, given)
             previous.probabilities = self._overwrite(previous.probabilities, labels, given)
-            previous.given |= given
+            for label in given:
+                counts = CORRECTION_WEIGHT if label in wrong else 1
+                previous.given[label] = max(previous.given.get(label, 0), counts)
             previous.familiarity += [-math.inf] * (len(self.objects) - len(previous.familiarity))
         return self._result(mask)
 
@@ -292,7 +300,7 @@ class TrackingSession:
 
     def _remember(self, previous: _Previous, masks: Tensor, others: Tensor) -> None:
         """Put the previous frame, with its soft masks `[n, H, W]`, into the memories that want it."""
-        given = [label in previous.given for label in self.objects]
+        given = [previous.given.get(label, 0) for label in self.objects]
         certain = [not self.skip_uncertain or value >= UNCERTAIN for value in previous.certainty]
         entries = self.bank.wanted(previous.index, given, certain)
         if not entries:
@@ -300,6 +308,28 @@ class TrackingSession:
         frame = pad_to_stride(previous.image)[0] if previous.query is None else previous.query
         key, value = self.model.memorize(frame, masks, others, [len(masks)])
         self.bank.remember(previous.index, entries, key, value)
+
+    def _forget_wrong(self, labels: Tensor, given: frozenset[int]) -> set[int]:
+        """Forget the frames since the last given mask of each object whose mask in the last frame was wrong: they would
+        outvote the right one.
+
+        Args:
+            labels: the given mask, `[h, w]`.
+            given: the objects in it.
+
+        Returns:
+            The labels of those that were wrong.
+        """
+        previous = self._last()
+        winners, known, since = previous.probabilities.max(0).indices, labels != VOID, {}
+        for place, label in enumerate(self.objects):
+            found, true = (winners == 1 + place) & known, labels == label
+            if label in given and (found & true).sum() < WRONG * (found | true).sum():
+                before = (index for index, mask in self.masks.items() if index < previous.index and label in mask)
+                since[place] = max(before, default=-1)
+        if since:
+            self.bank.forget_since(since)
+        return {self.objects[place] for place in since}
 
     def _overwrite(self, probabilities: Tensor, labels: Tensor, given: frozenset[int]) -> Tensor:
         """Overwrite predictions by a given mask and take in new objects; void pixels keep their prediction."""

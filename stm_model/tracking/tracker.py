@@ -17,10 +17,10 @@ from torch import Tensor
 from stm_kernels import memory_read
 from stm_model.labels import objects_in
 from stm_model.network import STM, STRIDE, for_inference
+from stm_model.tracking.bank import MemoryBank
 from stm_model.tracking.both_ways import Backward, backwards
 from stm_model.tracking.budget import MemoryBudget, MemoryPlan, MemoryRule, plan_memory
 from stm_model.tracking.frames import Frame, as_array, check_frame, check_index, check_mask, check_side, scaled_size
-from stm_model.tracking.memory import MemoryBank
 from stm_model.tracking.resume import array_digest, check_same
 from stm_model.tracking.session import FrameResult, TrackingSession
 

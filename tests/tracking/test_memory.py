@@ -8,9 +8,10 @@ import torch
 
 from stm_kernels import memory_usage
 from stm_model import Tracker
+from stm_model.tracking.bank import MemoryBank
 from stm_model.tracking.budget import EVICTIONS, MemoryBudget, MemoryRule, budget_page, format_size, parse_size
 from stm_model.tracking.memory import FRAME as FRAME_COLUMN
-from stm_model.tracking.memory import GIVEN, PROBATION, USAGE_DECAY, USE, USED, MemoryBank
+from stm_model.tracking.memory import GIVEN, PROBATION, USAGE_DECAY, USE, USED
 
 C, V, SIDE = 4, 6, 3
 FRAME = 128 * (C + V) * 4
@@ -184,7 +185,7 @@ def test_every_memory_asks_for_its_own_objects():
     bank.add_objects(1)
     bank.add_objects(2)
     (entry,) = bank.wanted(3, [False, False, True], [True] * 3)
-    assert entry.memory is bank.memories[1] and entry.part == slice(1, 3) and entry.given
+    assert entry.memory is bank.memories[1] and entry.places == [1, 2] and entry.given
 
 
 @pytest.mark.parametrize("eviction", EVICTIONS)

@@ -286,6 +286,8 @@ def test_uncertain_frames_are_kept_out_of_the_memory(small_model, clip, monkeypa
     frames, labels = clip
     certainties = iter([[1.0, 1.0], [0.9, 0.6], [0.6, 0.1], [0.9, 0.7], [0.1, 0.1], [0.9, 0.9], [1.0, 1.0], [1.0, 1.0]])
     monkeypatch.setattr(session_module, "_certainty", lambda *_: next(certainties))
+    # the mask of frame 2 is no correction
+    monkeypatch.setattr(session_module, "WRONG", 0.0)
     tracker = Tracker(small_model, memory="every:1", skip_uncertain=skip_uncertain)
     assert len(list(tracker.track(frames, {0: labels[0], 2: labels[2]}))) == 8
     # the mask of frame 2 was given; frame 7 is nobody's previous frame
