@@ -1,6 +1,6 @@
 """The definition of an affinity, shared by all implementations."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ class Affinity:
     """`[B, N]`, contiguous, in `wide_dtype`; added to a position's logits. -inf hides the position."""
     lengths: Tensor | None = None
     """`[B]`, int32: how many positions each memory has; the rest is padding."""
+    may_hide: bool = True
+    """Whether the bias may be -inf; the square of an "l2" key is not."""
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -34,8 +36,8 @@ class Affinity:
         return *self.query_key.shape[:2], self.memory_key.shape[1]
 
     def hidden(self) -> Tensor | None:
-        """Flags `[B, N]` of what no query sees: padding, and where the bias is -inf; None without lengths and bias."""
-        flags = None if self.key_bias is None else self.key_bias.isneginf()
+        """Flags `[B, N]` of what no query sees: padding, and where the bias is -inf; None where nothing can be."""
+        flags = None if self.key_bias is None or not self.may_hide else self.key_bias.isneginf()
         if self.lengths is not None:
             behind = torch.arange(self.memory_key.shape[1], device=self.lengths.device) >= self.lengths[:, None]
             flags = behind if flags is None else flags | behind
@@ -49,7 +51,8 @@ class Affinity:
     def of_queries(self, items: slice, queries: slice) -> "Affinity":
         """That of some batch items and some of their queries."""
         bias, lengths = (rows if rows is None else rows[items] for rows in (self.key_bias, self.lengths))
-        return Affinity(self.query_key[items, queries], self.memory_key[items], self.scale, bias, lengths)
+        query_key, memory_key = self.query_key[items, queries], self.memory_key[items]
+        return replace(self, query_key=query_key, memory_key=memory_key, key_bias=bias, lengths=lengths)
 
 
 def block_map_shape(B: int, M: int, N: int, skip: float) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ TRITON_KEY_CHANNELS = 256
 def read(options: ReadOptions, query_key: Tensor, memory_key: Tensor, memory_value: Tensor) -> ReadResult:
     """Read by `options.implementation`, but "reference"; the inputs are checked."""
     key_bias, lengths, scale, shift = _flat(options, query_key, memory_key)
-    settings = (scale, options.top_k or 0, options.dropped, options.implementation)
+    settings = (scale, options.top_k or 0, options.dropped, options.implementation, options.key_bias is not None)
     out, lse, skipped, _ = read_operator(query_key, memory_key, memory_value, key_bias, lengths, *settings)
     return ReadResult(out, lse if shift is None else shift_back(lse, shift), skipped)
 
@@ -34,7 +34,8 @@ def read(options: ReadOptions, query_key: Tensor, memory_key: Tensor, memory_val
 def select(options: ReadOptions, query_key: Tensor, memory_key: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """The positions that a top-k read weighs, their logits, and what `shift_back` takes from their log-sum-exp."""
     key_bias, lengths, scale, shift = _flat(options, query_key, memory_key)
-    affinity, k = _affinity_of(query_key, memory_key, key_bias, lengths, scale), options.top_k or 0
+    may_hide = options.key_bias is not None
+    affinity, k = _affinity_of(query_key, memory_key, key_bias, lengths, scale, may_hide), options.top_k or 0
     if not query_key.numel():
         nothing = query_key.new_zeros(*query_key.shape[:2], min(k, memory_key.shape[1]))
         return nothing.int(), nothing.to(wide_dtype(query_key.dtype)), shift
@@ -47,16 +48,16 @@ def usage(options: ReadOptions, lse: Tensor | None, query_key: Tensor, memory_ke
     key_bias, lengths, scale, shift = _flat(options, query_key, memory_key)
     if lse is not None:
         lse = lse.double() if shift is None else lse.double() + shift
-    settings = (scale, options.top_k or 0, options.implementation)
+    settings = (scale, options.top_k or 0, options.implementation, options.key_bias is not None)
     return usage_operator(query_key, memory_key, key_bias, lengths, lse, *settings)
 
 
-def _shown(memory: Tensor, key_bias: Tensor | None, implementation: str) -> Tensor:
+def _shown(memory: Tensor, key_bias: Tensor | None, implementation: str, may_hide: bool) -> Tensor:
     """Keys or values `[B, N, ·]` as plain PyTorch may multiply them: finite where they are hidden.
 
     Triton's kernels leave hidden positions out themselves.
     """
-    if key_bias is None or implementation == "triton" or not (hidden := key_bias.isneginf()).any():
+    if key_bias is None or not may_hide or implementation == "triton" or not (hidden := key_bias.isneginf()).any():
         return memory
     # a sum is finite only where all its terms are
     hidden &= ~memory.sum(2).isfinite()
@@ -95,7 +96,12 @@ def _flat(
 
 
 def _affinity_of(
-    query_key: Tensor, memory_key: Tensor, key_bias: Tensor | None, lengths: Tensor | None, scale: float
+    query_key: Tensor,
+    memory_key: Tensor,
+    key_bias: Tensor | None,
+    lengths: Tensor | None,
+    scale: float,
+    may_hide: bool = True,
 ) -> Affinity:
     """The affinity, from the arguments of an operator.
 
@@ -107,7 +113,7 @@ def _affinity_of(
         smallest, largest = int(lengths.min()), int(lengths.max())
         if smallest < 0 or largest > N:
             raise ValueError(f"lengths: expected 0 to N = {N} positions, got {smallest if smallest < 0 else largest}")
-    return Affinity(query_key, memory_key, scale, key_bias, lengths)
+    return Affinity(query_key, memory_key, scale, key_bias, lengths, may_hide)
 
 
 def _operator(name: str) -> Callable[[Callable], Any]:
@@ -137,6 +143,7 @@ def read_operator(
     top_k: int,
     skip: float,
     implementation: str,
+    may_hide: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Read by a named implementation, "auto" resolved by the device of the inputs.
 
@@ -146,6 +153,7 @@ def read_operator(
         top_k: 0 is all.
         skip: 0 is the exact read.
         implementation: as in `memory_read`, but "reference".
+        may_hide: as in `Affinity`.
 
     Returns:
         The read `[B, M, V]` in the dtype of the inputs; its log-sum-exp `[B, M]`, always in float64: the backward pass
@@ -154,8 +162,8 @@ def read_operator(
         `[B, ⌈M / SKIP_QUERIES⌉, ⌈N / SKIP_POSITIONS⌉]` uint8, 1 where a block's values were read; else `[B, 0]`.
     """
     implementation = resolve_implementation(implementation, query_key)
-    memory_key, memory_value = (_shown(part, key_bias, implementation) for part in (memory_key, memory_value))
-    affinity = _affinity_of(query_key, memory_key, key_bias, lengths, scale)
+    memory_key, memory_value = (_shown(part, key_bias, implementation, may_hide) for part in (memory_key, memory_value))
+    affinity = _affinity_of(query_key, memory_key, key_bias, lengths, scale, may_hide)
     if min(*query_key.shape, *memory_value.shape) == 0:
         out, lse, skipped, choice = _outputs(affinity, memory_value, top_k, skip, implementation)
         return out.zero_(), lse.fill_(float("-inf")), skipped.zero_(), choice.zero_()
@@ -177,7 +185,7 @@ def read_operator(
 
 
 @torch.library.register_fake(read_operator)
-def _(query_key, memory_key, memory_value, key_bias, lengths, scale, top_k, skip, implementation):
+def _(query_key, memory_key, memory_value, key_bias, lengths, scale, top_k, skip, implementation, may_hide=True):
     implementation = resolve_implementation(implementation, query_key)
     return _outputs(Affinity(query_key, memory_key, scale), memory_value, top_k, skip, implementation)
 
@@ -213,14 +221,15 @@ def backward_operator(
     top_k: int,
     skip: float,
     implementation: str,
+    may_hide: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `read_operator` by its tensors, laid out as `torch.empty_like` of each; `[B, 0]` without a bias.
 
     With `skip`, positions whose values were not read have no gradient.
     """
     implementation = resolve_implementation(implementation, query_key)
-    memory_key, memory_value = (_shown(part, key_bias, implementation) for part in (memory_key, memory_value))
-    affinity = Affinity(query_key, memory_key, scale, key_bias, lengths)
+    memory_key, memory_value = (_shown(part, key_bias, implementation, may_hide) for part in (memory_key, memory_value))
+    affinity = Affinity(query_key, memory_key, scale, key_bias, lengths, may_hide)
     if min(*query_key.shape, *memory_value.shape) == 0:
         by_query, by_key, by_value = map(torch.zeros_like, (query_key, memory_key, memory_value))
         return by_query, by_key, by_value, _empty_grad_key_bias(query_key, key_bias).zero_()
@@ -248,16 +257,16 @@ def _empty_grad_key_bias(query_key: Tensor, key_bias: Tensor | None) -> Tensor:
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.scale, ctx.top_k, ctx.skip, ctx.implementation = inputs
+    *tensors, ctx.scale, ctx.top_k, ctx.skip, ctx.implementation, ctx.may_hide = inputs
     out, lse, skipped, choice = output
     ctx.mark_non_differentiable(skipped, choice)
     ctx.save_for_backward(*tensors, out, lse, skipped, choice)
 
 
 def _differentiate(ctx, grad_out: Tensor, grad_lse: Tensor, *_):
-    settings = (ctx.scale, ctx.top_k, ctx.skip, ctx.implementation)
+    settings = (ctx.scale, ctx.top_k, ctx.skip, ctx.implementation, ctx.may_hide)
     *grads, grad_key_bias = backward_operator(grad_out, grad_lse, *ctx.saved_tensors, *settings)
-    return *grads, None if ctx.saved_tensors[3] is None else grad_key_bias, *(None,) * 5
+    return *grads, None if ctx.saved_tensors[3] is None else grad_key_bias, *(None,) * 6
 
 
 def _refuse(ctx, *grads):
@@ -281,13 +290,15 @@ def usage_operator(
     scale: float,
     top_k: int,
     implementation: str,
+    may_hide: bool = True,
 ) -> Tensor:
     """Column sums `[B, N]` of the affinity, in `wide_dtype`; `lse` `[B, M]`, float64, spares a pass.
 
     With `top_k` they are those of a read of so many positions, and `lse` is not looked at.
     """
     implementation = resolve_implementation(implementation, query_key)
-    affinity = _affinity_of(query_key, _shown(memory_key, key_bias, implementation), key_bias, lengths, scale)
+    memory_key = _shown(memory_key, key_bias, implementation, may_hide)
+    affinity = _affinity_of(query_key, memory_key, key_bias, lengths, scale, may_hide)
     if min(*query_key.shape, *memory_key.shape) == 0:
         return query_key.new_zeros(memory_key.shape[:2], dtype=wide_dtype(query_key.dtype))
     on_gpu = implementation == "triton"
@@ -301,7 +312,7 @@ def usage_operator(
 
 
 @torch.library.register_fake(usage_operator)
-def _(query_key, memory_key, key_bias, lengths, lse, scale, top_k, implementation):
+def _(query_key, memory_key, key_bias, lengths, lse, scale, top_k, implementation, may_hide=True):
     return query_key.new_empty(memory_key.shape[:2], dtype=wide_dtype(query_key.dtype))
 
 

@@ -52,7 +52,7 @@ def top_k_read(affinity: Affinity, memory_value: Tensor, k: int, select: Select)
 
 def _hidden_last(affinity: Affinity, indices: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """The chosen and their logits, hidden ones last and as the index of a visible position: 0 times NaN is NaN."""
-    if affinity.key_bias is None:
+    if affinity.key_bias is None or not affinity.may_hide:
         return indices, logits
     order = logits.isneginf().to(torch.uint8).argsort(dim=2, stable=True)
     indices, logits = indices.gather(2, order), logits.gather(2, order)

@@ -43,8 +43,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 STANDARD = (128, 512)
 OTHERS = ((64, 512), (64, 128), (256, 256))
 FORMS_OF_OTHERS = (
-    "read", "read, bias and lengths", "read, skipping", "read, skipping, bias and lengths", "read, descriptors",
-    "affinity and gradient", "the same, skipping", "usage", "maxima", "chosen"
+    "read", "read, bias and lengths", "read, l2", "read, skipping", "read, skipping, bias and lengths",
+    "read, skipping, l2", "read, descriptors", "read, descriptors, l2", "affinity and gradient", "the same, skipping",
+    "usage", "maxima", "chosen"
 )  # fmt: skip
 SHARED_MEMORY_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 SPILL_INSTRUCTIONS = ("STL", "LDL", "scratch_store", "scratch_load")
@@ -109,9 +110,14 @@ def default_launches(
     full = replace(affinity, key_bias=empty(B, N, of=torch.float32), lengths=empty(B, of=torch.int32))
     kept = empty(B, M // SKIP_QUERIES + 1, N // SKIP_POSITIONS + 1, of=torch.uint8)
     partial = empty(8, B, M, V, of=torch.float32), empty(8, B, M, of=torch.float64)
-    (tiles, skip_tiles), (bias_tiles, full_skip_tiles) = (
-        [forward_tiles(architecture, dtype, C, V, skips=skips, biased=biased) for skips in (False, True)]
-        for biased in (False, True)
+    # as of squared distances
+    plain_bias = replace(full, lengths=None, may_hide=False)
+    (tiles, skip_tiles), (l2_tiles, l2_skip_tiles), (bias_tiles, full_skip_tiles) = (
+        [
+            forward_tiles(architecture, dtype, C, V, skips=skips, biased=biased, may_hide=may_hide)
+            for skips in (False, True)
+        ]
+        for biased, may_hide in ((False, False), (True, False), (True, True))
     )
     engine_tiles = forward_tiles(architecture, dtype, C, V, descriptors=True)
     written, written_skipping = (affinity_tiles(architecture, dtype, C, skips=skips) for skips in (False, True))
@@ -123,6 +129,10 @@ def default_launches(
         "read, split": forward_launch(affinity, value, *partial, empty(8, B, M), nothing, 0.0, tiles, N // 8),
         "read, bias and lengths": forward_launch(
             full, value, out[None], lse[None], delta[None], nothing, 0.0, bias_tiles, N
+        ),
+        "read, l2": forward_launch(plain_bias, value, out[None], lse[None], delta[None], nothing, 0.0, l2_tiles, N),
+        "read, skipping, l2": forward_launch(
+            plain_bias, value, out[None], lse[None], delta[None], kept, 1e-3, l2_skip_tiles, N
         ),
         "read, skipping": forward_launch(affinity, value, out[None], lse[None], delta[None], kept, 1e-3, skip_tiles, N),
         "read, skipping, bias and lengths": forward_launch(
@@ -141,6 +151,7 @@ def default_launches(
         specialized = replace(engine_tiles, kind="warp-specialized", num_warps=4, num_stages=2)
         launches |= {
             "read, descriptors": descriptor_launch(affinity, value, out[None], lse[None], engine_tiles, N),
+            "read, descriptors, l2": descriptor_launch(plain_bias, value, out[None], lse[None], engine_tiles, N),
             "read, descriptors, split": descriptor_launch(affinity, value, *partial, engine_tiles, N // 8),
             "read, warp-specialized": descriptor_launch(affinity, value, out[None], lse[None], specialized, N),
         }

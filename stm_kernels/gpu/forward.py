@@ -77,7 +77,7 @@ def read_kernel(
     memory_key_stride_b, memory_key_stride_n, memory_key_stride_c, key_bias_stride_b,
     memory_value_stride_b, memory_value_stride_n, memory_value_stride_v,
     B, M, N, page_size, positions_per_split, scale: tl.float64, scale_log2, skip: tl.float32,
-    SKIPS: tl.constexpr,
+    SKIPS: tl.constexpr, MAY_HIDE: tl.constexpr,
     SKIP_QUERIES: tl.constexpr, SKIP_POSITIONS: tl.constexpr, C: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -145,7 +145,7 @@ def read_kernel(
                 # [N, V]
                 values = load_tile(
                     values_ptr, place, last_place, memory_value_stride_n, first_v, V, memory_value_stride_v,
-                    BLOCK_N, BLOCK_V, seen if key_bias_ptr is not None else None,
+                    BLOCK_N, BLOCK_V, seen if MAY_HIDE else None,
                 )  # fmt: skip
                 total = tl.dot(weights.to(values.dtype), values, total, input_precision="ieee")
 
@@ -192,6 +192,7 @@ def forward_launch(
         "scale": affinity.scale,
         "skip": skip,
         "SKIPS": skip > 0,
+        "MAY_HIDE": affinity.key_bias is not None and affinity.may_hide,
         "SKIP_QUERIES": SKIP_QUERIES,
         "SKIP_POSITIONS": SKIP_POSITIONS,
         "V": V,
@@ -216,10 +217,12 @@ def triton_read(
     if not skip and pages is None and staged_is_cheaper(architecture, query_key.dtype, C, V):
         return _staged_read(affinity, memory_value)
     # TMA cannot leave out rows, and a weight of 0 times NaN is NaN
-    all_seen = pages is None and affinity.key_bias is None and affinity.lengths is None
-    descriptors = all_seen and has_descriptors(query_key, affinity.memory_key, memory_value)
     biased = affinity.key_bias is not None
-    tiles = forward_tiles(architecture, query_key.dtype, C, V, skips=skip > 0, descriptors=descriptors, biased=biased)
+    may_hide = biased and affinity.may_hide
+    all_seen = pages is None and affinity.lengths is None and not may_hide
+    descriptors = all_seen and has_descriptors(query_key, affinity.memory_key, memory_value)
+    form = {"skips": skip > 0, "descriptors": descriptors, "biased": biased, "may_hide": may_hide}
+    tiles = forward_tiles(architecture, query_key.dtype, C, V, **form)
     splits, positions_per_split = forward_splits(tiles, B, M, N, V, multiprocessors(query_key.device))
     partial = query_key.dtype if splits == 1 else torch.float32
     out = query_key.new_empty(splits, B, M, V, dtype=partial)

@@ -9,7 +9,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stm_kernels.affinity import Affinity
 from stm_kernels.gpu.launch import Launch, affinity_arguments
-from stm_kernels.gpu.tiles import MIN_PRODUCT, online_softmax, store_read
+from stm_kernels.gpu.tiles import MIN_PRODUCT, biased, online_softmax, store_read
 from stm_kernels.gpu.tuning import ForwardTiles, padded
 
 ALIGNMENT = 16
@@ -17,8 +17,8 @@ ALIGNMENT = 16
 
 @triton.jit
 def descriptor_read_kernel(
-    query_keys, memory_keys, memory_values, out_ptr, lse_ptr,
-    B, M, N, positions_per_split, scale: tl.float64, scale_log2,
+    query_keys, memory_keys, memory_values, key_bias_ptr, out_ptr, lse_ptr,
+    key_bias_stride_b, B, M, N, positions_per_split, scale: tl.float64, scale_log2,
     V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
@@ -43,7 +43,7 @@ def descriptor_read_kernel(
         # [M, N]
         products = tl.dot(query_key, tl.trans(keys))
         n = first_n + tl.arange(0, BLOCK_N)
-        products = tl.where((n < stop)[None, :], products, float("-inf"))
+        products, _ = biased(products, key_bias_ptr, b.to(tl.int64) * key_bias_stride_b, n, stop)
         weights, sums, shrink, row_max, row_sum = online_softmax(products, row_max, row_sum, scale_log2)
         # [N, V]
         values = tl.reshape(memory_values.load([b, first_n, first_v]), [BLOCK_N, BLOCK_V])
@@ -67,11 +67,14 @@ def has_descriptors(*tensors: Tensor) -> bool:
 def descriptor_launch(
     affinity: Affinity, memory_value: Tensor, out: Tensor, lse: Tensor, tiles: ForwardTiles, positions_per_split: int
 ) -> Launch:
-    """The launch that reads S parts of a memory without bias and lengths; arguments as in `forward_launch`."""
+    """The launch that reads S parts of a memory without lengths, whose bias hides nothing; arguments as in
+    `forward_launch`.
+    """
     (B, M, _), V = affinity.sizes, memory_value.shape[2]
     block_c = padded(affinity.query_key.shape[2])
     arguments = affinity_arguments(affinity)
-    arguments = {name: arguments[name] for name in ("M", "N", "scale", "scale_log2")} | {
+    names = ("key_bias_ptr", "key_bias_stride_b", "M", "N", "scale", "scale_log2")
+    arguments = {name: arguments[name] for name in names} | {
         "query_keys": TensorDescriptor.from_tensor(affinity.query_key, [1, tiles.block_m, block_c]),
         "memory_keys": TensorDescriptor.from_tensor(affinity.memory_key, [1, tiles.block_n, block_c]),
         "memory_values": TensorDescriptor.from_tensor(memory_value, [1, tiles.block_n, tiles.block_v]),

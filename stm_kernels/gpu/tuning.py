@@ -137,6 +137,7 @@ def forward_tiles(
     skips: bool = False,
     descriptors: bool = False,
     biased: bool = False,
+    may_hide: bool = False,
 ) -> ForwardTiles:
     """Choose the forward tile.
 
@@ -146,7 +147,8 @@ def forward_tiles(
         C, V: key and value channels.
         skips: whether values may be dropped.
         descriptors: whether the layout of the inputs allows TMA.
-        biased: whether a bias may hide positions, whose rows each load leaves out.
+        biased: whether there is a bias.
+        may_hide: whether it may hide positions, whose rows each load leaves out.
     """
     block_v = padded(V)
     if architecture == INTERPRETER:
@@ -159,9 +161,9 @@ def forward_tiles(
         return ForwardTiles(64, 32, min(128 if padded(C) > 128 else 256, block_v), 8, 2)
     if padded(C) > 128:
         return ForwardTiles(64, 32, min(256, block_v), 8, 2)
-    if architecture in LARGE_TILES and not skips and not (biased and architecture != "sm_90"):
+    if architecture in LARGE_TILES and not skips and not (may_hide and architecture != "sm_90"):
         kind = "descriptor" if descriptors and architecture in TMA_ARCHITECTURES else "portable"
-        return ForwardTiles(128, 64, min(256, block_v), 8, 2 if biased else 3, kind)
+        return ForwardTiles(128, 64, min(256, block_v), 8, 2 if may_hide else 3, kind)
     return ForwardTiles(64, 64, min(256, block_v), 8, 2)
 
 

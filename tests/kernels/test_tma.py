@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+import stm_kernels.gpu.backward as backward
 import stm_kernels.gpu.forward as forward
 import stm_kernels.gpu.tma as tma
 from stm_kernels.gpu.tma import has_descriptors
 from stm_kernels.gpu.tuning import TMA_ARCHITECTURES, ForwardTiles, forward_tiles
-from stm_kernels.testing import assert_exact, make_problem, read_by
+from stm_kernels.testing import assert_exact, make_problem, read_by, results
 
 KINDS = ["descriptor", "warp-specialized"]
 
@@ -19,7 +20,7 @@ def launches(monkeypatch, device) -> list[str]:
         pytest.skip("a GPU without a copy engine")
     launched = []
 
-    def tiles(architecture, dtype, C, V, *, skips=False, descriptors=False, biased=False):
+    def tiles(architecture, dtype, C, V, *, skips=False, descriptors=False, biased=False, may_hide=False):
         kind = KINDS[len(launched) % 2] if descriptors else "portable"
         return ForwardTiles(64, 32, 32, 4, 2, kind)
 
@@ -54,6 +55,31 @@ def test_hidden_positions_and_padding_go_by_pointers(launches, device, form):
         problem.memory_value[problem.key_bias.isneginf()] = torch.nan
     assert_exact(problem, read_by("triton"), gradients=False)
     assert launches == []
+
+
+def test_squared_distances_go_by_descriptors(launches, device):
+    """Their bias hides nothing, but a user's beside it may, and what follows `lengths` may be NaN."""
+    problem = make_problem(3, 40, 190, 32, 48, device=device, similarity="l2")
+    assert_exact(problem, read_by("triton"))
+    assert launches == KINDS[:1]
+    for form in ({"biased": True}, {"ragged": True}):
+        problem = make_problem(3, 40, 190, 32, 48, device=device, similarity="l2", **form)
+        if problem.key_bias is not None:
+            problem.memory_value[problem.key_bias.isneginf()] = torch.nan
+        assert_exact(problem, read_by("triton"), gradients=False)
+    assert launches == KINDS[:1]
+
+
+def test_squared_distances_copy_no_memory(monkeypatch, device):
+    """Only what a bias may hide is replaced by zeros before a matrix product."""
+    replaced = []
+    visible = backward.visible
+    monkeypatch.setattr(
+        backward, "visible", lambda memory, part: replaced.append(part.hidden() is not None) or visible(memory, part)
+    )
+    for biased in (False, True):
+        results(make_problem(1, 20, 70, 16, 24, similarity="l2", biased=biased, device=device), read_by("triton"))
+    assert replaced == [False, True]
 
 
 def test_what_a_copy_engine_cannot_fetch_goes_by_pointers(launches, device):
