@@ -13,7 +13,7 @@ import numpy as np
 from stm_model.io.formats.export import Clip, Export
 from stm_model.io.formats.pictures import cut_out, with_alpha
 
-VP9 = {"b": "0", "deadline": "realtime", "cpu-used": "6", "auto-alt-ref": "0"}
+VP9 = {"b": "0", "deadline": "realtime", "cpu-used": "8", "auto-alt-ref": "0", "threads": "1"}
 """FFmpeg's options of libvpx for a constant quality in little time; with alternative frames it stores no alpha."""
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 from PIL import Image
 
@@ -52,7 +54,7 @@ class AlphaExport(FileEach):
     def write(self, index: int, labels: np.ndarray, frame: np.ndarray | None) -> None:
         assert frame is not None
         with whole(self.file(index)) as partial:
-            Image.fromarray(with_alpha(frame, labels)).save(partial, compress_level=1)
+            partial.write_bytes(_png(with_alpha(frame, labels)))
 
 
 class ExrExport(FileEach):
@@ -78,15 +80,35 @@ class ExrExport(FileEach):
             partial.write_bytes(stream.getvalue())
 
 
-def with_alpha(frame: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """A frame with labels uint8 `[H, W]` as RGBA uint8 `[H, W, 4]`: opaque on the objects, black further than `RIM`
-    from them.
-    """
-    from scipy.ndimage import maximum_filter
+def _png(picture: np.ndarray) -> bytes:
+    """RGBA uint8 `[H, W, 4]` as a PNG by FFmpeg, in half of Pillow's time."""
+    codec = av.CodecContext.create("png", "w")
+    codec.height, codec.width, codec.pix_fmt, codec.time_base = *picture.shape[:2], "rgba", Fraction(1)
+    codec.options = {"pred": "up", "compression_level": "1"}
+    packets = [*codec.encode(av.VideoFrame.from_ndarray(picture, format="rgba")), *codec.encode(None)]
+    return b"".join(map(bytes, packets))
 
-    alpha = cut_out(labels)
-    near = maximum_filter(alpha, 2 * RIM + 1)
-    return np.dstack([frame & near[..., None], alpha])
+
+def with_alpha(frame: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """A frame with labels uint8 `[H, W]` as RGBA uint8 `[H, W, 4]`: opaque on the objects, black where it is further
+    than `RIM` to `3 * RIM` from them.
+    """
+    from scipy.ndimage import binary_dilation
+
+    height, width = labels.shape
+    picture = np.zeros((height, width, 4), dtype=np.uint8)
+    picture[..., 3] = alpha = cut_out(labels)
+    rows = np.maximum.reduceat(alpha, range(0, height, RIM), axis=0)
+    tiles = binary_dilation(np.maximum.reduceat(rows, range(0, width, RIM), axis=1), np.ones((3, 3)))
+    if tiles.any():
+        # what is far from all objects is not looked at again
+        top, *_, bottom = np.pad(tiles.any(1).nonzero()[0], (0, 1), mode="edge")
+        left, *_, right = np.pad(tiles.any(0).nonzero()[0], (0, 1), mode="edge")
+        near = tiles[top : bottom + 1, left : right + 1].repeat(RIM, 0).repeat(RIM, 1)
+        part = picture[RIM * top : RIM * bottom + RIM, RIM * left : RIM * right + RIM, :3]
+        near = near[: part.shape[0], : part.shape[1], None]
+        np.multiply(frame[RIM * top :, RIM * left :][: part.shape[0], : part.shape[1]], near, out=part)
+    return picture
 
 
 def cut_out(labels: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from stm_model.io.formats.export import Clip
+from stm_model.io.formats.pictures import RIM, with_alpha
 from stm_model.io.formats.polygons import one_polygon, one_polygon_of_all, parts_of
 from stm_model.io.formats.table import FORMATS, Exports, check_formats
 from stm_model.io.masks import read_mask
@@ -311,3 +312,17 @@ def test_what_cannot_be_written_is_said(monkeypatch):
     monkeypatch.setattr("stm_model.io.formats.table.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"--export exr: needs OpenEXR, .*: pip install 'stm-kernels\[exr\]'"):
         check_formats(["exr"], "--export", FORMATS)
+
+
+def test_colors_stay_beside_objects_and_nowhere_else():
+    frame = np.random.default_rng(0).integers(1, 256, (61, 93, 3), dtype=np.uint8)
+    rows, columns = np.mgrid[:61, :93]
+    for row, column in ((60, 92), (0, 0), (30, 40)):
+        labels = np.zeros((61, 93), dtype=np.uint8)
+        labels[row, column] = 3
+        picture = with_alpha(frame, labels)
+        assert np.argwhere(picture[..., 3]).tolist() == [[row, column]]
+        distance = np.maximum(abs(rows - row), abs(columns - column))
+        assert np.array_equal(picture[distance <= RIM, :3], frame[distance <= RIM])
+        assert not picture[distance > 3 * RIM].any()
+    assert not with_alpha(frame, np.zeros_like(labels)).any()
