@@ -49,6 +49,7 @@ def write_report(evaluation: Evaluation, out: Path, overlays: Mapping[str, Path]
         page |= _score_table(evaluation)
         page |= {"charts": _charts(evaluation, folder), "error_colors": figures.ERROR_COLORS}
         page |= {"worst": _worst(evaluation, folder, binary)}
+        page |= {"certainty": summary["certainty"], "corrections": summary.get("corrections", [])}
     page |= _sheet(evaluation, folder, binary)
     write_page(
         out / "report.html",

@@ -65,3 +65,12 @@ def test_error_maps_show_what_is_wrong():
     assert len(set(colours[0])) == len(set(colours[1])) == 1 and colours[1, 0] > colours[0, 0]
     void = figures.error_map(frame, prediction, np.full_like(truth, 255))[0]
     assert (void == void[0]).all()
+
+
+def test_the_report_has_certainty_and_corrections(evaluate, tmp_path):
+    assert evaluate("--corrections", 1)[0] == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    lost, row = written["certainty"]["wrong"], written["corrections"][1]
+    assert "What the certainty tells" in page and f"<td>{lost['count']}</td><td>{lost['auc']:.3f}</td>" in page
+    assert f"<td>{row['before']:.3f}</td><td>{row['after']:.3f}</td>" in page
