@@ -2,6 +2,10 @@
 
     python -m stm_kernels.gpu.aot [--architecture sm_90 …] [--json FILE]
     python -m stm_kernels.gpu.aot --check bench/results/aot.json    # exit code 1 where a kernel differs
+    python -m stm_kernels.gpu.aot --fill-cache [--architecture sm_90] [--dtype bfloat16] [--channels 128 512]
+
+The last one compiles what the standard model's reads launch into Triton's cache, $TRITON_CACHE_DIR or ~/.triton/cache:
+processes that share it, with the same versions, do not compile at their first read.
 
 Triton keeps what it has compiled, by its source, so that a second run is short. Needs triton, no GPU, and no
 TRITON_INTERPRET in the environment.
@@ -9,6 +13,7 @@ TRITON_INTERPRET in the environment.
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,6 +26,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -28,6 +34,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stm_kernels.affinity import SKIP_POSITIONS, SKIP_QUERIES, Affinity
 from stm_kernels.gpu.affinity import affinity_launch
+from stm_kernels.gpu.fill import fill_cache
 from stm_kernels.gpu.forward import PageTable, forward_launch
 from stm_kernels.gpu.launch import Launch
 from stm_kernels.gpu.machine_code import MATRIX_INSTRUCTIONS, main_loop
@@ -216,7 +223,7 @@ def compile_launch(
     return Resources(
         form=form,
         kernel=launch.kernel.__name__,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=_name(dtype),
         key_channels=channels[0],
         value_channels=channels[1],
         architecture=architecture,
@@ -228,6 +235,10 @@ def compile_launch(
         instructions=_counts(code),
         loop=_counts("".join("\n " + line for line in loop)) | {"all": len(loop)},
     )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _counts(code: str) -> dict[str, int]:
@@ -289,15 +300,24 @@ def _compile_all(case: tuple[str, torch.dtype, tuple[int, int]]) -> list[Resourc
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--architecture", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--architecture", nargs="+", choices=ARCHITECTURES)
     parser.add_argument("--json", type=Path, help="also write the table here")
     parser.add_argument("--check", type=Path, metavar="FILE", help="compare with the table in this file")
+    parser.add_argument("--fill-cache", action="store_true", help="compile for launches; default: for sm_90")
+    parser.add_argument("--dtype", choices=[_name(dtype) for dtype in DTYPES], default="bfloat16", help="to fill for")
+    parser.add_argument("--channels", nargs=2, type=int, metavar=("C", "V"), default=STANDARD, help="to fill for")
     arguments = parser.parse_args()
+    if arguments.fill_cache:
+        for architecture in arguments.architecture or ("sm_90",):
+            count = fill_cache(architecture, getattr(torch, arguments.dtype), *arguments.channels)
+            print(f"{architecture}: {count} kernels in {knobs.cache.dir}")
+        return
+    arguments.architecture = arguments.architecture or ARCHITECTURES
     cases = []
     for architecture in arguments.architecture:
         cases += [(architecture, dtype, STANDARD) for dtype in DTYPES]
         cases += [(architecture, torch.bfloat16, channels) for channels in OTHERS]
-    with ProcessPoolExecutor(2) as pool:
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
         table = [resources for batch in pool.map(_compile_all, cases) for resources in batch]
     columns = "{:26}{:>4}{:>5}  {:10}{:8}{:>10}{:>9}{:>8}{:>12}  {}"
     print(columns.format("form", "C", "V", "dtype", "for", "registers", "stack B", "spills", "shared KiB", "MMA"))

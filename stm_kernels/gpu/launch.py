@@ -1,15 +1,64 @@
 """A kernel launch as a value: what runs on a device is what is compiled ahead of time for another."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
 from stm_kernels.affinity import Affinity
 
 INTERPRETER = "interpreter"
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A GPU that need not be here, as far as Triton asks before it compiles a launch."""
+
+    architecture: str
+    """"sm_90", "gfx942", …"""
+    multiprocessors: int
+    """How many programs run at once."""
+    compiled: dict[str, Any] = field(default_factory=dict)
+    """The compiled kernels, by the key under which Triton's cache has them."""
+
+    def get_current_target(self) -> GPUTarget:
+        if self.architecture.startswith("gfx"):
+            return GPUTarget("hip", self.architecture, 64)
+        return GPUTarget("cuda", int(self.architecture.removeprefix("sm_")), 32)
+
+    def get_current_device(self) -> str:
+        """What a kernel tells its targets apart by."""
+        return self.architecture
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+_elsewhere: ContextVar[Elsewhere] = ContextVar("_elsewhere")
+
+
+@contextmanager
+def elsewhere(gpu: Elsewhere) -> Iterator[None]:
+    """Compile launches on the meta device for a GPU, as a launch there would, and run nothing.
+
+    Raises:
+        RuntimeError: at a launch, if the process runs Triton's interpreter, which compiles nothing.
+    """
+    before, token = driver._active, _elsewhere.set(gpu)
+    driver.set_active(gpu)
+    try:
+        yield
+    finally:
+        driver.set_active(before)
+        _elsewhere.reset(token)
 
 
 @dataclass(frozen=True)
@@ -28,8 +77,14 @@ class Launch:
     """Loop iterations whose loads are in flight."""
 
     def run(self, device: torch.device) -> None:
-        """Launch on a GPU, or on the CPU in Triton's interpreter."""
+        """Launch on a GPU, or on the CPU in Triton's interpreter; on the meta device only compile, see `elsewhere`."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if device.type == "meta":
+            if not isinstance(self.kernel, JITFunction):
+                raise RuntimeError("TRITON_INTERPRET is set: the interpreter compiles nothing, unset it")
+            compiled = self.kernel.warmup(grid=self.grid, **self.arguments, **options)
+            _elsewhere.get().compiled[compiled.hash] = compiled
+            return
         if device.type != "cuda":
             self.kernel[self.grid](**self.arguments, **options)
             return
@@ -39,6 +94,8 @@ class Launch:
 
 def architecture_of(device: torch.device) -> str:
     """Name what a launch on this device is compiled for: "sm_90", "gfx942", …, or "interpreter" on a CPU."""
+    if device.type == "meta":
+        return _elsewhere.get().architecture
     if device.type != "cuda":
         return INTERPRETER
     if torch.version.hip:
@@ -49,6 +106,8 @@ def architecture_of(device: torch.device) -> str:
 
 def multiprocessors(device: torch.device) -> int:
     """How many programs run at once, one on each multiprocessor; 1 for the interpreter."""
+    if device.type == "meta":
+        return _elsewhere.get().multiprocessors
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -82,5 +141,5 @@ def affinity_arguments(affinity: Affinity) -> dict[str, Any]:
 
 def refuse_interpreted_bfloat16(tensor: Tensor) -> None:
     """Raise where a result would be wrong: the interpreter multiplies bfloat16 as if it were integers."""
-    if tensor.dtype == torch.bfloat16 and tensor.device.type != "cuda":
+    if tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu":
         raise ValueError("query_key: bfloat16 needs a GPU, Triton's interpreter multiplies it wrongly; use float32")
