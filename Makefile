@@ -1,4 +1,4 @@
-# demo · test · lint · docs · bench · bench-quick · mutants · package: each makes .venv first if it is missing. A first run downloads
+# demo · test · lint · docs · bench · bench-quick · mutants · torture · package: each makes .venv first if it is missing. A first run downloads
 # PyTorch; later ones start at once.
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -11,7 +11,7 @@ READY := .venv/.ready-$(KIND)
 # tests run side by side, each on one core
 WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$(( cores < 8 ? cores : 8 )))
 
-.PHONY: demo test lint docs bench bench-quick mutants package test-newest-triton venv
+.PHONY: demo test lint docs bench bench-quick mutants torture package test-newest-triton venv
 .NOTPARALLEL:
 
 demo: $(READY)
@@ -36,6 +36,10 @@ bench: $(READY)
 # breaks the code in one place after the other; fails where no test notices
 mutants: $(READY)
 	@$(BIN)/python tests/mutants.py $(ARGS)
+
+# kills runs at random moments and resumes them; fails where the results differ from those of whole runs
+torture: $(READY)
+	@$(BIN)/python tests/torture.py $(ARGS)
 
 bench-quick: $(READY)
 	@$(BIN)/python -m pytest -q --benchmark-quiet --quick bench/suite $(ARGS)
