@@ -1,6 +1,7 @@
 """Kill runs at random moments, resume them until they are done, and compare with runs that nothing stopped.
 
-By hand: `make torture`, some minutes; `ARGS="--seed 3 --kills 5"` picks others. Ends with exit code 1 if anything differed.
+By hand: `make torture`, some minutes; `ARGS="--seed 3 --kills 5"` picks others. The exit code is 1 if anything
+differed.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from layouts import write_video
+from layouts import write_davis
 
 from stm_model.data.aquarium import aquarium_clip
 from stm_model.io.masks import write_mask
@@ -60,7 +60,7 @@ class Case:
         while True:
             process = self.start(out, again=bool(stops))
             if len(stops) < 3 and (not stops or dice.random() < 0.7):
-                moment, how = dice.uniform(0.1, 1.0) * seconds, dice.choice(SIGNALS)
+                moment, how = dice.uniform(0.3, 1.0) * seconds, dice.choice(SIGNALS)
                 try:
                     process.wait(moment)
                 except subprocess.TimeoutExpired:
@@ -105,11 +105,7 @@ def cases(data: Path) -> list[Case]:
     (data / "masks").mkdir()
     write_mask(data / "masks" / "00000.png", labels[0])
     write_mask(data / "masks" / "00015.png", labels[15])
-    davis = data / "DAVIS"
-    for name in ("one", "two"):
-        write_video(davis / "JPEGImages/480p" / name, davis / "Annotations/480p" / name, frames, labels)
-    (davis / "ImageSets/2017").mkdir(parents=True)
-    (davis / "ImageSets/2017/val.txt").write_text("one\ntwo\n")
+    davis = write_davis(data / "DAVIS", {"one": (frames, labels), "two": (frames[::-1], labels[::-1])})
     track = [
         "track",
         str(data / "clip.mp4"),
