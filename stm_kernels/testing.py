@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from stm_kernels.read import memory_read
-from stm_kernels.reference import reference_logits
 
 Read = Callable[..., tuple[Tensor, ...]]
 """A read of a problem: `read(query_key, memory_key, memory_value, **problem.options())` gives at least out and lse."""
@@ -220,68 +219,6 @@ def assert_exact(problem: Problem, read: Read, gradients: bool = True, plain_rea
     ratios = error_ratios(problem, read, gradients, plain_read)
     wrong = {name: round(ratio, 2) for name, ratio in ratios.items() if not ratio <= 1}
     assert not wrong, f"error over allowed error: {wrong}"
-
-
-def assert_bounded(problem: Problem, read: Read) -> None:
-    """Raise AssertionError where a read or a gradient errs more than rounding explains.
-
-    For problems so small that the error of plain PyTorch is a matter of luck. The bound is that of rounding analysis:
-    every weight errs relatively by the rounding of its logit, every sum by one rounding per term, taken of the sum of
-    the terms' magnitudes.
-    """
-    truth, found = results(problem.to(torch.float64)), results(problem, read)
-    (_, M, C), (_, N, V) = problem.query_key.shape, problem.memory_value.shape
-    largest, terms = _magnitudes(problem.to(torch.float64))
-    wide = torch.finfo(torch.float64 if problem.query_key.dtype == torch.float64 else torch.float32)
-    narrow = torch.finfo(problem.query_key.dtype)
-    relative = wide.eps * ((C + 8) * largest + C + V + N + M) + 4 * narrow.eps
-    # weights and their gradients too small for the dtype of the inputs
-    lost = narrow.tiny * narrow.eps * (N + M)
-    wrong = {}
-    for name, true in truth.items():
-        empty = true.isneginf()
-        assert found[name].isneginf().equal(empty), (
-            f"{name}: -inf where a query sees a position, or not where it sees none"
-        )
-        error = (found[name].masked_fill(empty, 0.0) - true.masked_fill(empty, 0.0)).abs().amax().item()
-        bound = relative * (terms[name] + true.masked_fill(empty, 0.0).abs().amax().item()) + lost * terms["any"]
-        if not error <= bound:
-            wrong[name] = error / bound
-    assert not wrong, f"error over what rounding explains: {wrong}"
-
-
-def _magnitudes(problem: Problem) -> tuple[float, dict[str, float]]:
-    """The largest magnitude of a logit's terms, and of each result the largest sum of its terms' magnitudes."""
-    options = problem.options()
-    scale = options.pop("scale")
-    bias = problem.key_bias
-    logits = reference_logits(problem.query_key, problem.memory_key, scale, key_bias=bias, **options)
-    weights = logits.masked_fill(logits.isneginf().all(-1, keepdim=True), 0.0).softmax(-1)
-    weights = weights.masked_fill(logits.isneginf(), 0.0)
-    query, key, value, grad_out = (
-        tensor.nan_to_num(0.0).abs()
-        for tensor in (problem.query_key, problem.memory_key, problem.memory_value, problem.grad_out)
-    )
-    # a squared distance is made of three products, and differentiates by both its ends
-    distance = problem.similarity == "l2"
-    pairs = scale * (query @ key.mT)
-    if distance:
-        pairs = 2 * pairs + scale * (query.square().sum(2)[:, :, None] + key.square().sum(2)[:, None])
-    largest = pairs.amax().item() + (0.0 if bias is None else bias.nan_to_num(neginf=0.0).abs().amax().item())
-    grads = weights * (grad_out @ value.mT + (grad_out * (weights @ value)).sum(2, keepdim=True) + 1)
-    grads = grads * problem.grad_lse.abs().clamp(min=1).amax()
-    factor = 2 * scale if distance else scale
-    ends = (query.amax(), key.amax()) if distance else (0.0, 0.0)
-    terms = {
-        "out": weights @ value,
-        "lse": pairs + 1,
-        "grad_query_key": factor * (grads @ key + grads.sum(2, keepdim=True) * ends[0]),
-        "grad_memory_key": factor * (grads.mT @ query + grads.sum(1)[:, :, None] * ends[1]),
-        "grad_memory_value": weights.mT @ grad_out,
-        "grad_key_bias": grads.sum(1),
-        "any": torch.stack([query.amax(), key.amax(), value.amax(), grad_out.amax()]) * max(1.0, factor),
-    }
-    return largest, {name: term.amax().item() for name, term in terms.items()}
 
 
 def extra_memory(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
