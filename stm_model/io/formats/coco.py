@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from array import array
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -11,20 +10,15 @@ from typing import IO, Any
 
 import numpy as np
 
-from stm_model.io.files import whole
-from stm_model.io.formats.export import Clip, Export, Spool, box_of, objects_of
+from stm_model.io.formats.export import Spooled, box_of, objects_of
 from stm_model.io.formats.rle import decode_segmentation, encode_mask
 from stm_model.io.formats.shapes import Frame, Shape, distinct_names
 
 
-class _Spooled(Export):
-    """The run lengths of every object, spooled."""
+class _RunLengths(Spooled):
+    """The run lengths of every object."""
 
-    def __init__(self, out: Path, clip: Clip, keep: int = 0):
-        super().__init__(out, clip, keep)
-        self.spool, self.frames, self.size = Spool(self.path), array("q"), (0, 0)
-
-    def write(self, index: int, labels: np.ndarray, frame: np.ndarray | None) -> None:
+    def note(self, index: int, labels: np.ndarray) -> None:
         for label in objects_of(labels):
             mask = labels == label
             left, top, right, bottom = box_of(mask)
@@ -33,34 +27,14 @@ class _Spooled(Export):
                 "area": int(mask.sum()),
                 "bbox": [left, top, right - left, bottom - top],
             }
-            self.spool.add(label, json.dumps({"place": len(self.frames)} | found))
-        self.frames.append(index)
-        self.size = labels.shape
-
-    def close(self) -> None:
-        try:
-            if self.frames:
-                with whole(self.path) as file_name, open(file_name, "w", encoding="utf-8") as file:
-                    self.finish(file)
-        finally:
-            self.spool.close()
-
-    def discard(self) -> None:
-        self.spool.close()
-
-    def finish(self, file: IO[str]) -> None:
-        """Write the file."""
-        raise NotImplementedError
+            self.add(label, json.dumps({"place": len(self.frames)} | found))
 
     def categories(self) -> list[dict[str, Any]]:
         """A category an object: what it is, the tracker does not know."""
-        return [
-            {"id": label, "name": self.clip.object_name(label), "supercategory": "object"}
-            for label in self.spool.labels
-        ]
+        return [{"id": label, "name": self.clip.object_name(label), "supercategory": "object"} for label in self.labels]
 
 
-class CocoExport(_Spooled):
+class CocoExport(_RunLengths):
     """COCO's instances json, one image a frame; `track_id` is the object's label."""
 
     target = "coco.json"
@@ -79,8 +53,8 @@ class CocoExport(_Spooled):
         )
         annotations = (
             {"image_id": found.pop("place") + 1, "category_id": label, "track_id": label, "iscrowd": 0} | found
-            for label in self.spool.labels
-            for found in map(json.loads, self.spool.lines(label))
+            for label in self.labels
+            for found in map(json.loads, self.lines(label))
         )
         file.write(f'{{"info": {json.dumps({"description": self.clip.name})}, "licenses": [],\n"images": ')
         _write_list(file, images)
@@ -89,7 +63,7 @@ class CocoExport(_Spooled):
         file.write(f',\n"categories": {json.dumps(self.categories())}}}\n')
 
 
-class YoutubeVisExport(_Spooled):
+class YoutubeVisExport(_RunLengths):
     """YouTube-VIS' json: one video, and of each object a mask or null for every frame."""
 
     target = "ytvis.json"
@@ -101,7 +75,7 @@ class YoutubeVisExport(_Spooled):
         video = {"id": 1, "name": self.clip.name} | shape | {"file_names": names, "frame_indices": list(self.frames)}
         info = json.dumps({"description": self.clip.name})
         file.write(f'{{"info": {info}, "licenses": [],\n"videos": [{json.dumps(video)}],\n"annotations": [')
-        for number, label in enumerate(self.spool.labels, 1):
+        for number, label in enumerate(self.labels, 1):
             start = {"id": number, "video_id": 1, "category_id": label, "iscrowd": 0} | shape
             file.write(("," if number > 1 else "") + "\n" + json.dumps(start)[:-1])
             for key, name in (("segmentation", "segmentations"), ("bbox", "bboxes"), ("area", "areas")):
@@ -113,7 +87,7 @@ class YoutubeVisExport(_Spooled):
     def _over_time(self, label: int, key: str) -> Iterable[Any]:
         """What was noted of an object under a key, null where it is not in the frame."""
         next_place = 0
-        for found in map(json.loads, self.spool.lines(label)):
+        for found in map(json.loads, self.lines(label)):
             yield from [None] * (found["place"] - next_place)
             yield found[key]
             next_place = found["place"] + 1

@@ -13,8 +13,7 @@ from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
 
-from stm_model.io.files import whole
-from stm_model.io.formats.export import Clip, Export, Spool, box_of, objects_of
+from stm_model.io.formats.export import Clip, Spooled, box_of, objects_of
 from stm_model.io.formats.rle import decode_segmentation
 from stm_model.io.formats.shapes import Frame, Shape, distinct_names
 
@@ -22,53 +21,43 @@ READ = ("mask", "polygon")
 """The shapes that are read."""
 
 
-class CvatExport(Export):
+class CvatExport(Spooled):
     """CVAT for video 1.1; where an object is gone, its track is `outside`."""
 
     target = "cvat.xml"
 
     def __init__(self, out: Path, clip: Clip, keep: int = 0):
         super().__init__(out, clip, keep)
-        self.spool, self.frames, self.size = Spool(self.path), 0, (0, 0)
         self._shown: dict[int, str] = {}
         """The last mask of each object that was in the frame before."""
 
-    def write(self, index: int, labels: np.ndarray, frame: np.ndarray | None) -> None:
+    def note(self, index: int, labels: np.ndarray) -> None:
         present = objects_of(labels)
         for label in set(self._shown) - set(present):
-            self.spool.add(label, _element(index, True, self._shown.pop(label)))
+            self.add(label, _element(index, True, self._shown.pop(label)))
         for label in present:
             self._shown[label] = _shape(labels == label)
-            self.spool.add(label, _element(index, False, self._shown[label]))
-        self.frames, self.size = index + 1, labels.shape
+            self.add(label, _element(index, False, self._shown[label]))
 
-    def close(self) -> None:
-        try:
-            if self.frames:
-                with whole(self.path) as path, open(path, "w", encoding="utf-8") as file:
-                    file.write(self._head())
-                    for number, label in enumerate(self.spool.labels):
-                        name = quoteattr(self.clip.object_name(label))
-                        file.write(f'  <track id="{number}" label={name} source="auto">\n')
-                        file.writelines(f"    {line}\n" for line in self.spool.lines(label))
-                        file.write("  </track>\n")
-                    file.write("</annotations>\n")
-        finally:
-            self.spool.close()
-
-    def discard(self) -> None:
-        self.spool.close()
+    def finish(self, file: IO[str]) -> None:
+        file.write(self._head())
+        for number, label in enumerate(self.labels):
+            name = quoteattr(self.clip.object_name(label))
+            file.write(f'  <track id="{number}" label={name} source="auto">\n')
+            file.writelines(f"    {line}\n" for line in self.lines(label))
+            file.write("  </track>\n")
+        file.write("</annotations>\n")
 
     def _head(self) -> str:
-        height, width = self.size
+        (height, width), frames = self.size, self.frames[-1] + 1
         labels = "".join(
             f"<label><name>{escape(self.clip.object_name(label))}</name><type>mask</type><attributes></attributes></label>"
-            for label in self.spool.labels
+            for label in self.labels
         )
         return (
             '<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n  <version>1.1</version>\n'
-            f"  <meta><task><size>{self.frames}</size><mode>interpolation</mode><start_frame>0</start_frame>"
-            f"<stop_frame>{self.frames - 1}</stop_frame><labels>{labels}</labels>"
+            f"  <meta><task><size>{frames}</size><mode>interpolation</mode><start_frame>0</start_frame>"
+            f"<stop_frame>{frames - 1}</stop_frame><labels>{labels}</labels>"
             f"<original_size><width>{width}</width><height>{height}</height></original_size></task></meta>\n"
         )
 
@@ -100,24 +89,20 @@ def read_cvat(file: IO[bytes], pictures: Collection[str]) -> list[Frame]:
         for _, element in ElementTree.iterparse(file):
             if element.tag == "original_size":
                 size = int(element.findtext("height", "")), int(element.findtext("width", ""))
-            elif element.tag == "track":
-                who = element.attrib["label"], element.attrib["id"]
+            elif element.tag in ("track", "image"):
+                on_track, at = element.tag == "track", None
+                if not on_track:
+                    name = element.get("name", "")
+                    at = name if Path(name).stem in pictures else int(element.attrib["id"])
+                    sizes[at] = int(element.attrib["height"]), int(element.attrib["width"])
                 for shape in element:
                     if shape.tag not in READ:
                         others.add(shape.tag)
                     elif shape.get("outside") != "1":
-                        at: int | str = int(shape.attrib["frame"])
-                        found.setdefault(at, []).append((int(shape.get("z_order", 0)), who, shape))
-            elif element.tag == "image":
-                name = element.get("name", "")
-                at = name if Path(name).stem in pictures else int(element.attrib["id"])
-                sizes[at] = int(element.attrib["height"]), int(element.attrib["width"])
-                for shape in element:
-                    if shape.tag not in READ:
-                        others.add(shape.tag)
-                    else:
-                        who = shape.attrib["label"], shape.get("group_id", "")
-                        found.setdefault(at, []).append((int(shape.get("z_order", 0)), who, shape))
+                        known = (element.attrib["label"], element.attrib["id"]) if on_track else None
+                        who = known or (shape.attrib["label"], shape.get("group_id", ""))
+                        place = int(shape.attrib["frame"]) if at is None else at
+                        found.setdefault(place, []).append((int(shape.get("z_order", 0)), who, shape))
     except ElementTree.ParseError as error:
         raise ValueError(f"not well-formed XML: {error}") from error
     if size is None and not sizes:

@@ -6,10 +6,11 @@ from array import array
 from collections.abc import Collection, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import ClassVar
+from typing import IO, ClassVar
 
 import numpy as np
 
+from stm_model.io.files import whole
 from stm_model.io.live import LiveVideo
 from stm_model.io.video import FOLDER_FPS, Video
 from stm_model.labels import VOID
@@ -109,15 +110,30 @@ class FileEach(Export):
         return self.folder / f"{self.clip.stem(index)}{self.suffix}"
 
 
-class Spool:
-    """Lines of text of each object, kept in a file until they are asked for: formats that tell one object after the
-    other are written without the video in memory.
+class Spooled(Export):
+    """A format that tells one object after the other: the lines of each are kept in a file until the end, so that it
+    is written without the video in memory.
     """
 
-    def __init__(self, path: Path):
-        self.path = path.with_name(f".{path.stem}.partial.spool")
-        self._file = open(self.path, "w+b")
+    def __init__(self, out: Path, clip: Clip, keep: int = 0):
+        super().__init__(out, clip, keep)
+        self.frames, self.size = array("q"), (0, 0)
+        self._spool = self.path.with_name(f".{self.path.stem}.partial.spool")
+        self._file = open(self._spool, "w+b")
         self._places: dict[int, array] = {}
+
+    def write(self, index: int, labels: np.ndarray, frame: np.ndarray | None) -> None:
+        self.note(index, labels)
+        self.frames.append(index)
+        self.size = labels.shape
+
+    def note(self, index: int, labels: np.ndarray) -> None:
+        """Add the lines of a frame."""
+        raise NotImplementedError
+
+    def finish(self, file: IO[str]) -> None:
+        """Write the file."""
+        raise NotImplementedError
 
     def add(self, label: int, line: str) -> None:
         """Append a line, without its end, to those of an object."""
@@ -137,9 +153,16 @@ class Spool:
             yield self._file.readline().decode().rstrip("\n")
 
     def close(self) -> None:
-        """Remove the file."""
+        try:
+            if self.frames:
+                with whole(self.path) as path, open(path, "w", encoding="utf-8") as file:
+                    self.finish(file)
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
         self._file.close()
-        self.path.unlink(missing_ok=True)
+        self._spool.unlink(missing_ok=True)
 
 
 def object_name(label: int) -> str:
