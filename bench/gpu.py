@@ -1,10 +1,11 @@
-"""All that a GPU can tell about the read, in one command: python bench/gpu.py [--minutes 9] [--quick]
+"""All that a GPU can tell about the read, in one command: python bench/gpu.py [--minutes 9] [--quick] [--first-minute]
 
 First whether every variant is right on the device, then the ceilings of matrix products and copies, then time and
 memory of every reader at every size, forward and backward, the most important sizes first. What is wrong gets no time.
 The JSON is rewritten as results come, so a run that is stopped leaves what it had. Needs PyTorch, Triton, NumPy and
 einops alone; `python -m pytest tests/kernels` runs every test of the kernels on the GPU beside it.
 
+    python bench/gpu.py --first-minute    # is each kernel right at two sizes, how fast is the read at three
     python bench/gpu.py --device cpu --out dry.json                   # proves the program itself: tiny, interpreted
     compute-sanitizer --tool memcheck python bench/gpu.py --sanitize  # every kernel, small ragged shapes, no times
     python bench/gpu.py --only "M=1620 T=20 B=1" --out one.json       # only what has these words in its name
@@ -32,30 +33,22 @@ from torch import Tensor
 # a machine with a GPU may run a checkout that nobody installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.gpu_checks import Ratios, checks_of, first_checks, judged, pages_of
 from bench.gpu_readers import READERS, backward_tiles_of, chosen, tiles_of, timed
 from bench.harness import MIB, Result, Task, clocks, describe, run_tasks, table, write_json
 from bench.read import CHOICES, WAYS, Size, both_ways, draw_problem, errors, inputs_of
-from stm_kernels import PagedMemory, memory_read, memory_usage
-from stm_kernels.reference import reference_usage
-from stm_kernels.testing import (
-    Problem,
-    allowed_error_shares,
-    error_ratios,
-    extra_memory,
-    make_problem,
-    make_tie_problem,
-    read_by,
-    results,
-)
+from stm_kernels import memory_read
+from stm_kernels.testing import Problem, allowed_error_shares, extra_memory, results
 
 CHECK_SHARE = 0.4
 """Of the time, for finding out what is right."""
+FIRST_SHARE = 0.7
+"""Likewise of the first minute."""
 JUDGED_POSITIONS = 4096
 """Of the memory with which gradients are judged."""
 MOST_IMPORTANT = (Size(1620, 20), Size(1620, 1000), Size(576, 5))
 FRAMES, MEMORIES = (576, 1620, 3600, 8160), (1, 5, 20, 100, 1000)
 
-Ratios = dict[str, float]
 Sections = dict[str, dict[str, Task]]
 
 
@@ -77,10 +70,18 @@ def build_tasks(arguments: argparse.Namespace) -> Sections:
     """All that is to be done, by section and name, in order."""
     device, quick, tiny = arguments.device, arguments.quick, arguments.device == "cpu" or arguments.sanitize
     sections: Sections = {"checks": {}}
+    if arguments.first_minute:
+        sections["checks"] |= {f"compile, {size}": partial(run_once, size, device) for size in sizes(device, True)}
     for dtype in dtypes_of(device):
-        for name in checks_of(device, dtype, tiny):
-            sections["checks"][f"{dtype}: {name}"] = partial(check, device, dtype, tiny, name)
-    if not arguments.sanitize:
+        for name in (first_checks if arguments.first_minute else checks_of)(device, dtype, tiny):
+            sections["checks"][f"{dtype}: {name}"] = partial(
+                check, device, dtype, tiny, name, first=arguments.first_minute
+            )
+    if arguments.first_minute:
+        sections["reads"] = {
+            f"forward, {size}, ours": partial(cell, size, "forward", "ours", device) for size in sizes(device, True)
+        }
+    elif not arguments.sanitize:
         important, every = sizes(device, True), sizes(device, quick)
         sections["ceilings"] = {f"matmul {dtype}": partial(matmul, device, dtype) for dtype in dtypes_of(device)}
         sections["ceilings"]["copy"] = partial(copy, device)
@@ -94,97 +95,14 @@ def build_tasks(arguments: argparse.Namespace) -> Sections:
     }
 
 
-def check(device: str, dtype: torch.dtype, tiny: bool, name: str) -> Result:
-    return judged(checks_of(device, dtype, tiny)[name]())
+def check(device: str, dtype: torch.dtype, tiny: bool, name: str, first: bool = False) -> Result:
+    return judged((first_checks if first else checks_of)(device, dtype, tiny)[name]())
 
 
-def judged(ratios: Ratios) -> Result:
-    """The largest error, or what a read errs in."""
-    wrong = {name: round(ratio, 2) for name, ratio in ratios.items() if not ratio <= 1}
-    return {"failed": f"error over allowed error: {wrong}"} if wrong else {"error_over_allowed": max(ratios.values())}
-
-
-def checks_of(device: str, dtype: torch.dtype, tiny: bool) -> dict[str, Callable[[], Ratios]]:
-    """Every check by name; `tiny` where a kernel is interpreted or sanitized."""
-    # a scale that is no power of two: one would spare plain PyTorch a rounding
-    large = (2, 66, 150, 24, 48) if tiny else (2, 1620, 3300, 128, 512)
-    odd = (1, 33, 70, 20, 33) if tiny else (3, 131, 517, 100, 300)
-    ties = (1, 40, 90, 64, 40)
-    # channels of whole 16 bytes: tiles that need descriptors get them
-    whole = (*odd[:3], odd[3] // 8 * 8, odd[4] // 8 * 8)
-    kind: dict[str, Any] = {"dtype": dtype, "device": device}
-    make: Callable[..., Problem] = partial(make_problem, **kind)
-    problems: dict[str, Callable[[], Problem]] = {
-        "read and backward": partial(make, *large),
-        "peaked": partial(make, *large, peak=5.0),
-        "channel-major": partial(make, *large, channel_major=True),
-        "odd sizes": partial(make, *odd),
-        "logits of 10^4": partial(make_tie_problem, *ties, **kind),
-        "bias, lengths, hidden positions": partial(make, *odd, biased=True, ragged=True),
-        "squared distance": partial(make, *odd, similarity="l2"),
-        "values of many objects": partial(make, *((1, 33, 70, 16, 6 * 64) if tiny else (1, 700, 2100, 128, 3 * 512))),
-        "top-k": lambda: replace(make(*odd), top_k=7),
-        "top-k among equals": lambda: replace(make_tie_problem(*ties, **kind), top_k=7),
-    }
-
-    def judge(make: Callable[[], Problem], **tiles: Any) -> Ratios:
-        with chosen(**tiles) if tiles else nullcontext():
-            return error_ratios(make(), read_by("triton"))
-
-    checks: dict[str, Callable[[], Ratios]] = {name: partial(judge, make) for name, make in problems.items()}
-    checks |= {
-        "skip": lambda: errors(make(*large, peak=4.0), read_by("triton", skip=0.1), 0.1),
-        "usage": lambda: check_usage(make(*large), None),
-        "usage of the best": lambda: check_usage(make(*odd), 7),
-        "paged": lambda: check_pages(make(*odd)),
-        "3 splits": partial(judge, partial(make, *odd), positions_per_split=-(-odd[2] // 3)),
-    }
-    for index, tiles in enumerate(tiles_of(device, dtype, *whole[3:])[1:], 1):
-        checks[f"tile {index}"] = partial(judge, partial(make, *whole), forward=tiles)
-    for index, tiles in enumerate(backward_tiles_of(device, dtype, odd[3])[1:], 1):
-        checks[f"backward tile {index}"] = partial(judge, partial(make, *odd), backward=tiles)
-    if not tiny and dtype == torch.float16:
-        checks["B·N·V beyond 2^31, gradients"] = lambda: check_long_gradients(device)
-    return checks
-
-
-def check_usage(problem: Problem, top_k: int | None) -> Ratios:
-    wide, scale = problem.to(torch.float64), problem.scale
-    truth, plain = (reference_usage(one.query_key, one.memory_key, scale, top_k=top_k) for one in (wide, problem))
-    found = memory_usage(*inputs_of(problem)[:2], scale=scale, top_k=top_k, implementation="triton")
-    return allowed_error_shares({"usage": truth}, {"usage": plain}, {"usage": found})
-
-
-def pages_of(problem: Problem, page: int, frame: int) -> Callable[..., Any]:
-    """The read of a memory of pages to which the problem's was appended, `frame` positions at a time."""
-    (B, _, C), V = problem.memory_key.shape, problem.memory_value.shape[2]
-    kind: dict[str, Any] = {"dtype": problem.memory_key.dtype, "device": problem.memory_key.device}
-    memory = PagedMemory(B, C, V, page_size=page, **kind)
-    for key, value in zip(problem.memory_key.split(frame, 1), problem.memory_value.split(frame, 1)):
-        memory.append(key, value)
-    return lambda query_key, *_, scale: memory.read(query_key, scale=scale, return_lse=True, implementation="triton")
-
-
-def check_pages(problem: Problem) -> Ratios:
-    N = problem.memory_key.shape[1]
-    return error_ratios(problem, pages_of(problem, N // 3 + 1, N // 4 + 1), gradients=False)
-
-
-def check_long_gradients(device: str) -> Ratios:
-    """Of a memory hidden but for its ends, the last of which lies beyond 32 bits: a small problem in a large one."""
-    size = Size(64, 1 + 2**31 // (512 * 64) + 64)
-    problem = draw_problem(size, torch.float16, device)
-    seen = torch.zeros(size.N, dtype=torch.bool, device=device)
-    seen[:100] = seen[-4000:] = True
-    bias = torch.zeros(1, size.N, device=device).masked_fill(~seen, -torch.inf)
-    ends = {name: getattr(problem, name)[:, seen] for name in ("memory_key", "memory_value")}
-    small = replace(problem, **ends, key_bias=bias[:, seen])
-    found = results(replace(problem, key_bias=bias), read_by("triton"))
-    leak = any(found[f"grad_{name}"][:, ~seen].any().item() for name in ends)
-    for name in ("grad_memory_key", "grad_memory_value", "grad_key_bias"):
-        found[name] = found[name][:, seen]
-    ratios = allowed_error_shares(results(small.to(torch.float64)), results(small), found)
-    return ratios | {"hidden positions": float("inf") if leak else 0.0}
+def run_once(size: Size, device: str) -> Result:
+    """A read whose kernels are compiled then, beside the checks, when it is timed."""
+    WAYS["forward"](draw_problem(size, dtypes_of(device)[0], device), READERS["ours"])()
+    return {}
 
 
 def matmul(device: str, dtype: torch.dtype) -> Result:
@@ -345,7 +263,8 @@ class Report:
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing new after that")
+    parser.add_argument("--minutes", type=float, help="begin nothing new after that; default: 9")
+    parser.add_argument("--first-minute", action="store_true", help="the most important; --minutes, 0.9, ends all")
     parser.add_argument("--quick", action="store_true", help="the three most important sizes")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is a dry run with tiny sizes")
     parser.add_argument("--out", type=Path, help="JSON file; default: bench/results/<device>/gpu.json")
@@ -354,16 +273,22 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="WORDS", help="do what has these words in its name")
     arguments = parser.parse_args(words)
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: expected a GPU, torch sees none; --device cpu is a dry run")
+        parser.exit(2, "--device: expected a GPU, torch sees none; --device cpu is a dry run\n")
+    if arguments.minutes is None:
+        # what is left of a minute when all is imported
+        arguments.minutes = 0.9 if arguments.first_minute else 9.0
     if arguments.sanitize:
         arguments.workers = 0
     elif arguments.workers is None:
-        arguments.workers = 8 if arguments.device == "cuda" else 1
+        most = 16 if arguments.first_minute else 8
+        arguments.workers = min(most, os.cpu_count() or 1) if arguments.device == "cuda" else 1
     if arguments.out is None and not arguments.sanitize:
         if arguments.device == "cpu":
             parser.error("--out: expected a file, a dry run leaves nothing under bench/results")
         name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-        arguments.out = Path(__file__).parent / "results" / name / "gpu.json"
+        arguments.out = (
+            Path(__file__).parent / "results" / name / ("first_minute.json" if arguments.first_minute else "gpu.json")
+        )
     return arguments
 
 
@@ -379,11 +304,15 @@ def main(words: Sequence[str] | None = None) -> int:
     report.write()
     # the checks side by side, the times one by one
     for section, tasks in build_tasks(arguments).items():
-        share = CHECK_SHARE if section == "checks" and not arguments.sanitize else 1.0
+        share = FIRST_SHARE if arguments.first_minute else CHECK_SHARE
+        if section != "checks" or arguments.sanitize:
+            share = 1.0
+        deadline = report.begun + share * arguments.minutes * 60
         run_tasks(
             tasks,
             partial(report.tell, section.removeprefix("more ")),
-            deadline=report.begun + share * arguments.minutes * 60,
+            deadline=deadline,
+            end=deadline if arguments.first_minute else float("inf"),
             processes=arguments.workers if section == "checks" else min(1, arguments.workers),
         )
         report.content["clocks"][f"after {section}"] = clocks()

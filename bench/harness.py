@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, TimeoutError
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, TimeoutError, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -200,15 +200,17 @@ def run_tasks(
     deadline: float = float("inf"),
     processes: int = 1,
     limit: float = 120.0,
+    end: float = float("inf"),
 ) -> None:
     """Run tasks in processes; one that hangs or dies takes nothing but itself along.
 
     Args:
         tasks: by name, in order; they must be picklable, unless `processes` is 0.
-        tell: called with a task's name and result as it comes, from one thread at a time.
+        tell: called with a task's name and result as it comes, from one thread.
         deadline: as `time.time` has it; no task begins later.
         processes: at once; 0 runs the tasks in this one.
         limit: seconds for one task; a process in which one takes longer is ended, and another goes on with the rest.
+        end: as `time.time` has it; what still runs in a process then is ended.
     """
 
     def outcome(task: Task, run: Callable[[Task], Result]) -> Result:
@@ -224,14 +226,15 @@ def run_tasks(
     def work(task: Task) -> Result:
         worker = idle.pop()
         try:
-            return outcome(task, lambda task: worker.run(task, limit))
+            return outcome(task, lambda task: worker.run(task, limit, end))
         finally:
             idle.append(worker)
 
     with ThreadPoolExecutor(max(1, len(workers))) as pool:
         try:
-            for name, result in zip(tasks, pool.map(work, tasks.values())):
-                tell(name, result)
+            names = {pool.submit(work, task): name for name, task in tasks.items()}
+            for found in as_completed(names):
+                tell(names[found], found.result())
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in workers:
@@ -250,18 +253,23 @@ class Worker:
 
     pool: ProcessPoolExecutor | None = None
 
-    def run(self, task: Task, limit: float) -> Result:
-        """A task's result, or why there is none."""
+    def run(self, task: Task, limit: float, end: float = float("inf")) -> Result:
+        """A task's result, or why there is none; arguments as in `run_tasks`."""
         found: Result = {"broken": True}
+
+        def within(seconds: float) -> float:
+            return max(0.0, min(seconds, end - time.time()))
+
         try:
             if self.pool is None:
                 context, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
                 self.pool = ProcessPoolExecutor(1, context, _begin, (threads,))
                 # loads all that it needs
-                self.pool.submit(attempt, dict).result(START_SECONDS)
-            found = self.pool.submit(attempt_on_device, task).result(limit)
+                self.pool.submit(attempt, dict).result(within(START_SECONDS))
+            found = self.pool.submit(attempt_on_device, task).result(within(limit))
         except TimeoutError:
-            found["failed"] = f"stopped after {limit:.0f} s"
+            late = time.time() >= end
+            found |= {"skipped": "out of time"} if late else {"failed": f"stopped after {limit:.0f} s"}
         except BrokenProcessPool:
             found["failed"] = "its process ended"
         if found.pop("broken", False):

@@ -174,12 +174,64 @@ def test_out_of_time_and_out_of_memory_are_said(processes):
 def test_a_process_that_dies_or_hangs_takes_only_its_task_along(processes):
     told = {}
     names = ["first", "dies", "breaks", "hangs", "last"]
-    run_tasks({name: TASKS[name] for name in names}, told.__setitem__, processes=processes, limit=2.0)
-    assert list(told) == names and all(told[name] == {"value": name} for name in ("first", "last"))
+    run_tasks({name: TASKS[name] for name in names}, told.__setitem__, processes=processes, limit=8.0)
+    assert sorted(told) == sorted(names) and all(told[name] == {"value": name} for name in ("first", "last"))
     # nothing works in its process any more; the tasks behind it are none the worse
     assert told["breaks"]["failed"] == "left a broken device behind: an illegal access long ago"
     assert told["dies"] == {"failed": "its process ended"}
-    assert told["hangs"] == {"failed": "stopped after 2 s"}
+    assert told["hangs"] == {"failed": "stopped after 8 s"}
+    # told as it comes
+    assert processes == 1 or list(told)[-1] == "hangs"
+
+
+def test_nothing_runs_on_after_the_end():
+    told = {}
+    end = time.time() + 2
+    run_tasks({name: TASKS[name] for name in ("hangs", "last")}, told.__setitem__, deadline=end, end=end)
+    assert told == {"hangs": {"skipped": "out of time"}, "last": {"skipped": "out of time"}}
+    assert time.time() < end + 60
+
+
+@without_gpu
+def test_the_first_minute_asks_for_every_kernel_and_then_times():
+    sections = gpu.build_tasks(gpu.parse(["--first-minute", "--device", "cpu", "--out", "x"]))
+    assert list(sections) == ["checks", "reads"] and len(sections["reads"]) == 2
+    names = list(sections["checks"])
+    # what is timed is compiled beside the checks, so it begins first
+    assert [name.startswith("compile") for name in names] == [True] * 2 + [False] * (len(names) - 2)
+    for dtype in ("float16", "float32"):
+        for kind in ("read and backward", "squared distance", "top-k", "skip", "usage"):
+            assert len({name for name in names if name.startswith(f"torch.{dtype}: {kind}, ")}) == 2
+    assert sections["checks"]["torch.float32: usage, B=1 M=33 N=70 C=16 V=32"]()["error_over_allowed"] <= 1
+
+
+@without_gpu
+def test_the_first_minute_writes_what_it_had_time_for(small, monkeypatch, tmp_path):
+    written, write = [], gpu.write_json
+    monkeypatch.setattr(
+        gpu, "write_json", lambda report, path: (written.append(len(report["checks"])), write(report, path))
+    )
+    monkeypatch.setattr(gpu, "first_checks", lambda *_: {"right": lambda: {"out": 0.5}, "broken": raising_check})
+    path = tmp_path / "first.json"
+    words = ["--first-minute", "--device", "cpu", "--workers", "0", "--out", str(path)]
+    assert gpu.main(words) == 0
+    report = json.loads(path.read_text())
+    assert report["checks"]["torch.float16: right"] == {"error_over_allowed": 0.5}
+    assert report["checks"]["torch.float16: broken"] == {"failed": "TypeError: no such check"}
+    assert report["reads"][f"forward, {SIZE}, ours"]["seconds"] > 0
+    # after every step
+    assert written[:4] == [0, 1, 2, 3]
+    assert gpu.main([*words, "--minutes", "0"]) == 0
+    report = json.loads(path.read_text())
+    assert all(found == {"skipped": "out of time"} for found in (report["checks"] | report["reads"]).values())
+
+
+@without_gpu
+def test_no_gpu_is_one_line(capsys):
+    with pytest.raises(SystemExit) as end:
+        gpu.main(["--first-minute"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "--device: expected a GPU, torch sees none; --device cpu is a dry run\n"
 
 
 @without_gpu
