@@ -1,7 +1,8 @@
-"""Clips with look-alikes: cut-outs that move by themselves, cross others, leave the view and come back.
+"""Clips with more on them: the objects of other clips, and look-alikes that move by themselves.
 
-A cut-out is either a twin of an object that the clip follows, as it looks in every frame, or an instance of a still
-image. Which are followed, and how they move, is drawn: what looks alike can be told apart by where it was alone.
+Look-alikes are cut-outs: either a twin of an object that the clip follows, as it looks in every frame, or an instance
+of a still image. They cross others, leave the view and come back. Which are followed, and how they move, is drawn: what
+looks alike can be told apart by where it was alone.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from stm_model.data.augment import random_color, visible_objects
-from stm_model.data.clips import Clip, generator
+from stm_model.data.augment import paste_objects, random_color, visible_objects
+from stm_model.data.clips import Clip, SeededClips, generator
 from stm_model.data.images import LabelledImage
 from stm_model.io.images import MediaError
 from stm_model.labels import VOID
@@ -31,6 +32,38 @@ IN_FRONT = 0.6
 """Share of the copies that hide the objects of the clip; the rest pass behind them."""
 
 
+class CollageClips(SeededClips):
+    """Clips of one dataset, some with the objects of another's clips pasted on."""
+
+    def __init__(
+        self, clips: Dataset, objects: Dataset, paste: float = 0.35, distract: float = 0.15, replace: float = 0.15
+    ):
+        """Clips `clips`, on some of which objects of clips `objects` are pasted, of the same frames and size.
+
+        Args:
+            paste: share of clips with further objects to follow, in front of or behind their own.
+            distract: share of clips with further objects that are not to be followed.
+            replace: share of clips of which only the background stays, for the pasted objects alone to be followed.
+        """
+        shares = (paste, distract, replace)
+        if min(shares) < 0 or sum(shares) > 1:
+            raise ValueError(f"paste, distract, replace: expected shares with a sum of at most 1, got {shares}")
+        self.clips, self.objects, self.shares = clips, objects, shares
+
+    def __getitem__(self, seed: int) -> Clip:
+        clip, random = self.clips[seed], generator(seed, 3)
+        paste, distract, replace = self.shares
+        draw = _chance(random)
+        if draw >= paste + distract + replace:
+            return clip
+        # far from the seeds of the clips below, and as far on in the training
+        other = self.objects[seed + 2**31]
+        if draw >= paste + distract:
+            clip = clip._replace(labels=torch.zeros_like(clip.labels))
+        labelled = not paste <= draw < paste + distract
+        return visible_objects(paste_objects(clip, other, random, labelled))
+
+
 class CutOut(NamedTuple):
     """A picture to be pasted."""
 
@@ -42,8 +75,8 @@ class CutOut(NamedTuple):
     """Pixels of the clip for one of the picture."""
 
 
-class CrowdClips(Dataset):
-    """Clips of one dataset, some with cut-outs on them; item i is a function of i.
+class CrowdClips(SeededClips):
+    """Clips of one dataset, some with cut-outs on them.
 
     Args:
         clips: the clips below.
@@ -63,9 +96,6 @@ class CrowdClips(Dataset):
     ):
         self.clips, self.images, self.share = clips, images, share
         self.most_objects, self.color = most_objects, color
-
-    def __len__(self) -> int:
-        return 2**31
 
     def __getitem__(self, seed: int) -> Clip:
         clip, random = self.clips[seed], generator(seed, 5)

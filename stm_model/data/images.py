@@ -77,7 +77,10 @@ def voc_images(root: str | Path, split: str | None = None) -> list[ImageFile]:
     if split is None:
         names = [path.stem for path in sorted((root / "SegmentationObject").glob("*.png"))]
     else:
-        names = _list(root / "ImageSets" / "Segmentation" / f"{split}.txt").read_text().split()
+        path = root / "ImageSets" / "Segmentation" / f"{split}.txt"
+        if not path.is_file():
+            raise FileNotFoundError(f"list of images: no such file: {path}")
+        names = path.read_text().split()
     images = [
         ImageFile(root / "JPEGImages" / f"{name}.jpg", root / "SegmentationObject" / f"{name}.png") for name in names
     ]
@@ -128,12 +131,6 @@ def _match(images: list[Path], masks: list[Path], folder: Path) -> list[ImageFil
             f"{folder}: {len(images)} images but {len(masks)} masks; no partner for {', '.join(sorted(alone)[:5])}"
         )
     return [ImageFile(path, by_name[path.stem]) for path in images]
-
-
-def _list(path: Path) -> Path:
-    if not path.is_file():
-        raise FileNotFoundError(f"list of images: no such file: {path}")
-    return path
 
 
 class ImageClips(DrawnClips):

@@ -1,4 +1,5 @@
-"""The YouTube-VOS layout: <split>/meta.json, <split>/JPEGImages/<video>/, <split>/Annotations/<video>/.
+"""The YouTube-VOS layout: <split>/meta.json, <split>/JPEGImages/<video>/, <split>/Annotations/<video>/; LVOS has the
+same without meta.json.
 
 Not every frame has a mask: every fifth in the training split, in the validation split those in which an object enters.
 <split>_all_frames/JPEGImages/ holds the frames between.
@@ -34,6 +35,15 @@ def youtube_vos_videos(folder: Path, all_frames: bool = False, only: Collection[
     ]
 
 
+def lvos_videos(folder: Path, only: Collection[str] = ()) -> list[Video]:
+    """The videos of the folder of a split, `only` the named ones, none names all; some of their frames have masks."""
+    frames = folder / "JPEGImages"
+    if not frames.is_dir():
+        raise FileNotFoundError(f"LVOS split: no folder {frames}")
+    names = [path.name for path in sorted(frames.iterdir()) if path.is_dir() and (not only or path.name in only)]
+    return [Video.find("LVOS", frames / name, folder / "Annotations" / name) for name in names]
+
+
 def read_meta(path: Path) -> dict[str, dict[int, ListedObject]]:
     """Video → label → object, from a meta.json. Raises MediaError if it is of another kind."""
     if not path.is_file():
@@ -41,16 +51,12 @@ def read_meta(path: Path) -> dict[str, dict[int, ListedObject]]:
     try:
         videos = json.loads(path.read_text(encoding="utf-8"))["videos"]
         return {
-            name: {int(label): _listed(facts) for label, facts in sorted(video["objects"].items(), key=_label)}
+            name: dict(sorted((int(label), _listed(facts)) for label, facts in video["objects"].items()))
             for name, video in videos.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         form = '{"videos": {name: {"objects": {label: {"frames": [...]}}}}}'
         raise MediaError(f"{path}: expected {form} ({type(error).__name__}: {error})") from error
-
-
-def _label(item: tuple[str, Any]) -> int:
-    return int(item[0])
 
 
 def _listed(facts: dict[str, Any]) -> ListedObject:

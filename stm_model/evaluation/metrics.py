@@ -133,11 +133,15 @@ def sequence_scores(
         raise ValueError("objects: expected at least one label to score, got none")
     scores = {}
     for label in objects:
-        pairs = [(predictions[t] == label, truths[t] == label, truths[t] == VOID) for t in frames]
-        region = np.mean([region_similarity(*pair) for pair in pairs])
-        contour = np.mean([contour_accuracy(*pair) for pair in pairs])
-        scores[int(label)] = (float(region), float(contour))
+        region, contour = zip(*(label_scores(predictions[t], truths[t], label) for t in frames))
+        scores[int(label)] = (float(np.mean(region)), float(np.mean(contour)))
     return scores
+
+
+def label_scores(prediction: np.ndarray, truth: np.ndarray, label: int) -> tuple[float, float]:
+    """J and F of an object in labels uint8 `[H, W]`; 255 in the truth is void."""
+    masks = prediction == label, truth == label, truth == VOID
+    return region_similarity(*masks), contour_accuracy(*masks)
 
 
 def _without_void(prediction: np.ndarray, truth: np.ndarray, void: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

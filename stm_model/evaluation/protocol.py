@@ -18,8 +18,7 @@ import numpy as np
 
 from stm_model.data import video as data
 from stm_model.data.davis import Year, davis_videos
-from stm_model.data.lvos import lvos_videos
-from stm_model.data.youtube_vos import read_meta, youtube_vos_videos
+from stm_model.data.youtube_vos import lvos_videos, read_meta, youtube_vos_videos
 from stm_model.labels import VOID, objects_in
 from stm_model.progress import Progress
 

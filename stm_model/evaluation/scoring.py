@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stm_model.evaluation.metrics import Statistics, contour_accuracy, region_similarity, statistics
+from stm_model.evaluation.metrics import Statistics, label_scores, statistics
 from stm_model.evaluation.protocol import Dataset, Video
 from stm_model.io.images import MediaError, width_by_height
 from stm_model.io.masks import read_mask
@@ -154,7 +154,9 @@ def _chunks(frames: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 
 
 def _each(tasks: list[_Task], workers: int | None) -> Iterator[tuple[_Task, list]]:
-    count = min(workers or available_cores(), len(tasks))
+    # cores that this process may use
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(workers or cores, len(tasks))
     if count <= 1:
         yield from zip(tasks, map(_score_frames, tasks))
         return
@@ -165,11 +167,6 @@ def _each(tasks: list[_Task], workers: int | None) -> Iterator[tuple[_Task, list
     finally:
         # where one task fails, those that wait are not started
         pool.shutdown(cancel_futures=True)
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _score_frames(task: _Task) -> list[tuple[int, int, float, float]]:
@@ -183,8 +180,7 @@ def _score_frames(task: _Task) -> list[tuple[int, int, float, float]]:
         else:
             prediction = read_result(task.folder / video.mask_name(frame), video, truth.shape, task.binary)
         for label in video.scored[frame]:
-            masks = (prediction == label, truth == label, truth == VOID)
-            rows.append((frame, label, region_similarity(*masks), contour_accuracy(*masks)))
+            rows.append((frame, label, *label_scores(prediction, truth, label)))
     return rows
 
 

@@ -17,12 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from stm_model.evaluation.metrics import contour_accuracy, region_similarity
+from stm_model.evaluation.metrics import label_scores
 from stm_model.interactive.config import INTERACTIONS
 from stm_model.interactive.robot import first_frame, robot_scribbles
 from stm_model.interactive.scribbles import Scribble, parse_scribbles
 from stm_model.interactive.session import ScribbleSession
-from stm_model.labels import VOID
 from stm_model.network import STM
 
 SECONDS = 30.0
@@ -165,8 +164,7 @@ def score_frames(
     region, contour = np.empty((2, len(truths), len(objects)))
     for frame, (mask, truth) in enumerate(zip(masks, truths)):
         for n, label in enumerate(objects):
-            pair = mask == label, truth == label, truth == VOID
-            region[frame, n], contour[frame, n] = region_similarity(*pair), contour_accuracy(*pair)
+            region[frame, n], contour[frame, n] = label_scores(mask, truth, label)
     return region, contour
 
 

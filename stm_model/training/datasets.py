@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from torch.utils.data import DataLoader, Dataset
 
 from stm_model.data.clips import Clip, FollowedClips, MixedClips
-from stm_model.data.collage import CollageClips
-from stm_model.data.crowd import CrowdClips
+from stm_model.data.crowd import CollageClips, CrowdClips
 from stm_model.data.davis import davis_videos
 from stm_model.data.folders import TrainingData, is_davis, open_folder
 from stm_model.data.images import ImageClips, LabelledImage

@@ -129,7 +129,3 @@ def _corrected(model: STM, sequence: Video) -> tuple[list[np.ndarray], list[np.n
 def warn(message: str) -> None:
     """One line above the progress bar."""
     say(f"stm: warning: {message}")
-
-
-def mean(values: list[float]) -> float:
-    return float(np.mean(values))

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,8 @@ from stm_model.runtime import default_dtype, usable_device, warn_if_emulated
 from stm_model.training.config import TrainConfig
 from stm_model.training.datasets import batches, training_clips, validation_sequences
 from stm_model.training.loss import ClipLoss
-from stm_model.training.report import Report, mean, validate, warn
+from stm_model.training.report import Report, validate, warn
 from stm_model.training.rounds import RoundsLoss
-from stm_model.training.schedule import schedule
 from stm_model.training.state import TrainState
 
 _STARVED = 0.2
@@ -94,9 +94,9 @@ class _Training:
             loss, waiting = self._step(step, parts)
             spent, waited = spent + time.perf_counter() - started, waited + waiting
             losses.append(loss)
-            progress.set_postfix(loss=f"{mean(losses[-50:]):.3f}", refresh=False)
+            progress.set_postfix(loss=f"{fmean(losses[-50:]):.3f}", refresh=False)
             if step % config.log_every == 0:
-                self._log(step, mean(losses[-config.log_every :]), spent / len(losses), waited / len(losses))
+                self._log(step, fmean(losses[-config.log_every :]), spent / len(losses), waited / len(losses))
             last = step == config.steps
             if self.rank == 0 and (step % config.save_every == 0 or last):
                 state.save()
@@ -160,6 +160,19 @@ class _Training:
         with torch.no_grad(), self.autocast:
             predictions = self.predict(clip)
         self.report.picture(step, clip, predictions)
+
+
+def schedule(step: int, config: TrainConfig) -> float:
+    """Factor of the learning rate at step 1 … steps: linear warm-up, constant, the schedule's fall to zero."""
+    rising = step / max(1, config.warmup)
+    left = min(1.0, (config.steps - step + 1) / max(1.0, config.decay * config.steps))
+    falling = {
+        "constant": 1.0,
+        "linear": left,
+        "cosine": (1 - math.cos(math.pi * left)) / 2,
+        "poly": left**0.9,
+    }[config.schedule]
+    return min(1.0, rising, falling)
 
 
 def _on(device: torch.device, clip: Clip) -> Clip:

@@ -8,11 +8,10 @@ import pytest
 import torch
 from drawing import everything, middle, same, stroke
 
-from stm_model.interactive.certainty import certainty
 from stm_model.interactive.footage import Footage
 from stm_model.interactive.results import OVERLAY, check_results, write_results
 from stm_model.interactive.session import ScribbleSession
-from stm_model.interactive.state import FrameMasks
+from stm_model.interactive.state import FrameMasks, certainty
 from stm_model.io.formats.given import read_given
 from stm_model.io.images import OVERLAY_COLORS, write_image
 from stm_model.io.masks import read_mask

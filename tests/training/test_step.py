@@ -12,9 +12,8 @@ from stm_model.network import STM, STMConfig
 from stm_model.training.config import TrainConfig
 from stm_model.training.loss import segment_clips
 from stm_model.training.rounds import segment_rounds
-from stm_model.training.schedule import schedule
 from stm_model.training.state import TrainState, initialize
-from stm_model.training.train import train
+from stm_model.training.train import schedule, train
 
 BETA = 0.9
 """Adam's default: after one step its first moment is 1 − BETA of the gradient."""

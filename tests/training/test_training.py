@@ -21,9 +21,8 @@ from stm_model.training.config import SmokeConfig, TrainConfig
 from stm_model.training.datasets import batches, training_clips
 from stm_model.training.loss import ClipLoss, clip_loss, cross_entropy, dice_loss, segment_clips
 from stm_model.training.report import Report
-from stm_model.training.schedule import schedule
 from stm_model.training.state import TrainState, initialize
-from stm_model.training.train import _Training, train
+from stm_model.training.train import _Training, schedule, train
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from stm_model.interactive.certainty import UNCERTAIN
 from stm_model.interactive.footage import Footage
 from stm_model.interactive.results import check_results, write_results
 from stm_model.interactive.scribbles import MAX_LABEL
 from stm_model.interactive.session import Direction, Progress, ScribbleSession
+from stm_model.interactive.state import UNCERTAIN
 from stm_model.interactive.web.jobs import Job
 from stm_model.io.formats.given import open_drawn
 from stm_model.io.images import draw_line, encode_jpeg, fill_polygons, overlay
