@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from stm_model import STM
 from stm_model.commands.exits import BAD_INPUT, fail, interrupted
+from stm_model.commands.part import asked
 from stm_model.commands.track import TrackConfig, finished, make_tracker, track_video
 from stm_model.distributed import Ranks
 from stm_model.io.files import locked, write_json
@@ -135,6 +136,7 @@ def track_list(config: TrackConfig) -> dict[str, Any]:
 
 def _prepare(config: TrackConfig, load: Callable[[], STM]) -> list[Job]:
     """Refuse what can be refused before anything is written, and see what is left to do."""
+    asked(config)
     first, step = read_shard(config.shard)
     listed = read_list(Path(config.video))[first - 1 :: step]
     ours = (config.out / MANIFEST).is_file() or is_output_of(COMMAND, config.out)

@@ -53,6 +53,7 @@ def _demo(config: DemoConfig) -> int:
     from stm_model.io.images import contact_sheet, write_image
     from stm_model.io.masks import read_mask, write_mask
     from stm_model.io.overlay import Overlay
+    from stm_model.io.part import Part
     from stm_model.io.video import VideoWriter, open_video
     from stm_model.tracking.folder import FolderRun, is_output_of
 
@@ -70,7 +71,7 @@ def _demo(config: DemoConfig) -> int:
     run.summary["files"] |= {"clip": str(clip), "mask": str(mask)}
     # what is in the file, so that stm track on it gives the same
     video = open_video(clip)
-    run.track(video, {0: truths[0]}, frame_count=config.frames, overlay_fps=video.fps)
+    run.track(Part(video), {0: truths[0]})
     if run.summary["stopped"] is None:
         predictions = [read_mask(run.mask_file(index)) for index in range(config.frames)]
         scores = sequence_scores(predictions, list(truths), range(1, config.objects + 1))

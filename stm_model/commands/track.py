@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from stm_model.commands.exits import BAD_INPUT, fail, interrupted, option_bytes
+from stm_model.commands.part import PartOptions, asked, check_live, masks_of, part_of
 from stm_model.runtime import STDIN, NetworkOptions, is_live, one_line
 
 # torch, PyAV and the model are imported where they are used: `stm track --help` answers at once
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
 
     from stm_model import STM, Tracker
     from stm_model.io.live import LiveVideo
+    from stm_model.io.part import Part
     from stm_model.io.video import Video
     from stm_model.tracking.folder import FolderRun
 
 
 @dataclass(frozen=True)
-class TrackConfig(NetworkOptions):
+class TrackConfig(NetworkOptions, PartOptions):
     """Track the objects of a mask through a video.
 
     Writes masks/00000.png … (labels as in the mask), overlay.mp4 and summary.json into the --out folder.
@@ -139,7 +141,6 @@ def track_video(
     No `title`, no progress bar; `announce` prints what will be remembered. Raises a ValueError or OSError where the
     input or a setting makes no sense; nothing was written then.
     """
-    from stm_model.io.formats.export import Clip
     from stm_model.io.formats.table import TRACKED, Exports, check_formats
     from stm_model.io.masks import MaskStream
     from stm_model.runtime import chosen_side
@@ -148,33 +149,33 @@ def track_video(
 
     check_formats(config.export, "--export", TRACKED)
     check_output(config)
-    video = _opened(config)
-    masks = _given_masks(config, video)
-    config = dataclasses.replace(config, size=chosen_side(config.size, config.checkpoint, video.size))
+    part = part_of(config, _opened(config))
+    masks = _given_masks(config, part)
+    config = dataclasses.replace(config, size=chosen_side(config.size, config.checkpoint, part.size))
     if isinstance(config.video, str) and config.memory_budget is None and config.memory_share is None:
         config = dataclasses.replace(config, memory_budget=LIVE_BUDGET)
     tracker = make_tracker(config, model)
-    stream = MaskStream(sys.stdout.buffer, config.stream, video.fps) if config.stream else None
+    stream = MaskStream(sys.stdout.buffer, config.stream, part.fps) if config.stream else None
     run = FolderRun("track", config.out, tracker, config, config.overlay_style, stream)
     resume_file = None
     if not isinstance(config.video, str) and not config.stream:
-        resume_file = ResumeFile(config.out / RESUME_FILE, config.save_every, config.video)
+        resume_file = ResumeFile(config.out / RESUME_FILE, config.save_every, config.video, part.settings)
     saved = resume_file.read() if resume_file and config.resume else None
     backward_file = backward_saved = None
     if config.both_ways:
-        backward_file = ResumeFile(config.out / BACKWARD / RESUME_FILE, config.save_every, Path(config.video))
+        path = config.out / BACKWARD / RESUME_FILE
+        backward_file = ResumeFile(path, config.save_every, Path(config.video), part.settings)
         backward_saved = backward_file.read() if config.resume else None
     # a video of unknown length is tracked all the same
-    plan = None if video.frame_count is None else tracker.plan(video.size, video.frame_count, masks)
+    plan = None if part.frame_count is None else tracker.plan(part.size, part.frame_count, masks)
     done = saved["summary"]["frames"] if saved else 0
     lines = [f"remembers   {plan}"] if plan else []
     lines += [f"goes on     after {done} frames"] if saved else []
     run.track(
-        video,
+        part,
         masks,
-        frame_count=video.frame_count,
-        overlay_fps=video.fps if config.overlay else None,
-        exports=Exports(config.export, config.out, Clip(video.name, video), done) if config.export else None,
+        overlay=config.overlay,
+        exports=Exports(config.export, config.out, part.clip, part.numbers[:done]) if config.export else None,
         title=title,
         announce=lines if announce and not config.json and not config.stream else (),
         resume_file=resume_file,
@@ -207,9 +208,11 @@ def finished(config: TrackConfig) -> dict[str, Any] | None:
     check_format(config.out, summary.get("format"))
     if summary["stopped"] is not None:
         return None
-    asked = plain_settings(config) | {"size": chosen_side(config.size, config.checkpoint, summary["size"])}
+    crop = asked(config).crop
+    seen = (crop.height, crop.width) if crop else summary["size"]
+    settings = plain_settings(config) | {"size": chosen_side(config.size, config.checkpoint, seen)}
     defaults = {field.name: field.default for field in dataclasses.fields(config)} | {"export": []}
-    for name, value in asked.items():
+    for name, value in settings.items():
         # a setting that there was not yet had its default
         found = summary["settings"].get(name, defaults.get(name))
         if isinstance(getattr(config, name), Path) and isinstance(found, str):
@@ -272,13 +275,15 @@ def _opened(config: TrackConfig) -> Video | LiveVideo:
     from stm_model.io.video import open_video
 
     if isinstance(config.video, str):
+        check_live(config, config.video)
         return LiveVideo(config.video, (config.live or ("every" if config.video == STDIN else "newest")) == "every")
     if config.live:
         raise ValueError(f"--live {config.live}: expected live input, got {config.video}")
     return open_video(config.video)
 
 
-def _given_masks(config: TrackConfig, video: Video | LiveVideo) -> dict[int, np.ndarray]:
+def _given_masks(config: TrackConfig, part: Part) -> dict[int, np.ndarray]:
+    """By the part's indices, as the tracker sees them."""
     from stm_model.io.formats.given import read_given
     from stm_model.io.images import width_by_height
     from stm_model.io.live import LiveVideo
@@ -287,9 +292,10 @@ def _given_masks(config: TrackConfig, video: Video | LiveVideo) -> dict[int, np.
     assert config.mask is not None
     if config.binary and config.colors:
         raise ValueError("--binary takes the mask for one object, --colors for one of each color; choose one of them")
+    video = part.video
     known = None if isinstance(video, LiveVideo) else video
-    masks = read_given(config.mask, known, binary=config.binary, colors=config.colors)
-    for index, labels in masks.items():
+    given = read_given(config.mask, known, first=part.numbers[0], binary=config.binary, colors=config.colors)
+    for index, labels in given.items():
         if labels.shape == video.size:
             continue
         if not config.resize_mask:
@@ -306,16 +312,17 @@ def _given_masks(config: TrackConfig, video: Video | LiveVideo) -> dict[int, np.
                 f"{config.mask}: the mask of frame {index} is {width_by_height(labels.shape)} pixels, the video "
                 f"{width_by_height(video.size)}; expected a mask that is not turned by 90°"
             )
-        masks[index] = resize_mask(labels, video.size)
+        given[index] = resize_mask(labels, video.size)
+    masks = masks_of(part, given, config.mask, late=config.both_ways)
     if (first := min(masks)) and not config.both_ways:
         warnings.warn(
-            f"the first mask is for frame {first}, counted from 0: in the {first} before it all is background; "
-            "--both-ways tracks it back to the start",
+            f"the first mask is for frame {part.numbers[first]}, counted from 0: in the {first} before it all is "
+            "background; --both-ways tracks it back to the start",
             stacklevel=1,
         )
     if config.both_ways and not max(masks):
         warnings.warn("--both-ways: no later frame has a mask, so there is nothing to track backwards", stacklevel=1)
-    if len(masks) == video.frame_count:
+    if len(masks) == part.frame_count:
         warnings.warn("every frame has a given mask: nothing is left to track", stacklevel=1)
     return masks
 

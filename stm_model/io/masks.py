@@ -81,15 +81,17 @@ def read_masks(
     path: str | os.PathLike,
     video: Video | None = None,
     *,
+    first: int = 0,
     binary: bool = False,
     colors: bool = False,
 ) -> dict[int, np.ndarray]:
     """Read the given masks of a video: frame → uint8 labels `[H, W]`.
 
     Args:
-        path: one mask (for frame 0), or a folder of masks, named by frame number (`00005.png`, `mask_5.png`) or, if
+        path: one mask, or a folder of masks, named by frame number (`00005.png`, `mask_5.png`) or, if
             `video` is a folder, as its frames, or by the numbers in their names.
         video: checks that the frames exist.
+        first: the frame of one mask; where it is not 0, one whose name is a number must be of that frame.
         binary: see `read_mask`.
         colors: take every color of all masks for an object, 1, 2, … in their order as `(R, G, B)`, black for the
             background; a palette's indices and grey values stay as they are, however many.
@@ -103,7 +105,9 @@ def read_masks(
     if not files:
         raise MediaError(f"{path}: no masks; expected PNG files named by frame number, like 00000.png")
     by_index: dict[int, Path] = {}
-    for file, index in zip(files, frame_indices(files, video) if path.is_dir() else [0]):
+    if first and not path.is_dir() and path.stem.isdigit() and frame_indices(files, video) != [first]:
+        raise MediaError(f"{path}: is the mask of another frame, by its name, than the first that is tracked")
+    for file, index in zip(files, frame_indices(files, video) if path.is_dir() else [first]):
         if index in by_index:
             raise MediaError(f"{file}: frame {index} already has the mask {by_index[index].name}")
         by_index[index] = file

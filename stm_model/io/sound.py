@@ -30,14 +30,19 @@ class Sound:
             except (ValueError, av.FFmpegError) as error:
                 warnings.warn(f"{path}: its sound is left out ({reason(error)})", stacklevel=3)
 
-    def copy(self, end: Fraction) -> None:
-        """Copy what is heard before `end`, in seconds."""
+    def copy(self, start: Fraction, end: Fraction) -> None:
+        """Copy what is heard from `start` to before `end`, in seconds; it begins at once."""
         with self._source as source:
             for packet in source.demux(source.streams.audio[:1]) if self._track is not None else ():
                 if packet.pts is None or packet.dts is None:
                     continue
+                # at a file's start packets before 0 prepare the decoder
+                if start and packet.pts * packet.time_base < start:
+                    continue
                 if packet.pts * packet.time_base >= end:
                     break
+                earlier = round(start / packet.time_base)
+                packet.pts, packet.dts = packet.pts - earlier, packet.dts - earlier
                 packet.stream = self._track
                 self._container.mux(packet)
 

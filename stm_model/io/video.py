@@ -277,23 +277,27 @@ class VideoWriter:
         self._codec = codec or ("libx264" if "libx264" in av.codecs_available else "mpeg4")
         self._partial = self.path.with_name(f".{self.path.stem}.partial.mp4")
         self._time_base = time_base or 1 / self._fps
+        self._start = 0
         self._last: int | None = None
         self._container: Any = None
         self._stream: Any = None
         self._sound: Sound | None = None
 
     def write(self, frame: np.ndarray, time: int | None = None) -> None:
-        """Append one frame; all have the size of the first. `time` is when it is shown, None a frame's duration after
-        the one before.
+        """Append one frame; all have the size of the first. `time` is when it is shown in the video it is of, where the
+        first one's starts this one and its sound; None is a frame's duration after the one before.
         """
         height, width = frame.shape[:2]
         if height % 2 or width % 2:
             frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        if time is None:
-            time = 0 if self._last is None else self._last + max(1, round(1 / (self._fps * self._time_base)))
-        # an encoder takes no two frames of one time
-        self._last = time if self._last is None else max(time, self._last + 1)
+        if self._last is None:
+            self._start, self._last = time or 0, 0
+        elif time is None:
+            self._last += max(1, round(1 / (self._fps * self._time_base)))
+        else:
+            # an encoder takes no two frames of one time
+            self._last = max(time - self._start, self._last + 1)
         picture.pts, picture.time_base = self._last, self._time_base
         with self._named():
             if self._container is None:
@@ -321,7 +325,8 @@ class VideoWriter:
             with self._named():
                 container.mux(self._stream.encode())
                 if self._sound is not None and self._last is not None:
-                    self._sound.copy(self._last * self._time_base + 1 / self._fps)
+                    start = self._start * self._time_base
+                    self._sound.copy(start, start + self._last * self._time_base + 1 / self._fps)
                 container.close()
                 os.replace(self._partial, self.path)
         finally:

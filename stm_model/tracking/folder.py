@@ -8,8 +8,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from stm_model.io.formats.table import FORMATS, TRACKED, Exports
 from stm_model.io.live import LiveVideo
 from stm_model.io.masks import MaskStream, read_mask, write_mask
 from stm_model.io.overlay import Overlay, Style
+from stm_model.io.part import Part
 from stm_model.io.threads import Prefetch, Writer
 from stm_model.io.video import VideoFile, VideoWriter
 from stm_model.progress import Progress
@@ -56,6 +56,7 @@ class FolderRun:
         stream: MaskStream | None = None,
     ):
         self.out, self.tracker, self.overlay_style, self.stream = out, tracker, overlay_style, stream
+        self.part: Part
         self._began = self._ended = False
         self._seconds = dict.fromkeys(("tracking", "waiting", "decoding", "writing", "wall"), 0.0)
         self.summary: dict[str, Any] = {
@@ -77,11 +78,10 @@ class FolderRun:
 
     def track(
         self,
-        frames: Iterable[np.ndarray],
+        part: Part,
         masks: Mapping[int, np.ndarray],
         *,
-        frame_count: int | None,
-        overlay_fps: Fraction | float | None,
+        overlay: bool = True,
         exports: Exports | None = None,
         title: str | None = "track",
         announce: Sequence[str] = (),
@@ -94,10 +94,9 @@ class FolderRun:
         stay.
 
         Args:
-            frames: of the video.
-            masks: those given, by frame index.
-            frame_count: if known.
-            overlay_fps: frame rate of the overlay; None writes none.
+            part: of the video.
+            masks: those given, by the part's indices and as the tracker sees them.
+            overlay: write it.
             exports: other formats to write.
             title: stands before the progress bar; None shows no bar.
             announce: lines to print once nothing that was given can be refused any more.
@@ -109,17 +108,20 @@ class FolderRun:
         Raises:
             ValueError, OSError: the input is refused, or nothing was tracked; what else is a bug of ours.
         """
+        self.part = part
+        if names := part.mask_names:
+            self.summary["mask_names"] = names
         done = self._take_up(saved) if saved else 0
         backward = None
         if backward_file is not None:
             backward = Backward(self.out / BACKWARD, masks)
             if not saved:
-                self._track_backward(frames, backward, backward_file, backward_saved, title)
+                self._track_backward(part, backward, backward_file, backward_saved, title)
         spent, started = self._seconds, time.perf_counter() - self._seconds["wall"]
-        live = frames if isinstance(frames, LiveVideo) else None
-        prefetch = live or Prefetch(timed(frames, spent, "decoding"))
-        writer: Writer[Written] = Writer(lambda items: self._write(items, frames, overlay_fps, exports))
-        bar = Progress(desc=title or "", unit="frame", total=frame_count, shown=title is not None)
+        live = part.video if isinstance(part.video, LiveVideo) else None
+        prefetch = live or Prefetch(timed(part.whole_frames(), spent, "decoding"))
+        writer: Writer[Written] = Writer(lambda items: self._write(items, overlay, exports))
+        bar = Progress(desc=title or "", unit="frame", total=part.frame_count, shown=title is not None)
         frame: np.ndarray = np.empty(0)
 
         def source() -> Iterator[np.ndarray]:
@@ -128,13 +130,13 @@ class FolderRun:
                 if index < done:
                     writer.put((index, frame, None, ()))
                     bar.update()
-                yield frame
+                yield part.seen(frame)
 
         # the tracker pulls its frames itself: what it waits for them is not tracking
         results = self.tracker.track(
             timed(source(), spent, "waiting", "tracking"),
             masks,
-            frame_count,
+            part.frame_count,
             resume=saved and saved["tracker"],
             backward=backward,
         )
@@ -148,8 +150,9 @@ class FolderRun:
                 for result in timed(results, spent, "tracking"):
                     # only now it is known that all that was given, and the frames passed over, make sense
                     self._clear(done)
-                    self._note(result)
-                    writer.put((result.index, frame, result.labels, result.objects))
+                    labels = part.whole(result.labels)
+                    self._note(result, labels)
+                    writer.put((result.index, frame, labels, result.objects))
                     bar.update()
                     if resume_file is not None and resume_file.due():
                         # the state must not name masks that are not written
@@ -162,11 +165,11 @@ class FolderRun:
             if not self.summary["frames"] or (isinstance(error, RuntimeError) and not is_out_of_memory(error)):
                 raise
             self._ended = isinstance(error, BrokenVideo)
-            late = sorted(index for index in masks if index >= self.summary["frames"])
+            late = sorted(part.name(part.numbers[index]) for index in masks if index >= self.summary["frames"])
             unused = f"; the masks of frames {late} were not used" if self._ended and late else ""
             self.summary["stopped"] = INTERRUPTED if isinstance(error, KeyboardInterrupt) else one_line(error) + unused
         spent["wall"] = time.perf_counter() - started
-        if overlay_fps is not None:
+        if overlay:
             self.summary["files"]["overlay"] = str(self.out / OVERLAY)
         self.summary["files"] |= exports.files if exports else {}
         if live:
@@ -174,13 +177,13 @@ class FolderRun:
         self._measure()
 
     def _track_backward(
-        self, frames: Any, backward: Backward, file: ResumeFile, saved: dict[str, Any] | None, title: str | None
+        self, part: Part, backward: Backward, file: ResumeFile, saved: dict[str, Any] | None, title: str | None
     ) -> None:
         """Track backwards, and keep what is found for the pass forwards."""
         self.out.mkdir(parents=True, exist_ok=True)
         done = saved["frames"] if saved else 0
         passed = timed(
-            self.tracker.track_backward(frames, backward, resume=saved and saved["tracker"]), self._seconds, "tracking"
+            self.tracker.track_backward(part, backward, resume=saved and saved["tracker"]), self._seconds, "tracking"
         )
         total = backward.start + 1
         with Progress(desc=f"{title}, backwards", unit="frame", total=total, initial=done, shown=bool(title)) as bar:
@@ -194,8 +197,8 @@ class FolderRun:
                     file.write({"tracker": self.tracker.state(), "frames": count})
 
     def mask_file(self, index: int) -> Path:
-        """Where the mask of a frame is."""
-        return self.out / "masks" / f"{index:05d}.png"
+        """Where the mask of a frame of the part is."""
+        return self.out / "masks" / self.part.mask_name(index)
 
     def write_summary(self) -> None:
         """Write summary.json; a run that has seen all of its video needs no state to resume from."""
@@ -224,47 +227,59 @@ class FolderRun:
         if self._began:
             return
         self._began = True
-        for name in [] if done else _earlier_exports(self.out):
+        # of an earlier run, which may have been on a folder
+        names = set(self._earlier("mask_names"))
+        for name in [] if done else self._earlier("settings", "export"):
             FORMATS[name].remove(self.out)
         (self.out / "masks").mkdir(exist_ok=True)
         # says at any time whose results these are, and that a run that is killed is unfinished
         self.write_summary()
-        masks = [file for file in (self.out / "masks").glob("*.png") if file.stem.isdigit() and int(file.stem) >= done]
+        kept = {self.mask_file(index) for index in range(done)}
+        found = {file for file in (self.out / "masks").glob("*.png") if file.stem.isdigit() or file.name in names}
         others = [self.out / name for name in (OVERLAY, SHEET, *([] if done else [RESUME_FILE]))]
-        for file in [*masks, *others]:
+        for file in [*(found - kept), *others]:
             file.unlink(missing_ok=True)
 
-    def _note(self, result: FrameResult) -> None:
-        """Note the area, certainty and familiarity of each object, and where it is likely lost."""
-        self.summary["size"] = list(result.labels.shape)
+    def _earlier(self, *keys: str) -> list[str]:
+        """The names that an earlier run noted in its summary."""
+        try:
+            found = json.loads((self.out / SUMMARY).read_text())
+            for key in keys:
+                found = found[key]
+            return list(found or ())
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
+
+    def _note(self, result: FrameResult, labels: np.ndarray) -> None:
+        """Note the area, certainty and familiarity of each object in a frame, and where it is likely lost."""
+        self.summary["size"] = list(labels.shape)
+        number = self.part.numbers[result.index]
         values = zip(result.objects, result.certainty, result.familiarity, strict=True)
         for label, certainty, familiarity in values:
             noted = self.summary["signals"].setdefault(
-                str(label), {"from": result.index, "area": [], "certainty": [], "familiarity": [], "uncertain": []}
+                str(label), {"from": number, "area": [], "certainty": [], "familiarity": [], "uncertain": []}
             )
-            noted["area"].append(round(float((result.labels == label).mean()), 6))
+            noted["area"].append(round(float((labels == label).mean()), 6))
             noted["certainty"].append(round(certainty, 4))
             # JSON has no infinity
             noted["familiarity"].append(round(familiarity, 4) if math.isfinite(familiarity) else None)
             if certainty < UNCERTAIN:
-                noted["uncertain"].append(result.index)
+                noted["uncertain"].append(number)
 
     def _write(
         self,
         items: Iterator[Written],
-        frames: Iterable[np.ndarray],
-        overlay_fps: Fraction | float | None,
+        overlay: bool,
         exports: Exports | None,
     ) -> None:
-        """Write masks, exports and, with a frame rate, the overlay as they come, each frame at its time in the video;
-        without labels the mask is there already.
+        """Write masks, exports and the overlay as they come, each frame at its time in the video; without labels the
+        mask is there already.
         """
         with contextlib.ExitStack() as stack:
-            video, drawing = None, Overlay(self.overlay_style)
-            if overlay_fps is not None:
-                file = frames.path if isinstance(frames, VideoFile) else None
-                time_base = getattr(frames, "time_base", None)
-                writer = VideoWriter(self.out / OVERLAY, overlay_fps, time_base=time_base, sound=file)
+            part, video, drawing = self.part, None, Overlay(self.overlay_style)
+            if overlay:
+                file = part.video.path if isinstance(part.video, VideoFile) else None
+                writer = VideoWriter(self.out / OVERLAY, part.fps, time_base=part.clip.time_base, sound=file)
                 video = stack.enter_context(writer)
             if exports is not None:
                 stack.enter_context(exports)
@@ -281,11 +296,10 @@ class FolderRun:
                 else:
                     labels = read_mask(self.mask_file(index))
                 if exports is not None:
-                    exports.write(index, labels, frame)
+                    exports.write(part.numbers[index], labels, frame)
                 if video is not None:
                     colored = drawing.draw(frame, labels)
-                    times = getattr(frames, "times", ())
-                    video.write(colored, times[index] if index < len(times) else None)
+                    video.write(colored, part.clip.time(part.numbers[index]))
                 self._seconds["writing"] += time.perf_counter() - started
             for unfinished in (video, exports):
                 if unfinished is not None and not self._began:
@@ -307,15 +321,6 @@ def is_output_of(command: str, out: Path) -> bool:
         return json.loads((out / SUMMARY).read_text())["command"] == command
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _earlier_exports(out: Path) -> list[str]:
-    """The formats that an earlier run wrote to a folder."""
-    try:
-        named = json.loads((out / SUMMARY).read_text())["settings"]["export"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    return [name for name in TRACKED if name in named]
 
 
 def plain_settings(settings: Any) -> dict[str, Any]:

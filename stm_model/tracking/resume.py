@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stm_model.io.files import is_unchanged, write_torch
 
-FORMAT = 3
+FORMAT = 4
 """Of the resume file and of the run's folder; those of another are refused."""
 MAX_WRITING_SHARE = 0.02
 """Most of the time that may go into writing the file."""
@@ -32,15 +32,16 @@ class ResumeFile:
         path: where it is.
         every: seconds from one to the next, more if writing takes more than `MAX_WRITING_SHARE` of them; 0 writes none.
         video: the file or folder that is tracked.
+        part: which part of it, by name.
 
     Raises:
         ValueError: `every` is negative.
     """
 
-    def __init__(self, path: Path, every: float, video: Path):
+    def __init__(self, path: Path, every: float, video: Path, part: Mapping[str, Any]):
         if not every >= 0:
             raise ValueError(f"save_every: expected at least 0 seconds, got {every}")
-        self.path, self.every, self.made_with = path, every, {"video": source_digest(video)}
+        self.path, self.every, self.made_with = path, every, {"video": source_digest(video), **part}
         self._written, self._took = time.monotonic(), 0.0
 
     def due(self) -> bool:

@@ -154,7 +154,7 @@ def test_results_of_an_earlier_version_are_refused_by_name(track, tmp_path):
         json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name != "format"})
     )
     before = _written(tmp_path / "out")
-    assert refused(track(), f"{tmp_path / 'out' / 'bee'}: was written by another version (format 1 instead of 3)")
+    assert refused(track(), f"{tmp_path / 'out' / 'bee'}: was written by another version (format 1 instead of 4)")
     assert _written(tmp_path / "out") == before
     assert track("--overwrite")[0] == 0
 

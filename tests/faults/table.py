@@ -18,6 +18,10 @@ class Fault(NamedTuple):
     code: int = 2
     masks: int | None = None
     """How many masks are there at the end; None leaves the results' folder as it was."""
+    named: str = "{:05d}.png"
+    """Their names, by the number of the frame."""
+    first: int = 0
+    """The number of the first frame."""
 
 
 def each(faults: list[Fault]) -> pytest.MarkDecorator:
@@ -42,5 +46,6 @@ def judge(fault: Fault, track: Callable[..., tuple[int, str, str]], clip: Path, 
     if fault.masks is None:
         assert files(out) == before and out.exists() == bool(before)
     else:
-        assert sorted(file.name for file in (out / "masks").iterdir()) == [f"{n:05d}.png" for n in range(fault.masks)]
+        expected = [fault.named.format(fault.first + index) for index in range(fault.masks)]
+        assert sorted(file.name for file in (out / "masks").iterdir()) == expected
         assert not [name for name in files(out) if name.startswith(".")]

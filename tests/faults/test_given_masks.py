@@ -39,6 +39,8 @@ FAULTS = [
         "",
         code=0,
         masks=10,
+        named="img_{:05d}.png",
+        first=1,
     ),
     Fault(
         "masks that count from 0, and frames that count from 1, by other names",

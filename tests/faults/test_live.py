@@ -129,6 +129,14 @@ def test_masks_are_a_stream_on_stdout(form, clip, track, fed, frames, out, tmp_p
         np.testing.assert_array_equal(seen if form == "y4m" else seen[0], mask)
 
 
+def test_a_part_of_each_frame_is_tracked(frames, clip, track, fed, out):
+    fed(encoded(frames, "y4m"))
+    assert track("--crop", "8,0,64,48", video="-")[0] == 0
+    masks = [read_mask(file) for file in sorted((out / "masks").iterdir())]
+    assert len(masks) == len(frames) and all(mask.shape == (48, 80) for mask in masks)
+    assert not any(mask[:, :8].any() or mask[:, 72:].any() for mask in masks) and masks[1].any()
+
+
 def test_a_stream_that_is_lost_is_connected_again(frames, track, out, monkeypatch):
     monkeypatch.setattr(live, "PAUSE", 0.01)
     server = socket.create_server(("127.0.0.1", 0))

@@ -106,6 +106,17 @@ def test_the_sound_is_copied_as_far_as_the_frames_go(with_sound, tmp_path, frame
     assert copied == given[: len(copied)] and len(copied) == sum(time < frames / 25 for time, _ in given)
 
 
+def test_the_sound_begins_where_the_frames_do(with_sound, tmp_path):
+    video = open_video(with_sound)
+    with VideoWriter(tmp_path / "out.mp4", 25, time_base=video.time_base, sound=with_sound) as writer:
+        for index, frame in zip(range(10, 40, 3), video.frames(range(10, 40, 3)), strict=True):
+            writer.write(frame, video.times[index])
+    given = [(time - 0.4, content) for time, content in sound_of(with_sound) if 0.4 <= time < 0.4 + 28 / 25]
+    copied = sound_of(tmp_path / "out.mp4")
+    assert [content for _, content in copied] == [content for _, content in given]
+    np.testing.assert_allclose([time for time, _ in copied], [time for time, _ in given], atol=1e-3)
+
+
 def test_a_video_without_sound_stays_without(tmp_path):
     with VideoWriter(tmp_path / "mute.mp4", 25) as writer:
         writer.write(np.zeros((32, 32, 3), np.uint8))

@@ -72,6 +72,7 @@ def test_some_frames_of_a_file(tmp_path, name, codec):
     every, times = list(video), video.times
     np.testing.assert_array_equal(list(video.frames(range(15, 22, 3))), every[15:22:3])
     assert video.times == times[:22]
+    np.testing.assert_array_equal(list(video.frames(range(15, 99))), every[15:])
     assert [video.place(at) for at in (7, Fraction(0), Fraction(7, 24), Fraction(3, 10))] == [7, 0, 7, 8]
 
 

@@ -26,7 +26,7 @@ class CvatExport(Spooled):
 
     target = "cvat.xml"
 
-    def __init__(self, out: Path, clip: Clip, keep: int = 0):
+    def __init__(self, out: Path, clip: Clip, keep: Collection[int] = ()):
         super().__init__(out, clip, keep)
         self._shown: dict[int, str] = {}
         """The last mask of each object that was in the frame before."""

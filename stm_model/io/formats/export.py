@@ -45,7 +45,7 @@ class Clip:
         return self.names.get(label) or object_name(label)
 
     def time(self, index: int) -> int:
-        """When a frame is shown, in units of `time_base`; the video must have come as far as that."""
+        """When a frame is shown, in units of `time_base`; the video must have been read as far as that."""
         times = getattr(self.video, "times", ())
         return times[index] if index < len(times) else round(index / (self.fps * self.time_base))
 
@@ -56,7 +56,7 @@ class Export:
     Args:
         out: the folder that its file or folder, `target`, is in.
         clip: of the label maps.
-        keep: how many frames' files of an earlier run stay.
+        keep: the frames whose files of an earlier run stay.
     """
 
     target: ClassVar[str]
@@ -66,7 +66,7 @@ class Export:
     extra: ClassVar[str | None] = None
     """A package that it needs and that is not installed with this one."""
 
-    def __init__(self, out: Path, clip: Clip, keep: int = 0):
+    def __init__(self, out: Path, clip: Clip, keep: Collection[int] = ()):
         self.path, self.clip = out / self.target, clip
 
     def write(self, index: int, labels: np.ndarray, frame: np.ndarray | None) -> None:
@@ -92,11 +92,11 @@ class FileEach(Export):
     inner: ClassVar[str] = ""
     """The folder in it where they are."""
 
-    def __init__(self, out: Path, clip: Clip, keep: int = 0):
+    def __init__(self, out: Path, clip: Clip, keep: Collection[int] = ()):
         super().__init__(out, clip, keep)
         self.folder = self.path / self.inner
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.remove(out, {self.file(index) for index in range(keep)})
+        self.remove(out, {self.file(index) for index in keep})
 
     @classmethod
     def remove(cls, out: Path, kept: Collection[Path] = ()) -> None:
@@ -115,7 +115,7 @@ class Spooled(Export):
     is written without the video in memory.
     """
 
-    def __init__(self, out: Path, clip: Clip, keep: int = 0):
+    def __init__(self, out: Path, clip: Clip, keep: Collection[int] = ()):
         super().__init__(out, clip, keep)
         self.frames, self.size = array("q"), (0, 0)
         self._spool = self.path.with_name(f".{self.path.stem}.partial.spool")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,11 +30,12 @@ class _Film(Export):
     """Pixel format in the file."""
     options: ClassVar[dict[str, str]]
 
-    def __init__(self, out: Path, clip: Clip, keep: int = 0):
+    def __init__(self, out: Path, clip: Clip, keep: Collection[int] = ()):
         super().__init__(out, clip, keep)
         self._partial = self.path.with_name(f".{self.path.stem}.partial{self.path.suffix}")
         self._container: Any = None
         self._stream: Any = None
+        self._start: int | None = None
         self._last = -1
 
     def write(self, index: int, labels: np.ndarray, frame: np.ndarray | None) -> None:
@@ -44,7 +46,9 @@ class _Film(Export):
         if self._container is None:
             self._open(*picture.shape[:2])
         encoded = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format=self.given)
-        self._last = max(self.clip.time(index), self._last + 1)
+        time = self.clip.time(index)
+        self._start = time if self._start is None else self._start
+        self._last = max(time - self._start, self._last + 1)
         encoded.pts, encoded.time_base = self._last, self.clip.time_base
         self._container.mux(self._stream.encode(encoded))
 

@@ -20,7 +20,7 @@ from stm_model.labels import objects_in
 
 
 def read_given(
-    path: Path, video: Video | None = None, *, binary: bool = False, colors: bool = False
+    path: Path, video: Video | None = None, *, first: int = 0, binary: bool = False, colors: bool = False
 ) -> dict[int, np.ndarray]:
     """The given masks of a video, frame → uint8 labels `[H, W]`: of `open_drawn`, else of `read_masks`.
 
@@ -29,7 +29,7 @@ def read_given(
     """
     drawn = open_drawn(path, video)
     if drawn is None:
-        return read_masks(path, video, binary=binary, colors=colors)
+        return read_masks(path, video, first=first, binary=binary, colors=colors)
     masks = dict(drawn)
     if not any(map(objects_in, masks.values())):
         raise MediaError(f"{path}: an empty mask, no pixel belongs to an object")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Collection
 from fractions import Fraction
 from pathlib import Path
 
@@ -35,7 +36,7 @@ class MotsExport(FileEach):
 
     target, inner, suffix = "mots", "instances", ".png"
 
-    def __init__(self, out: Path, clip: Clip, keep: int = 0):
+    def __init__(self, out: Path, clip: Clip, keep: Collection[int] = ()):
         super().__init__(out, clip, keep)
         (self.folder / "labels.txt").write_text("object\n", encoding="utf-8")
 

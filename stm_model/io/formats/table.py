@@ -60,10 +60,10 @@ class Exports:
         names: of the formats, as in `FORMATS`.
         out: the folder.
         clip: what is known of the video.
-        keep: how many frames' files of an earlier run stay.
+        keep: the frames whose files of an earlier run stay.
     """
 
-    def __init__(self, names: Collection[str], out: Path, clip: Clip, keep: int = 0):
+    def __init__(self, names: Collection[str], out: Path, clip: Clip, keep: Collection[int] = ()):
         self.names, self.out, self.clip, self.keep = dict.fromkeys(names), out, clip, keep
         self._open: list[Export] | None = None
 

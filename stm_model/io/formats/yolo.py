@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ class YoloExport(FileEach):
 
     target, inner, suffix = "yolo", "labels", ".txt"
 
-    def __init__(self, out: Path, clip: Clip, keep: int = 0):
+    def __init__(self, out: Path, clip: Clip, keep: Collection[int] = ()):
         super().__init__(out, clip, keep)
         self.classes: list[int] = []
         """The label of each class, as they came."""

@@ -70,6 +70,17 @@ def test_it_goes_on_from_any_frame(track, tmp_path, monkeypatch, frame, unbroken
     assert files(tmp_path / "out") == files(unbroken) and summary(tmp_path / "out") == summary(unbroken)
 
 
+@pytest.mark.parametrize("video", ["clip.mp4", "frames"])
+def test_a_part_goes_on(track, tmp_path, monkeypatch, video):
+    part = ("--stride", "2", "--end", "9", "--crop", "0,0,72,48")
+    stopped_at(3, monkeypatch, track, *part, video=video)
+    assert at(tmp_path / "out") == 3
+    assert track("--resume", *part, video=video)[0] == 0
+    assert track(*part, video=video, out=tmp_path / "unbroken")[0] == 0
+    assert files(tmp_path / "out") == files(tmp_path / "unbroken") and files(tmp_path / "out")["overlay.mp4"] == 5
+    assert summary(tmp_path / "out") == summary(tmp_path / "unbroken")
+
+
 def test_times_are_those_of_all_runs(track, tmp_path, monkeypatch):
     stopped_at(6, monkeypatch, track)
     earlier = torch.load(tmp_path / "out" / "resume.pt", weights_only=True)["seconds"]
@@ -123,7 +134,7 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(track, tmp_path, monke
 
 def test_wherever_writing_a_checkpoint_fails_the_one_before_stays(tmp_path):
     (tmp_path / "video").write_bytes(b"video")
-    checkpoint = resume.ResumeFile(tmp_path / "resume.pt", 1, tmp_path / "video")
+    checkpoint = resume.ResumeFile(tmp_path / "resume.pt", 1, tmp_path / "video", {})
     checkpoint.write({"number": 1})
     before = (tmp_path / "resume.pt").read_bytes()
     content = {"number": 2, "tensors": [torch.zeros(size) for size in (30000, 3, 5000)]}
@@ -181,7 +192,7 @@ def test_writing_takes_its_share_of_the_time_at_most(tmp_path, monkeypatch):
     now, took = [0.0], 3.0
     monkeypatch.setattr(resume.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(torch, "save", lambda content, file: now.__setitem__(0, now[0] + took))
-    checkpoint = resume.ResumeFile(tmp_path / "resume.pt", 60, tmp_path / "video")
+    checkpoint = resume.ResumeFile(tmp_path / "resume.pt", 60, tmp_path / "video", {})
     written = []
     while now[0] < 2000:
         if checkpoint.due():
@@ -195,7 +206,7 @@ def test_writing_takes_its_share_of_the_time_at_most(tmp_path, monkeypatch):
     assert not checkpoint.due()
     now[0] += 1
     assert checkpoint.due()
-    never = resume.ResumeFile(tmp_path / "resume.pt", 0, tmp_path / "video")
+    never = resume.ResumeFile(tmp_path / "resume.pt", 0, tmp_path / "video", {})
     now[0] += 10**6
     assert not never.due()
 

@@ -23,6 +23,10 @@ OTHER_RESULTS = {
     "skip": "0.1",
     "binary": None,
     "resize-mask": None,
+    "start": "1",
+    "end": "5",
+    "stride": "2",
+    "crop": "0,0,64,48",
 }
 
 
@@ -56,9 +60,9 @@ def test_a_folder_of_an_earlier_version_is_refused(track, tmp_path, stopped):
     before = files(tmp_path / "out")
     code, out, err = track("--resume", "--no-overlay")
     assert (code, out) == (2, "") and err.count("\n") == 1
-    assert err.startswith(f"stm: error: {tmp_path / 'out'}: was written by another version (format 1 instead of 3)")
+    assert err.startswith(f"stm: error: {tmp_path / 'out'}: was written by another version (format 1 instead of 4)")
     assert "--overwrite" in err and files(tmp_path / "out") == before
-    assert track("--overwrite", "--no-overlay")[0] == 0 and json.loads(file.read_text())["format"] == 3
+    assert track("--overwrite", "--no-overlay")[0] == 0 and json.loads(file.read_text())["format"] == 4
 
 
 @pytest.mark.parametrize("change", [{"format": None}, {"format": 1}, {"format": 2}])
@@ -79,6 +83,9 @@ OTHER = {
     "size": (["--size", "32"], "size: 32 instead of the None"),
     "skip": (["--skip", "0.1"], "skip: 0.1 instead of the 0.0"),
     "budget": (["--memory-budget", "1MiB"], "device budget: 1048576 instead of the None"),
+    "end": (["--end", "9"], "end: 9 instead of the None"),
+    "stride": (["--stride", "2"], "stride: 2 instead of the 1"),
+    "crop": (["--crop", "0,0,64,48"], "crop: 0,0,64,48 instead of the None"),
     "dtype": (["--dtype", "int8"], "dtype: int8 instead of the"),
 }
 
