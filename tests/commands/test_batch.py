@@ -290,8 +290,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 from stm_model import Tracker
 from stm_model.commands.main import main
 track = Tracker.track
-def dying(self, frames, masks, frame_count, resume):
-    for result in track(self, frames, masks, frame_count, resume=resume):
+def dying(self, frames, masks, frame_count, **options):
+    for result in track(self, frames, masks, frame_count, **options):
         if frame_count == 5 and result.index == 3:
             os.kill(os.getpid(), signal.{signal})
         yield result
