@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,13 +73,19 @@ class Backward:
             np.savez_compressed(partial, labels=np.array([*masks], np.uint8), planes=planes, certainty=certainty)
 
     def hints(self, index: int, device: torch.device) -> list[Hint]:
-        """What is known of the objects in a frame that the pass has seen. Raises OSError if its file is gone."""
+        """What is known of the objects in a frame that the pass has seen. Raises OSError if its file is gone or
+        damaged.
+        """
         near = {label: self._nearness(label, index) for label in self.given}
         if index > self.start or not any(near.values()):
             return []
-        with np.load(self._file(index)) as kept:
-            planes = torch.from_numpy(kept["planes"]).to(device).float() / 255
-            found = zip(kept["labels"].tolist(), kept["certainty"].tolist(), planes)
+        file = self._file(index)
+        try:
+            with np.load(file) as kept:
+                labels, planes, certainty = (kept[name] for name in ("labels", "planes", "certainty"))
+        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError) as error:
+            raise OSError(f"{file}: is damaged, --overwrite tracks anew") from error
+        found = zip(labels.tolist(), certainty.tolist(), torch.from_numpy(planes).to(device).float() / 255)
         return [Hint(label, near[label], certainty, plane) for label, certainty, plane in found if near[label]]
 
     def _file(self, index: int) -> Path:

@@ -65,6 +65,17 @@ def test_a_state_of_other_settings_is_refused(track, tmp_path, monkeypatch):
     assert code == 2 and err.count("\n") == 1 and "00005.npz" in err
 
 
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 and nothing more", None])
+def test_a_damaged_soft_mask_is_named(track, tmp_path, monkeypatch, damage):
+    stopped_at(5, monkeypatch, track, *SETTINGS)
+    file = tmp_path / "out" / "backward" / "00004.npz"
+    whole = file.read_bytes()
+    flipped = whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 255]) + whole[len(whole) // 2 + 1 :]
+    file.write_bytes(flipped if damage is None else damage)
+    code, _, err = track("--resume", *SETTINGS)
+    assert code == 2 and err.count("\n") == 1 and "00004.npz: is damaged, --overwrite tracks anew" in err
+
+
 def test_live_input_and_a_first_mask_alone(track, clip, tmp_path):
     code, _, err = track("--both-ways", video="/dev/video0")
     assert code == 2 and "--both-ways: expected a video that can be read backwards, got live input" in err
