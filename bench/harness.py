@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, TimeoutError, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +40,10 @@ def describe(device: torch.device | str) -> dict[str, Any]:
     device = torch.device(device)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     try:
-        versions["triton"] = version("triton")
-    except PackageNotFoundError:
+        import triton
+
+        versions["triton"] = triton.__version__
+    except ImportError:
         pass
     found: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),

@@ -108,6 +108,7 @@ def check_tensors(tensors: dict[str, Tensor], ndim: int = 3) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        check_local(name, tensor)
         if tensor.is_nested or tensor.layout != torch.strided:
             raise TypeError(f"{name}: expected a dense tensor, got a {'nested' if tensor.is_nested else 'sparse'} one")
         if not tensor.is_floating_point():
@@ -116,6 +117,14 @@ def check_tensors(tensors: dict[str, Tensor], ndim: int = 3) -> None:
             raise TypeError(f"{name}: expected a floating-point tensor of 16 bits or more, got {tensor.dtype}")
         if tensor.ndim != ndim:
             raise ValueError(f"{name}: expected {ndim} axes, got {tensor.ndim} in shape {list(tensor.shape)}")
+
+
+def check_local(name: str, tensor: Tensor) -> None:
+    """Raise where a tensor is spread over processes, by its method: to import DTensor would cost a second."""
+    if hasattr(tensor, "to_local"):
+        raise TypeError(
+            f"{name}: expected a tensor of this process, got a {type(tensor).__name__}; pass its .to_local()"
+        )
 
 
 def check_same(name: str, query_key: Tensor, found: dict[str, Any]) -> None:
@@ -133,6 +142,7 @@ def check_rows(
     kind = "a floating-point tensor" if floating else "a tensor of integers"
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected {kind}, got {type(tensor).__name__}")
+    check_local(name, tensor)
     if tensor.is_floating_point() != floating or tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(f"{name}: expected {kind}, got {tensor.dtype}")
     if tensor.shape != shape:

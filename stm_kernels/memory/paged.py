@@ -11,7 +11,7 @@ from stm_kernels.cpu.top_k import chosen_usage, weighted_read
 from stm_kernels.memory.pages import Pages
 from stm_kernels.merge import ReadResult, merge_results
 from stm_kernels.operator import autocast_inputs, resolve_implementation, select, shift_back
-from stm_kernels.options import ReadOptions
+from stm_kernels.options import ReadOptions, check_local
 from stm_kernels.read import checked_inputs, read_checked, usage_checked
 
 if TYPE_CHECKING:
@@ -367,6 +367,7 @@ class PagedMemory:
             raise ValueError(f"value: expected P = {key.shape[1]} as in key, got {value.shape[1]}")
 
     def _check(self, name: str, tensor: Tensor, channels: int) -> None:
+        check_local(name, tensor)
         if tensor.ndim != 3 or tensor.shape[0] != self.batch or tensor.shape[2] != channels:
             raise ValueError(f"{name}: expected [{self.batch}, P, {channels}], got {list(tensor.shape)}")
         for what, expected, got in (("dtype", self.dtype, tensor.dtype), ("device", self.device, tensor.device)):

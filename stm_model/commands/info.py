@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 from dataclasses import dataclass
-from importlib import metadata
 
 from stm_model import __version__
 from stm_model.runtime import default_dtype, device_name, dtype_name
@@ -35,7 +34,7 @@ def info(config: InfoConfig) -> int:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    versions["triton"] = _version("triton")
+    versions["triton"] = _triton_version()
     weights = str(DEFAULT_WEIGHTS) if DEFAULT_WEIGHTS.is_file() else None
     rows = {
         device: {
@@ -66,8 +65,10 @@ def _instructions() -> list[str]:
     return [name for name, asked in known.items() if getattr(torch.cpu, f"_is_{asked}_supported", bool)()]
 
 
-def _version(package: str) -> str | None:
+def _triton_version() -> str | None:
+    """Of the module: what installed it has another name on Windows and for AMD's GPUs."""
     try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
+        import triton
+    except ImportError:
         return None
+    return triton.__version__

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,21 @@ def test_info_says_what_would_run(capsys):
     assert facts["devices"]["cpu"]["dtype"] in ("bfloat16", "float32")
     assert main(["info"]) == 0
     assert f"torch        {torch.__version__}" in capsys.readouterr().out
+
+
+def test_info_finds_triton_whatever_its_distribution_is_called(capsys, monkeypatch):
+    """It is triton-windows on Windows, pytorch-triton-rocm beside some builds of PyTorch."""
+    triton = pytest.importorskip("triton")
+
+    def version(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["versions"]["triton"] == triton.__version__
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["versions"]["triton"] is None
 
 
 def test_demo_scores_itself_and_overwrites_only_itself(weights, tmp_path, capsys, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from stm_kernels import DistributedMemory, distributed_memory_read, memory_read
+from stm_kernels import DistributedMemory, PagedMemory, distributed_memory_read, memory_read
 from stm_kernels.testing import make_problem
 
 B, M, N, C, V = 2, 9, 60, 16, 24
@@ -145,3 +145,29 @@ def append_a_bad_frame(rank, ranks):
         DistributedMemory(B, C, V).append(torch.ones(B, 3, C + 1), torch.ones(B, 3, V))
     except ValueError as error:
         return str(error)
+
+
+def dtensors_are_refused(rank, ranks):
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    mesh, said = init_device_mesh("cpu", (ranks,)), []
+    query_key, memory_key, memory_value = inputs = [torch.randn(1, 4, 8) for _ in range(3)]
+    spread = distribute_tensor(memory_key, mesh, [Shard(1)])
+    bias = distribute_tensor(torch.zeros(1, 4), mesh, [Shard(1)])
+    for call in (
+        lambda: memory_read(query_key, spread, memory_value),
+        lambda: memory_read(*inputs, key_bias=bias),
+        lambda: PagedMemory(1, 8, 8).append(spread, memory_value),
+    ):
+        try:
+            said.append(call())
+        except TypeError as error:
+            said.append(str(error))
+    assert memory_read(query_key, spread.to_local(), spread.to_local()).shape == (1, 4, 8)
+    return said
+
+
+def test_a_tensor_spread_over_processes_is_refused_by_name(tmp_path):
+    rest = "expected a tensor of this process, got a DTensor; pass its .to_local()"
+    for said in run(2, dtensors_are_refused, tmp_path):
+        assert said == [f"{name}: {rest}" for name in ("memory_key", "key_bias", "key")]

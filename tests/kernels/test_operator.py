@@ -1,5 +1,6 @@
 """The read under PyTorch's transformations: autograd, torch.compile, autocast, vmap."""
 
+import shutil
 import subprocess
 import sys
 import warnings
@@ -161,6 +162,25 @@ def test_space_time_read_is_differentiable():
         problem.memory_value.mT.unflatten(2, (2, 2, 3)),
     )
     torch.autograd.gradcheck(space_time_memory_read, [tensor.detach().requires_grad_() for tensor in inputs])
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_a_program_compiled_ahead_of_time_reads_alike(tmp_path):
+    """By AOTInductor: the read is one operator of the package, which a process loads without tracing anything."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 8, 3, 4, 5), (2, 12, 3, 4, 5), (2, 8, 4, 5), (2, 12, 4, 5))
+    inputs = tuple(torch.randn(shape, generator=generator) for shape in shapes)
+    module = SpaceTimeMemoryRead()
+
+    class Step(torch.nn.Module):
+        def forward(self, *tensors):
+            return module(*tensors)[0] * 2
+
+    with torch.no_grad():
+        program = torch.export.export(Step(), inputs)
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "read.pt2"))
+        assert torch._inductor.aoti_load_package(path)(*inputs).equal(Step()(*inputs))
 
 
 def test_a_read_does_not_load_the_compiler():
