@@ -109,7 +109,7 @@ class CrowdClips(SeededClips):
             if cut_out is not None:
                 clip = _paste_copies(clip, cut_out, copies, random)
         clip = clip._replace(unreadable=(*clip.unreadable, *problems))
-        return visible_objects(clip, _least_pixels(clip), self.most_objects)
+        return visible_objects(clip, max(32, clip.labels[0].numel() // 1000), self.most_objects)
 
     def _draw(self, clip: Clip, random: torch.Generator) -> tuple[CutOut | None, int]:
         """A cut-out, None if nothing can be cut out, and how often it is pasted."""
@@ -119,10 +119,6 @@ class CrowdClips(SeededClips):
             return None, 0
         image, size = self.images[_whole(random, 0, len(self.images) - 1)], (clip.labels.shape[1], clip.labels.shape[2])
         return instance(image, size, random, self.color), 1 + (_chance(random) < TWICE)
-
-
-def _least_pixels(clip: Clip) -> int:
-    return max(32, clip.labels[0].numel() // 1000)
 
 
 def twin(clip: Clip, random: torch.Generator) -> CutOut | None:

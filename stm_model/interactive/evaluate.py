@@ -40,11 +40,16 @@ class _Start(NamedTuple):
     """Frame and scribbles to begin with; None lets the robot begin."""
 
 
+COLUMNS = ("frame", "scribbles", "seconds", "J", "F", "J&F")
+"""What is told of a round."""
+
+
 def evaluate_interactive(config: EvaluateInteractiveConfig) -> dict[str, Any]:
     """Run the interactive evaluation and write its files; what evaluation.json holds, in every process of a torchrun.
 
     Raises FileNotFoundError or ValueError where data, scribbles or settings make no sense; the message names the file.
     """
+    config = dataclasses.replace(config, checkpoint=config.checkpoint or DEFAULT_INTERACTIVE_WEIGHTS)
     with Ranks() as ranks, locked(config.out) if ranks.first else contextlib.nullcontext():
         # what can be refused is refused before anything is written
         dataset, starts = ranks.on_first(lambda: _prepare(config))
@@ -76,7 +81,7 @@ def open_interactive(config: EvaluateInteractiveConfig) -> Dataset:
 def _prepare(config: EvaluateInteractiveConfig) -> tuple[Dataset, list[_Start]]:
     dataset = open_interactive(config)
     check_out(config.out, config.overwrite, {"data": config.data, "scribbles": config.scribbles})
-    check_network(dataclasses.replace(config, checkpoint=config.checkpoint or DEFAULT_INTERACTIVE_WEIGHTS))
+    check_network(config)
     starts = [start for video in dataset.videos for start in _starts(video, config.scribbles)]
     begin(config.out, facts(config, dataset))
     return dataset, starts
@@ -99,8 +104,7 @@ def _starts(video: Video, folder: Path | None) -> list[_Start]:
 def _run(config: EvaluateInteractiveConfig, starts: Sequence[_Start], quiet: bool) -> list[Sample]:
     if not starts:
         return []
-    weights = config.checkpoint or DEFAULT_INTERACTIVE_WEIGHTS
-    model = STM.load(weights, device=config.device, dtype=config.dtype)
+    model = STM.load(config.checkpoint, device=config.device, dtype=config.dtype)
     samples: list[Sample] = []
     total = len(starts) * config.interactions
     with Progress(desc="interact", unit="round", total=total, shown=not quiet) as progress:
@@ -119,8 +123,7 @@ def _run_sample(config: EvaluateInteractiveConfig, model: STM, start: _Start, pr
     if any(truth.shape != frame.shape[:2] for frame, truth in zip(frames, truths)):
         raise MediaError(f"{video.name}: frames and annotations differ in size")
     try:
-        weights = config.checkpoint or DEFAULT_INTERACTIVE_WEIGHTS
-        size = chosen_side(config.size, weights, frames[0].shape[:2])
+        size = chosen_side(config.size, config.checkpoint, frames[0].shape[:2])
         session = ScribbleSession(model, frames, size=size)
         rounds, masks = [], np.zeros((len(frames), *truths[0].shape), np.uint8)
         results = run_rounds(session, truths, video.objects, first=start.first, interactions=config.interactions)
@@ -153,15 +156,10 @@ def _finish(config: EvaluateInteractiveConfig, dataset: Dataset, samples: list[S
             for row, total in zip(rows, seconds)
         ],
     )
-    columns = ("frame", "scribbles", "seconds", "J", "F", "J&F")
     write_csv(
         config.out / "rounds.csv",
-        ["Sample", "Round", *(column.capitalize() for column in columns[:3]), *columns[3:]],
-        [
-            [row["sample"], number, *(done[column] for column in columns)]
-            for row in rows
-            for number, done in enumerate(row["rounds"], start=1)
-        ],
+        ["Sample", "Round", *map(str.capitalize, COLUMNS[:3]), *COLUMNS[3:]],
+        [[row["sample"], number, *done.values()] for row in rows for number, done in enumerate(row["rounds"], start=1)],
     )
     # matplotlib takes a second to import
     from stm_model.interactive.report import write_interactive_report
@@ -173,19 +171,8 @@ def _finish(config: EvaluateInteractiveConfig, dataset: Dataset, samples: list[S
 
 def _record(sample: Sample, interactions: int) -> dict[str, Any]:
     rounds = [
-        {
-            "frame": done.frame,
-            "scribbles": done.scribbles,
-            "seconds": done.seconds,
-            "J": done.region,
-            "F": done.contour,
-            "J&F": done.both,
-        }
+        dict(zip(COLUMNS, (done.frame, done.scribbles, done.seconds, done.region, done.contour, done.both)))
         for done in sample.rounds
     ]
-    return {
-        "sample": sample.name,
-        "objects": sample.objects,
-        **summarize_samples([sample], interactions),
-        "rounds": rounds,
-    }
+    means = summarize_samples([sample], interactions)
+    return {"sample": sample.name, "objects": sample.objects, **means, "rounds": rounds}

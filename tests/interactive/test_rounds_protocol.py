@@ -14,6 +14,7 @@ import stm_model.interactive.evaluate as module
 from stm_model import STM, STMConfig
 from stm_model.commands.main import main
 from stm_model.evaluation.metrics import sequence_scores
+from stm_model.interactive.config import EvaluateInteractiveConfig
 from stm_model.interactive.protocol import (
     Round,
     Sample,
@@ -27,6 +28,8 @@ from stm_model.interactive.session import ScribbleSession
 from stm_model.io import images
 from stm_model.io.masks import read_mask
 from stm_model.network.weights import write_tensors
+from stm_model.runtime import DEFAULT_INTERACTIVE_WEIGHTS
+from stm_model.tracking.resume import source_digest
 
 
 class Stub:
@@ -288,3 +291,11 @@ def test_the_official_session_drives_our_model(clips, model):
         session.add_scribbles(2 * turn, [{"path": [[0.2 + 0.3 * turn, 0.4], [0.5, 0.5]], "object_id": 1 + turn}])
         session.run()
     np.testing.assert_array_equal(official.submitted[3], session.masks())
+
+
+def test_the_digest_is_that_of_the_interactive_weights(davis, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_run", lambda *_, **__: [])
+    monkeypatch.setattr(module, "_finish", lambda *_: {})
+    module.evaluate_interactive(EvaluateInteractiveConfig(davis, out=tmp_path / "out"))
+    known = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert known["weights"] == source_digest(DEFAULT_INTERACTIVE_WEIGHTS)

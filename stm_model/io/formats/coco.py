@@ -10,16 +10,17 @@ from typing import IO, Any
 
 import numpy as np
 
-from stm_model.io.formats.export import Spooled, box_of, objects_of
+from stm_model.io.formats.export import Spooled, box_of
 from stm_model.io.formats.rle import decode_segmentation, encode_mask
 from stm_model.io.formats.shapes import Frame, Shape, distinct_names
+from stm_model.labels import objects_in
 
 
 class _RunLengths(Spooled):
     """The run lengths of every object."""
 
     def note(self, index: int, labels: np.ndarray) -> None:
-        for label in objects_of(labels):
+        for label in sorted(objects_in(labels)):
             mask = labels == label
             left, top, right, bottom = box_of(mask)
             found = {

@@ -13,9 +13,10 @@ from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
 
-from stm_model.io.formats.export import Clip, Spooled, box_of, objects_of
+from stm_model.io.formats.export import Clip, Spooled, box_of
 from stm_model.io.formats.rle import decode_segmentation
 from stm_model.io.formats.shapes import Frame, Shape, distinct_names
+from stm_model.labels import objects_in
 
 READ = ("mask", "polygon")
 """The shapes that are read."""
@@ -32,7 +33,7 @@ class CvatExport(Spooled):
         """The last mask of each object that was in the frame before."""
 
     def note(self, index: int, labels: np.ndarray) -> None:
-        present = objects_of(labels)
+        present = sorted(objects_in(labels))
         for label in set(self._shown) - set(present):
             self.add(label, _element(index, True, self._shown.pop(label)))
         for label in present:

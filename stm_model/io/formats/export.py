@@ -13,7 +13,6 @@ import numpy as np
 from stm_model.io.files import whole
 from stm_model.io.live import LiveVideo
 from stm_model.io.video import FOLDER_FPS, Video
-from stm_model.labels import VOID
 
 
 class Clip:
@@ -168,12 +167,6 @@ class Spooled(Export):
 def object_name(label: int) -> str:
     """What formats that name objects call the one of a label, unless it has a name."""
     return f"object {label}"
-
-
-def objects_of(labels: np.ndarray) -> list[int]:
-    """The labels of the objects in uint8 `[H, W]`, ascending."""
-    present = np.bincount(labels.ravel(), minlength=VOID + 1)
-    return [label for label in np.flatnonzero(present).tolist() if label not in (0, VOID)]
 
 
 def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from stm_model.io.files import whole
-from stm_model.io.formats.export import FileEach, objects_of
+from stm_model.io.formats.export import FileEach
 from stm_model.io.formats.polygons import one_polygon, parts_of
 from stm_model.io.formats.shapes import Frame, Shape, distinct_names
 from stm_model.io.images import MediaError, fill_polygons, open_picture
+from stm_model.labels import objects_in
 
 
 class LabelmeExport(FileEach):
@@ -37,7 +38,7 @@ class LabelmeExport(FileEach):
                 "flags": {},
                 "mask": None,
             }
-            for label in objects_of(labels)
+            for label in sorted(objects_in(labels))
             for part in parts_of(labels == label)
         ]
         content = {

@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from stm_model.io.files import whole
-from stm_model.io.formats.export import Clip, FileEach, object_name, objects_of
+from stm_model.io.formats.export import Clip, FileEach, object_name
 from stm_model.io.masks import write_mask
-from stm_model.labels import VOID
+from stm_model.labels import VOID, objects_in
 
 RIM = 8
 """Pixels around objects whose colors are kept where they are transparent: lossy codecs mix neighbours."""
@@ -69,7 +69,7 @@ class ExrExport(FileEach):
         header = {"compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage}
         layers = {
             f"{object_name(label).replace(' ', '_')}.A": (labels == label).astype(np.float16)
-            for label in objects_of(labels)
+            for label in sorted(objects_in(labels))
         }
         # a file must have a channel
         layers = layers or {"A": np.zeros(labels.shape, dtype=np.float16)}

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from stm_model.io.files import whole
-from stm_model.io.formats.export import Clip, FileEach, objects_of
+from stm_model.io.formats.export import Clip, FileEach
 from stm_model.io.formats.polygons import one_polygon_of_all, parts_of
+from stm_model.labels import objects_in
 
 
 class YoloExport(FileEach):
@@ -26,7 +27,7 @@ class YoloExport(FileEach):
     def write(self, index: int, labels: np.ndarray, frame: np.ndarray | None) -> None:
         height, width = labels.shape
         lines = []
-        for label in objects_of(labels):
+        for label in sorted(objects_in(labels)):
             if label not in self.classes:
                 self.classes.append(label)
             # readers cut off what is behind the point, or round: both come back to the same pixels
