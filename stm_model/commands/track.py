@@ -361,7 +361,7 @@ def describe(summary: dict[str, Any]) -> str:
     ]
     for label, noted in summary["signals"].items():
         if frames := noted["uncertain"]:
-            lines.append(f"lost?       object {label} in {len(frames)} frames from {frames[0]} on")
+            lines.append(f"lost?       object {label} in {noted['lost']} frames from {frames[0]} on")
     if live := summary.get("live"):
         lost = f", {live['damaged']} damaged" * bool(live["damaged"])
         lost += f", connected again {live['reconnected']} times" * bool(live["reconnected"])

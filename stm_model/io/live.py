@@ -66,7 +66,7 @@ class LiveVideo:
         self.scheme = address.partition("://")[0] if "://" in address else None
         self.fps = FOLDER_FPS
         self.dropped = self.reconnected = self.damaged = 0
-        self.times = array("q")
+        self.arrived = array("q")
         """Number of each frame among all that came, from 0: what was dropped counts."""
         self.latencies = array("d")
         """Seconds from a frame's decoding until the next one was asked for, without the first."""
@@ -86,12 +86,12 @@ class LiveVideo:
         while arrived is not None:
             if arrived.frame.shape[:2] != self.size:
                 sizes = f"{width_by_height(self.size)} to {width_by_height(arrived.frame.shape)}"
-                raise BrokenVideo(f"{self.path}: its frames change from {sizes} pixels", len(self.times))
-            self.times.append(arrived.number)
+                raise BrokenVideo(f"{self.path}: its frames change from {sizes} pixels", len(self.arrived))
+            self.arrived.append(arrived.number)
             yield arrived.frame
             if arrived.number:
                 self.latencies.append(time.monotonic() - arrived.time)
-            arrived = self._next(len(self.times))
+            arrived = self._next(len(self.arrived))
 
     def __enter__(self) -> LiveVideo:
         return self

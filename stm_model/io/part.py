@@ -96,6 +96,10 @@ class Part:
         """Of masks `[H, W]` by their frames' places in the video those of this part, as the tracker sees them."""
         return {self.numbers.index(number): self.seen(given[number]) for number in given if number in self.numbers}
 
+    def number(self, index: int) -> int:
+        """The number in the video of a frame of the part; of live input among all frames that came, once it is read."""
+        return self.video.arrived[index] if isinstance(self.video, LiveVideo) else self.numbers[index]
+
     def name(self, number: int) -> int:
         """What a user calls a frame of the video: the number in its file's name, else its place."""
         numbers = getattr(self.video, "numbers", ())
@@ -110,7 +114,7 @@ class Part:
 
     def mask_name(self, index: int) -> str:
         """The name of a frame's mask."""
-        return f"{self.clip.stem(self.numbers[index])}.png"
+        return f"{self.clip.stem(self.number(index))}.png"
 
     @property
     def settings(self) -> dict[str, Any]:

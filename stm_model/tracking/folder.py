@@ -38,7 +38,20 @@ INTERRUPTED = "interrupted"
 """Why a run stopped, in its summary, where the user did it."""
 RESUME_FILE, BACKWARD = "resume.pt", "backward"
 OVERLAY, SHEET, SUMMARY = "overlay.mp4", "contact_sheet.png", "summary.json"
-OUTPUTS = ("masks", OVERLAY, SHEET, SUMMARY, RESUME_FILE, BACKWARD, *(FORMATS[name].target for name in TRACKED))
+SIGNALS = "signals.jsonl"
+"""Of live input, which has no end: a line a frame, as the summary would grow."""
+MOST_UNCERTAIN = 100
+"""Of live input, how many of an object's uncertain frames the summary names."""
+OUTPUTS = (
+    "masks",
+    OVERLAY,
+    SHEET,
+    SUMMARY,
+    SIGNALS,
+    RESUME_FILE,
+    BACKWARD,
+    *(FORMATS[name].target for name in TRACKED),
+)
 
 
 class FolderRun:
@@ -173,6 +186,7 @@ class FolderRun:
             self.summary["files"]["overlay"] = str(self.out / OVERLAY)
         self.summary["files"] |= exports.files if exports else {}
         if live:
+            self.summary["files"]["signals"] = str(self.out / SIGNALS)
             self.summary["live"] = live.summary()
         self._measure()
 
@@ -236,7 +250,7 @@ class FolderRun:
         self.write_summary()
         kept = {self.mask_file(index) for index in range(done)}
         found = {file for file in (self.out / "masks").glob("*.png") if file.stem.isdigit() or file.name in names}
-        others = [self.out / name for name in (OVERLAY, SHEET, *([] if done else [RESUME_FILE]))]
+        others = [self.out / name for name in (OVERLAY, SHEET, SIGNALS, *([] if done else [RESUME_FILE]))]
         for file in [*(found - kept), *others]:
             file.unlink(missing_ok=True)
 
@@ -253,18 +267,25 @@ class FolderRun:
     def _note(self, result: FrameResult, labels: np.ndarray) -> None:
         """Note the area, certainty and familiarity of each object in a frame, and where it is likely lost."""
         self.summary["size"] = list(labels.shape)
-        number = self.part.numbers[result.index]
-        values = zip(result.objects, result.certainty, result.familiarity, strict=True)
-        for label, certainty, familiarity in values:
-            noted = self.summary["signals"].setdefault(
-                str(label), {"from": number, "area": [], "certainty": [], "familiarity": [], "uncertain": []}
-            )
-            noted["area"].append(round(float((labels == label).mean()), 6))
-            noted["certainty"].append(round(certainty, 4))
-            # JSON has no infinity
-            noted["familiarity"].append(round(familiarity, 4) if math.isfinite(familiarity) else None)
+        number = self.part.number(result.index)
+        is_live, found = isinstance(self.part.video, LiveVideo), {}
+        for label, certainty, familiarity in zip(result.objects, result.certainty, result.familiarity, strict=True):
+            noted = self.summary["signals"].setdefault(str(label), {"from": number, "uncertain": [], "lost": 0})
+            found[str(label)] = signals = {
+                "area": round(float((labels == label).mean()), 6),
+                "certainty": round(certainty, 4),
+                # JSON has no infinity
+                "familiarity": round(familiarity, 4) if math.isfinite(familiarity) else None,
+            }
             if certainty < UNCERTAIN:
-                noted["uncertain"].append(number)
+                noted["lost"] += 1
+                if not is_live or len(noted["uncertain"]) < MOST_UNCERTAIN:
+                    noted["uncertain"].append(number)
+            for name, value in {} if is_live else signals.items():
+                noted.setdefault(name, []).append(value)
+        if is_live:
+            with open(self.out / SIGNALS, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"frame": number, "objects": found}) + "\n")
 
     def _write(
         self,
@@ -296,10 +317,10 @@ class FolderRun:
                 else:
                     labels = read_mask(self.mask_file(index))
                 if exports is not None:
-                    exports.write(part.numbers[index], labels, frame)
+                    exports.write(part.number(index), labels, frame)
                 if video is not None:
                     colored = drawing.draw(frame, labels)
-                    video.write(colored, part.clip.time(part.numbers[index]))
+                    video.write(colored, part.clip.time(part.number(index)))
                 self._seconds["writing"] += time.perf_counter() - started
             for unfinished in (video, exports):
                 if unfinished is not None and not self._began:

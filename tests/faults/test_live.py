@@ -100,8 +100,37 @@ def test_the_newest_frame_is_kept_and_the_first(frames, fed):
         while video.dropped < 8 and time.monotonic() < given_up:
             time.sleep(0.01)
         kept = [round(float(frame.mean()), -1) for frame in video]
-    assert kept == [0, 180] and list(video.times) == [0, 9] and video.dropped == 8
+    assert kept == [0, 180] and list(video.arrived) == [0, 9] and video.dropped == 8
     assert video.summary()["dropped"] == 8 and len(video.latencies) == 1 and float(video.fps) == 30
+
+
+def test_masks_have_the_numbers_of_their_frames_and_the_summary_does_not_grow(
+    frames, clip, track, fed, out, monkeypatch
+):
+    monkeypatch.setattr("stm_model.tracking.folder.MOST_UNCERTAIN", 1)
+    monkeypatch.setattr("stm_model.tracking.folder.UNCERTAIN", 1.1)
+    monkeypatch.setattr("stm_model.io.live.LiveVideo._put", dropping(LiveVideo._put, {2, 3, 6}))
+    fed(encoded(frames, "y4m"))
+    assert track("--live", "every", video="-")[0] == 0
+    assert [file.stem for file in sorted((out / "masks").iterdir())] == [
+        f"{index:05d}" for index in (0, 1, 4, 5, 7, 8, 9)
+    ]
+    lines = [json.loads(line) for line in (out / "signals.jsonl").read_text().splitlines()]
+    assert [line["frame"] for line in lines] == [0, 1, 4, 5, 7, 8, 9]
+    summary = json.loads((out / "summary.json").read_text())
+    for label, noted in summary["signals"].items():
+        assert noted == {"from": 0, "uncertain": [0], "lost": 7}
+        assert {"area", "certainty", "familiarity"} == set(lines[3]["objects"][label])
+    assert summary["files"]["signals"] == str(out / "signals.jsonl")
+    # another run replaces it
+    fed(encoded(frames, "y4m"))
+    assert track("--live", "every", "--overwrite", video="-")[0] == 0
+    assert len((out / "signals.jsonl").read_text().splitlines()) == 7
+
+
+def dropping(put, numbers):
+    """A source of which some frames are never seen."""
+    return lambda self, arrived: None if arrived.number in numbers else put(self, arrived)
 
 
 def test_what_waits_is_bounded(frames, fed):
