@@ -6,42 +6,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from top_k_cases import device_of, each_case, each_implementation, small_chunks, whole_numbered  # noqa: F401
 
 import stm_kernels.cpu.top_k as cpu_top_k
-from stm_kernels import PagedMemory, memory_read, memory_usage
+from stm_kernels import memory_read, memory_usage
 from stm_kernels.affinity import Affinity
 from stm_kernels.operator import backward_operator, read_operator
 from stm_kernels.testing import assert_exact, extra_memory, make_problem, make_tie_problem, read_by, results
 
-CHUNKED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Triton's interpreter multiplies bfloat16 wrongly: there it is tested on a GPU only
-TRITON_DTYPES = CHUNKED_DTYPES if torch.cuda.is_available() else (torch.float32, torch.float16)
-CASES = [("chunked", dtype) for dtype in CHUNKED_DTYPES] + [("triton", dtype) for dtype in TRITON_DTYPES]
-each_case = pytest.mark.parametrize("implementation, dtype", CASES, ids=lambda value: str(value).removeprefix("torch."))
-each_implementation = pytest.mark.parametrize("implementation", ["chunked", "triton"])
 quick = settings(
     deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25
 )
-
-
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(cpu_top_k, "QUERIES_PER_BLOCK", 16)
-    monkeypatch.setattr(cpu_top_k, "KEYS_PER_CHUNK", 48)
-    monkeypatch.setattr(cpu_top_k, "GROUP", 4)
-    monkeypatch.setattr(cpu_top_k, "SMALL_CHUNK", 0)
-    monkeypatch.setattr(cpu_top_k, "GATHERED", 2**10)
-    monkeypatch.setattr(cpu_top_k, "COPIED", 2**11)
-
-
-def device_of(implementation: str) -> str:
-    return "cuda" if implementation == "triton" and torch.cuda.is_available() else "cpu"
-
-
-def whole_numbered(problem, top_k):
-    """The problem with keys in -2…2: many logits are equal, and all are exact in every dtype."""
-    keys = {name: getattr(problem, name).clamp(-2, 2).round() for name in ("query_key", "memory_key")}
-    return replace(problem, **keys, scale=0.5, top_k=top_k)
 
 
 def separated(problem, top_k, least=1e-2):
@@ -360,48 +335,3 @@ def test_random_shapes_chunked(sizes, k, channel_major, seed):
 def test_random_shapes_triton(sizes, k, seed):
     problem = make_problem(*sizes, dtype=torch.float16, seed=seed, device=device_of("triton"))
     assert_chosen(whole_numbered(problem, k), "triton")
-
-
-def in_pages(problem, page_size):
-    (B, _, C), V = problem.memory_key.shape, problem.memory_value.shape[2]
-    memory = PagedMemory(B, C, V, page_size=page_size, dtype=problem.memory_key.dtype, device=problem.memory_key.device)
-    memory.append(problem.memory_key, problem.memory_value)
-    return memory
-
-
-@each_case
-@pytest.mark.parametrize("page_size", [4, 20, 64])
-def test_pages_are_read_as_one_memory(implementation, dtype, page_size):
-    problem = make_problem(2, 7, 64, 16, 24, dtype=dtype, device=device_of(implementation))
-    problem = whole_numbered(problem, 9)
-    memory = in_pages(problem, page_size)
-    options = {"scale": 0.5, "top_k": 9, "return_lse": True}
-    found = memory.read(problem.query_key, implementation=implementation, **options)
-    tensors = (problem.query_key, problem.memory_key, problem.memory_value)
-    truth = memory_read(*(tensor.double() for tensor in tensors), implementation="reference", **options)
-    whole = memory_read(*tensors, implementation=implementation, **options)
-    for one, other, true in zip(found, whole, truth):
-        # a page's read is rounded once more, and so is every merge
-        roundings = torch.finfo(one.dtype).eps + torch.finfo(torch.float32).eps * (64 // page_size)
-        assert one.dtype == other.dtype
-        assert (one - true).abs().max() <= (other - true).abs().max() + roundings * true.abs().max()
-    gathered = memory.read(problem.query_key, implementation="reference", **options)
-    assert gathered[0].equal(memory_read(*tensors, implementation="reference", **options)[0])
-
-
-def test_no_queries_read_nothing_of_pages():
-    problem = make_problem(2, 0, 12, 4, 3)
-    out, lse = in_pages(problem, 5).read(problem.query_key, top_k=3, return_lse=True)
-    assert out.shape == (2, 0, 3) and lse.shape == (2, 0)
-
-
-def test_pages_are_not_differentiated():
-    problem = make_problem(1, 2, 12, 4, 3, dtype=torch.float64)
-    query_key = problem.query_key.requires_grad_()
-    with pytest.raises(ValueError, match="query_key: expected no gradients of top_k in several pages"):
-        in_pages(problem, 5).read(query_key, top_k=3)
-    with torch.no_grad():
-        in_pages(problem, 5).read(query_key, top_k=3)
-    torch.autograd.gradcheck(lambda query: in_pages(problem, 12).read(query, top_k=3), query_key)
-    with pytest.raises(ValueError, match="top_k: expected at least 1, got 0"):
-        in_pages(problem, 5).read(query_key.detach(), top_k=0)
