@@ -131,3 +131,18 @@ def test_objects_are_followed_to_frames_before_their_mask():
     for index in (0, 3, 9, 11):
         for label in (1, 2):
             assert region_similarity(results[index].labels == label, labels[index] == label) > 0.7, (index, label)
+
+
+def test_a_state_of_other_later_masks_is_refused(shared_model, clip, tmp_path):
+    frames, labels = clip
+    masks, tracker = {0: labels[0], 5: labels[5]}, Tracker(shared_model)
+    backward = Backward(tmp_path, masks)
+    assert len(list(tracker.track_backward(frames, backward))) == 6
+    for _ in zip(range(3), tracker.track(frames, masks, backward=backward)):
+        pass
+    state = tracker.state()
+    assert len(list(Tracker(shared_model).track(frames, masks, resume=state, backward=backward))) == len(frames) - 3
+    # what the pass backwards found depends on it
+    others = masks | {5: np.where(labels[5] == 1, 1, 0)}
+    with pytest.raises(ValueError, match="masks: not those that the saved state was made with"):
+        Tracker(shared_model).track(frames, others, resume=state, backward=backward)
