@@ -25,7 +25,7 @@ TRITON_KEY_CHANNELS = 256
 
 def read(options: ReadOptions, query_key: Tensor, memory_key: Tensor, memory_value: Tensor) -> ReadResult:
     """Read by `options.implementation`, but "reference"; the inputs are checked."""
-    key_bias, lengths, scale, shift = _flat(options, query_key, memory_key)
+    key_bias, lengths, scale, shift = flat(options, query_key, memory_key)
     settings = (scale, options.top_k or 0, options.dropped, options.implementation, options.key_bias is not None)
     out, lse, skipped, _ = read_operator(query_key, memory_key, memory_value, key_bias, lengths, *settings)
     return ReadResult(out, lse if shift is None else shift_back(lse, shift), skipped)
@@ -33,7 +33,7 @@ def read(options: ReadOptions, query_key: Tensor, memory_key: Tensor, memory_val
 
 def select(options: ReadOptions, query_key: Tensor, memory_key: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """The positions that a top-k read weighs, their logits, and what `shift_back` takes from their log-sum-exp."""
-    key_bias, lengths, scale, shift = _flat(options, query_key, memory_key)
+    key_bias, lengths, scale, shift = flat(options, query_key, memory_key)
     may_hide = options.key_bias is not None
     affinity, k = _affinity_of(query_key, memory_key, key_bias, lengths, scale, may_hide), options.top_k or 0
     if not query_key.numel():
@@ -45,7 +45,7 @@ def select(options: ReadOptions, query_key: Tensor, memory_key: Tensor) -> tuple
 
 def usage(options: ReadOptions, lse: Tensor | None, query_key: Tensor, memory_key: Tensor) -> Tensor:
     """Column sums of the affinity, by `options.implementation`, but "reference"; the inputs are checked."""
-    key_bias, lengths, scale, shift = _flat(options, query_key, memory_key)
+    key_bias, lengths, scale, shift = flat(options, query_key, memory_key)
     if lse is not None:
         lse = lse.double() if shift is None else lse.double() + shift
     settings = (scale, options.top_k or 0, options.implementation, options.key_bias is not None)
@@ -70,7 +70,7 @@ def shift_back(lse: Tensor, shift: Tensor) -> Tensor:
     return lse - shift.masked_fill(lse.isneginf(), 0.0)
 
 
-def _flat(
+def flat(
     options: ReadOptions, query_key: Tensor, memory_key: Tensor
 ) -> tuple[Tensor | None, Tensor | None, float, Tensor | None]:
     """Bias, lengths and scale as the operators take them, and what `shift_back` takes from their log-sum-exp.

@@ -10,7 +10,7 @@ from stm_kernels.affinity import PAGE_MULTIPLE, Affinity, wide_dtype
 from stm_kernels.cpu.top_k import chosen_usage, weighted_read
 from stm_kernels.memory.pages import Pages
 from stm_kernels.merge import ReadResult, merge_results
-from stm_kernels.operator import autocast_inputs, resolve_implementation, select, shift_back
+from stm_kernels.operator import autocast_inputs, flat, resolve_implementation, select, shift_back
 from stm_kernels.options import ReadOptions, check_local
 from stm_kernels.read import checked_inputs, read_checked, usage_checked
 
@@ -298,7 +298,7 @@ class PagedMemory:
     def _has_table_kernel(self, query_key: Tensor, options: ReadOptions) -> bool:
         """Whether the kernel that walks over a table of pages can read this; it has no backward pass."""
         differentiated = torch.is_grad_enabled() and query_key.requires_grad
-        if differentiated or options.similarity != "dot" or self.page_size % PAGE_MULTIPLE:
+        if differentiated or self.page_size % PAGE_MULTIPLE:
             return False
         return query_key.dtype == self.dtype and resolve_implementation(options.implementation, query_key) == "triton"
 
@@ -314,8 +314,15 @@ class PagedMemory:
         keys, values = self._table
         table = PageTable(keys, values, self.page_size, min(len(self), len(pages) * self.page_size))
         key, value = pages[0]
-        affinity = Affinity(query_key, key, options.scale_of(self.key_channels))
-        return ReadResult(*triton_read(affinity, value, options.dropped, table)[:3])
+        _, _, scale, shift = flat(options, query_key, key[:, :0])
+        bias = None
+        if shift is not None:
+            # squares of keys, of whole pages: the kernel looks at no position that is not held
+            squares = [flat(options, query_key[:, :0], key)[0] for key, _ in pages]
+            bias = torch.cat([square for square in squares if square is not None], 1)
+        affinity = Affinity(query_key, key, scale, bias, may_hide=False)
+        out, lse, skipped, _ = triton_read(affinity, value, options.dropped, table)
+        return ReadResult(out, lse if shift is None else shift_back(lse, shift), skipped)
 
     def _read_top_k(self, query_key: Tensor, options: ReadOptions) -> tuple[ReadResult, Tensor]:
         """The read of the `top_k` best positions of all pages, in two passes over the pages, and their usage.

@@ -181,7 +181,8 @@ def test_only_what_is_held_can_be_dropped(count):
 
 @pytest.mark.parametrize("skip", [0.0, 0.02])
 @pytest.mark.parametrize("parts", [1, 3])
-def test_one_launch_walks_over_the_pages(monkeypatch, device, skip, parts):
+@pytest.mark.parametrize("similarity", ["dot", "l2"])
+def test_one_launch_walks_over_the_pages(monkeypatch, device, skip, parts, similarity):
     launches = []
     launch = forward.forward_launch
 
@@ -197,11 +198,13 @@ def test_one_launch_walks_over_the_pages(monkeypatch, device, skip, parts):
     memory = PagedMemory(2, 32, 48, page_size=128, device=device)
     for start in range(0, 300, 75):
         memory.append(problem.memory_key[:, start : start + 75], problem.memory_value[:, start : start + 75])
-    out, lse, skipped = memory.read(query_key, skip=skip, return_lse=True, return_skipped=True, implementation="triton")
+    for tensor in memory._pages.on_device[-1]:
+        tensor[:, 300 % 128 :] = torch.nan
+    options = {"similarity": similarity, "return_lse": True}
+    out, lse, skipped = memory.read(query_key, skip=skip, return_skipped=True, implementation="triton", **options)
     assert [pages.length for pages in launches] == [300]
-    expected, expected_lse = memory_read(
-        query_key, problem.memory_key, problem.memory_value, return_lse=True, implementation="reference"
-    )
+    inputs = (query_key, problem.memory_key, problem.memory_value)
+    expected, expected_lse = memory_read(*inputs, implementation="reference", **options)
     torch.testing.assert_close(lse, expected_lse)
     assert skipped.amax() <= skip
     assert (skipped > 0).any() == (skip > 0)
