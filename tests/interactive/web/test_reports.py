@@ -18,6 +18,9 @@ TEMPLATES = {
 }
 
 
+TOLD = ("auc", "precision", "recall")
+
+
 @pytest.mark.parametrize("kind", TEMPLATES)
 def test_a_report_fits_and_its_numbers_and_letters_are_seen(chromium, kind, tmp_path):
     write_image(tmp_path / "chart.png", np.full((300, 832, 3), 200, np.uint8))
@@ -34,6 +37,8 @@ def test_a_report_fits_and_its_numbers_and_letters_are_seen(chromium, kind, tmp_
         "error_colors": [],
         "sheet_caption": "predictions",
         "overlays": {},
+        "corrections": [{"corrections": 0, "J-Mean": 0.5, "F-Mean": 0.5}],
+        "certainty": {"masks": 9} | dict.fromkeys(("wrong", "fallen"), {"count": 2, **dict.fromkeys(TOLD, 0.5)}),
         "timed": True,
         "interactions": 8,
         "where": "cpu",
