@@ -1,11 +1,14 @@
-"""What a long video costs: python bench/long_video.py [--only frames exact run] [--out FILE]
+"""What a long video costs: python bench/long_video.py [--only frames share exact back run] [--out FILE]
 
 frames  what a frame takes, in time and peak memory, over the number T of remembered frames: naively, with everything
         kept, within a budget, and on host pages (on a CPU they only show that nothing is lost); and what appending it
         takes beside torch.cat. Each in a process of its own.
+share   a frame after 1000 at the default weights' sizes, of which a tenth of the positions or all are kept, alternated.
 exact   a read of 1000 frames against float64, by the yardstick of the tests.
-run     `stm track` over 10 000 frames under a budget of 256 MiB: what its process holds, what a frame takes, early and
-        late.
+back    a fish that is gone for 500 frames, every frame remembered: J before and after, with everything kept and within
+        64 MiB.
+run     `stm track` over 10 000 frames of 480×270 and 2 objects, default weights, under a budget of 64 MiB: what its
+        process holds and what a frame takes, in the first 1000 frames after the budget is full and in the last 1000.
 
     python bench/long_video.py --quick --workers 0      # proves the program: tiny sizes, a minute
 
@@ -21,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,25 +41,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import stm_model.tracking.folder
 from bench import harness
-from bench.harness import MIB, Peak, Result, Task, clock, run_tasks, table, write_json
+from bench.harness import MIB, Peak, Result, Task, alternate, clock, run_tasks, table, write_json
 from bench.read import errors, naive_read
 from bench.tracker import steady_memory
 from stm_kernels import PagedMemory
 from stm_kernels.testing import make_problem
-from stm_model import STM, STMConfig
+from stm_model import STM, Tracker
 from stm_model.commands.main import main as stm
-from stm_model.data.synthetic import procedural_clip
+from stm_model.data.aquarium import aquarium_clip
+from stm_model.evaluation.metrics import region_similarity
 from stm_model.io.masks import write_mask
 from stm_model.io.video import VideoWriter
-from stm_model.network.weights import write_tensors
 from stm_model.runtime import held_process_memory
 from stm_model.tracking.bank import MemoryBank
-from stm_model.tracking.budget import EVICTIONS, MemoryBudget, MemoryRule, budget_page
-from stm_model.training.state import initialize
+from stm_model.tracking.budget import EVICTIONS, MemoryBudget, MemoryRule, budget_page, parse_size
 
-SECTIONS = ("frames", "exact", "run")
+SECTIONS = ("frames", "share", "exact", "back", "run")
 READERS = ("naive", "everything kept", *EVICTIONS, "host pages")
-LIMIT_SECONDS = 3600.0
+LIMIT_SECONDS = 4 * 3600.0
+BACK_FRAMES = 24
+"""Frames before an object is gone, and after."""
 
 Step = Callable[[Tensor, Tensor, Tensor], Any]
 
@@ -90,25 +94,20 @@ class LongVideo:
     """A clip that is played forwards and backwards in turn, as one continuous video, and how it is tracked."""
 
     frames: int = 10_000
-    early: int = 500
-    """The frame from which on early ones are compared with the last ones; the budget should be full by then."""
-    window: int = 100
-    """Frames compared, early and late."""
+    window: int = 1000
+    """Frames compared, after the budget is full and last."""
     clip: int = 48
     """Frames of the clip."""
-    size: tuple[int, int] = (96, 96)
+    size: tuple[int, int] = (270, 480)
     """Height and width in pixels."""
-    objects: int = 6
-    """With these, keys and values of a frame are so large that the budget is full before the early frames."""
-    budget: str = "256MiB"
-    channels: tuple[int, int] = (128, 512)
-    """Of keys and values."""
+    objects: int = 2
+    budget: str = "64MiB"
+    memory: str = "first+every:5"
 
-    @property
-    def windows(self) -> dict[str, range]:
-        """The frames compared."""
+    def windows(self, full: int) -> dict[str, range]:
+        """The frames compared, where the budget is full after so many."""
         late = range(self.frames - self.window, self.frames)
-        return {"early": range(self.early, self.early + self.window), "late": late}
+        return {"early": range(full + 1, full + 1 + self.window), "late": late}
 
     def clip_index(self, frame: int) -> int:
         """The clip's frame that a frame of the video shows: the first and the last not twice in a row."""
@@ -121,19 +120,23 @@ def build_tasks(arguments: argparse.Namespace) -> dict[str, Task]:
     device, quick = torch.device(arguments.device), arguments.quick
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     size = Sizes((30, 54)) if device.type == "cuda" else Sizes()
-    video = LongVideo(arguments.frames)
+    gone, video = 500, LongVideo(arguments.frames)
     if quick:
         size = Sizes((4, 6), (1, 8, 32), 8, (40, 12), 16, 24, repeats=2)
-        video = LongVideo(120, 30, 10, 8, (32, 48), objects=2, budget="200KiB", channels=(128, 64))
+        gone, video = 20, LongVideo(120, 10, 8, (32, 48), budget="200KiB", memory="every:1")
     tasks: dict[str, Task] = {
         f"frames, T={count}, {reader}": partial(frame_cost, size, count, reader, device, dtype)
         for count in size.counts
         for reader in READERS
     }
+    narrow = Sizes((4, 6), (32,), C=16, V=24, repeats=2) if quick else Sizes(size.grid, (1000,), C=64, V=128, repeats=7)
+    tasks[f"share, T={narrow.counts[0]}"] = partial(share_cost, narrow, device, dtype)
     for kind in (torch.float32, torch.bfloat16):
         for share in (None, 0.5, 0.0):
             where = {None: "device", 0.5: "half of it on the host", 0.0: "host"}[share]
             tasks[f"exact, {str(kind).removeprefix('torch.')}, {where}"] = partial(exactness, size, share, device, kind)
+    back = replace(video, frames=2 * BACK_FRAMES + gone, window=BACK_FRAMES, memory="every:1")
+    tasks[f"back, gone for {gone} frames"] = partial(found_again, back, device)
     tasks[f"run, {video.frames} frames"] = partial(track_long_video, video, device)
     return {name: task for name, task in tasks.items() if name.split(",")[0] in arguments.only}
 
@@ -195,9 +198,10 @@ def our_memory(
     budget = {
         "everything kept": MemoryBudget(),
         "host pages": MemoryBudget(device=limit, host=2**50),
+        "a tenth kept": MemoryBudget(share=0.1),
     }.get(reader) or MemoryBudget(device=limit, eviction=reader)
     # where nothing is evicted a new frame takes the place of the newest, so that T stays
-    evicts = reader in EVICTIONS and count > size.budget
+    evicts = reader == "a tenth kept" or reader in EVICTIONS and count > size.budget
     bank = MemoryBank(MemoryRule.parse("every:1") if evicts else steady_memory(count), budget)
     bank.add_objects(1)
     indices = iter(range(10**9))
@@ -217,6 +221,19 @@ def our_memory(
     return step, lambda: len(bank.memories[0].notes) // bank.memories[0].positions, append
 
 
+def share_cost(size: Sizes, device: torch.device, dtype: torch.dtype) -> Result:
+    """What a frame takes, appended, made room for and read, after so many, in alternation."""
+    readers = ("everything kept", "a tenth kept")
+    made = {reader: our_memory(size, size.counts[0], reader, device, dtype) for reader in readers}
+    inputs = frame(size, 1, device, dtype)
+    times = alternate({reader: partial(made[reader][0], *inputs) for reader in readers}, size.repeats, device)
+    seconds = {reader: time["processor" if device.type == "cpu" else "median"] for reader, time in times.items()}
+    kept = {reader: made[reader][1]() for reader in readers}
+    faster = seconds[readers[0]] / seconds[readers[1]]
+    sizes = {"T": size.counts[0], "M": size.grid[0] * size.grid[1], "C": size.C, "V": size.V}
+    return sizes | {"frames_in_memory": kept, "share_seconds": seconds, "faster": faster}
+
+
 def exactness(size: Sizes, share: float | None, device: torch.device, dtype: torch.dtype) -> Result:
     """A read of a memory that was appended frame by frame, over the error it is allowed: the yardstick of the tests,
     against float64 and beside plain PyTorch in the same dtype. `share` of its pages lie on the device, None is all.
@@ -231,6 +248,29 @@ def exactness(size: Sizes, share: float | None, device: torch.device, dtype: tor
     pages = {"device": memory.device_nbytes // memory.page_nbytes, "host": memory.host_nbytes // memory.page_nbytes}
     found = {"T": count, "M": M, "C": size.C, "V": size.V, "pages": pages, "error_over_allowed": max(ratios.values())}
     return found if max(ratios.values()) <= 1 else {"failed": f"error over allowed error: {ratios}"} | found
+
+
+def found_again(video: LongVideo, device: torch.device) -> Result:
+    """Mean J of a fish before it goes, and after it is back: for `window` frames each."""
+    frames, labels = aquarium_clip(video.clip, video.size, 2)
+    # the same fish and scenery without the second fish
+    alone = aquarium_clip(video.clip, video.size, 1)[0]
+    present = [not video.window <= index < video.frames - video.window for index in range(video.frames)]
+    places = [video.clip_index(index) for index in range(video.frames)]
+    scores: dict[str, dict[str, float]] = {}
+    kept = {}
+    for name, budget in {"everything kept": None, "budget": parse_size(video.budget)}.items():
+        model = STM.load(device=device)
+        tracker = Tracker(model, memory=video.memory, size=min(video.size), budget=MemoryBudget(device=budget))
+        shown = ((frames if there else alone)[place] for place, there in zip(places, present))
+        found = [result.labels == 2 for result in tracker.track(shown, {0: labels[0]})]
+        true = [(labels[place] == 2) & there for place, there in zip(places, present)]
+        J = list(map(region_similarity, found, true))
+        parts = {"before": slice(1, video.window), "gone": slice(video.window, -video.window)}
+        parts["back"] = slice(-video.window, None)
+        scores[name] = {part: statistics.mean(J[where]) for part, where in parts.items()}
+        kept[name] = tracker.bank.summary() if tracker.bank else {}
+    return {"video": asdict(video), "memory": kept, "J": scores}
 
 
 def track_long_video(video: LongVideo, device: torch.device) -> Result:
@@ -248,31 +288,23 @@ def track_long_video(video: LongVideo, device: torch.device) -> Result:
         if code:
             return {"failed": f"stm track ended with code {code}"}
         memory = json.loads((Path(folder) / "out" / "summary.json").read_text())["memory"]
-    windows = {name: [window.start, window.stop] for name, window in video.windows.items()}
-    # one frame is remembered at every step, and what is kept in the end is what the budget holds
+    # frames are remembered evenly, and what is kept in the end is what the budget holds
     kept, dropped = memory["positions_kept"], memory["positions_dropped"]
     full = (video.frames - 1) * kept // (kept + dropped)
+    windows = {name: [window.start, window.stop] for name, window in video.windows(full).items()}
     found = {"video": asdict(video), "windows": windows, "memory": memory, "full_after_frames": full}
-    return found | figures(video, seen)
+    return found | figures(video, seen, full)
 
 
 def prepare(video: LongVideo, folder: Path, device: torch.device) -> list[str]:
-    """Write the video, its mask and a network; the command that tracks it."""
-    # with this seed all objects are seen from the first frame on
-    frames, labels = procedural_clip(video.clip, video.size, video.objects, seed=7)
+    """Write the video and its mask; the command that tracks it."""
+    frames, labels = aquarium_clip(video.clip, video.size, video.objects)
     with VideoWriter(folder / "video.mp4") as writer:
         for index in tqdm(range(video.frames), desc="write the video", unit="frame", delay=1):
             writer.write(frames[video.clip_index(index)])
     write_mask(folder / "mask.png", labels[0])
-    torch.manual_seed(0)
-    # time and memory do not depend on the weights
-    network = STM(STMConfig("resnet18", *video.channels, decoder_channels=64))
-    initialize(network)
-    write_tensors(network.state_dict(), folder / "network.safetensors")
-    command = ["track", str(folder / "video.mp4")]
-    for option, name in {"--mask": "mask.png", "--out": "out", "--checkpoint": "network.safetensors"}.items():
-        command += [option, str(folder / name)]
-    command += ["--memory", "every:1", "--memory-budget", video.budget, "--dtype", "float32"]
+    command = ["track", str(folder / "video.mp4"), "--mask", str(folder / "mask.png"), "--out", str(folder / "out")]
+    command += ["--size", str(min(video.size)), "--memory", video.memory, "--memory-budget", video.budget]
     return [*command, "--device", str(device)]
 
 
@@ -284,8 +316,8 @@ class Seen(NamedTuple):
     processor: float
 
 
-def figures(video: LongVideo, seen: list[Seen]) -> dict[str, Any]:
-    """Bytes held and seconds a frame, early and late."""
+def figures(video: LongVideo, seen: list[Seen], full: int) -> dict[str, Any]:
+    """Bytes held and seconds a frame, early and late, where the budget is full after so many frames."""
 
     def over(window: range) -> dict[str, float]:
         # from the mask of the frame before
@@ -296,13 +328,13 @@ def figures(video: LongVideo, seen: list[Seen]) -> dict[str, Any]:
             "processor_seconds": (within[-1].processor - within[0].processor) / len(window),
         }
 
-    early, late = map(over, video.windows.values())
+    early, late = map(over, video.windows(full).values())
     ratios = {name: late[name] / early[name] for name in late}
     return {
         "early": early,
         "late": late,
         "late_over_early": ratios,
-        "most_held_bytes": max(one.held for one in seen[video.early :]),
+        "most_held_bytes": max(one.held for one in seen[full:]),
     }
 
 
@@ -317,8 +349,13 @@ def show(results: dict[str, Result]) -> None:
     for name, cell in results.items():
         if name not in known:
             print(f"{name}: {cell.get('failed') or cell.get('skipped')}")
+        if "faster" in cell:
+            print(f"{name}: {cell['share_seconds']} seconds a frame, {cell['faster']:.2f} times as fast")
         if "error_over_allowed" in cell:
             print(f"{name}: error over allowed {cell['error_over_allowed']:.2f}")
+        if "J" in cell:
+            print(f"{name}, budget {cell['video']['budget']}")
+            print(table(("J", "before", "gone", "back"), [(key, *found.values()) for key, found in cell["J"].items()]))
         if "late_over_early" in cell:
             print(f"{name}, budget {cell['video']['budget']}, full after {cell['full_after_frames']} frames")
             rows = [(key, cell["early"][key], cell["late"][key], over) for key, over in cell["late_over_early"].items()]
@@ -328,7 +365,7 @@ def show(results: dict[str, Result]) -> None:
 def main(words: Sequence[str] | None = None) -> int:
     parser = harness.options(__doc__, threads=1)
     parser.add_argument(
-        "--frames", type=harness.at_least(700), default=10_000, help="length of the long run, at least 700"
+        "--frames", type=harness.at_least(3000), default=10_000, help="length of the long run, at least 3000"
     )
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION", help="%(choices)s")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to prove the program")
