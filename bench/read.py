@@ -1,9 +1,9 @@
 """The read against what users of STM run, softmax(q @ k.mT * s) @ v: python bench/read.py [--out FILE]
 
 480p at stride 16 (M = 1620) and 20 remembered frames (N = 32 400), C = 128, V = 512, forward and forward + backward, in
-float32 and bfloat16, in alternation. Beside the times stand the memory taken, the share of the speed of a large matrix
-product, and the error over the error that the tests allow. Then `skip` and `top_k` on keys of a tracked video, where
-every query looks at few places of each frame.
+float32 and bfloat16, in alternation. Beside the times stand the memory taken, the shares of the products with keys and
+with values, the share of the speed of a large matrix product, and the error over the error that the tests allow. Then
+`skip` and `top_k` on keys of a tracked video, where every query looks at few places of each frame.
 """
 
 from __future__ import annotations
@@ -179,8 +179,26 @@ def against_naive(size: Size, dtype: torch.dtype, repeats: int, rows: int) -> di
         "extra_bytes": {name: extra_memory(functions[f"{name}, forward"]) for name in reads},
         "seconds": seconds,
         "times_faster": {way: seconds[f"naive, {way}"]["median"] / seconds[f"ours, {way}"]["median"] for way in WAYS},
+        "time_shares": {name: time_shares(functions[f"{name}, forward"], size.C) for name in reads},
         "share_of_product": {name: size.flops() / seconds[f"{name}, forward"]["least"] / rate for name in reads},
     }
+
+
+def time_shares(function: Callable[[], Any], C: int) -> dict[str, float]:
+    """What a read's time goes to, by PyTorch's profiler: products with keys, products with values, all else."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        function()
+    shares = {"keys": 0.0, "values": 0.0, "rest": 0.0}
+    for event in profile.key_averages(group_by_input_shape=True):
+        name = event.key.split("::")[-1].rstrip("_")
+        if name in ("mm", "bmm", "addmm", "_linear_pointwise"):
+            # the left factor comes first, or behind what it is added to
+            left = event.input_shapes[name == "addmm"]
+            shares["keys" if left[-1] == C else "values"] += event.self_cpu_time_total
+        else:
+            shares["rest"] += event.self_cpu_time_total
+    total = sum(shares.values())
+    return {name: share / total for name, share in shares.items()}
 
 
 def choices(size: Size, dtype: torch.dtype, repeats: int, _: int) -> dict[str, Any]:
@@ -200,6 +218,8 @@ def show(name: str, found: dict[str, Any]) -> None:
     columns = ("median", "least", "processor")
     rows = [(what, *(times[column] for column in columns)) for what, times in found["seconds"].items()]
     print(table((f"{name}, seconds", *columns), rows))
+    for name, shares in found.get("time_shares", {}).items():
+        print(f"  time of {name}: " + ", ".join(f"{what} {share:.2f}" for what, share in shares.items()))
     for what, unit in (("times_faster", 1), ("share_of_product", 1), ("extra_bytes", MIB), ("error_over_allowed", 1)):
         values = found.get(what, {})
         for key, value in values.items() if isinstance(values, dict) else [("ours", values)]:

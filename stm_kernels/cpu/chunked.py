@@ -29,6 +29,11 @@ MIN_ROW_MAX = -1e30
 # a weight below 2^-100 counts as 0: products with subnormal numbers are slow, on Intel processors a hundredfold
 MIN_EXPONENT = -100.0
 
+Chunk = tuple[Tensor, Tensor, Tensor | None]
+"""Keys `[N, C]`, values `[N, V]`, and a bias `[N]` that is added to the unscaled products."""
+Weights = tuple[Tensor, Tensor]
+"""Of a chunk `[M, N]`, before they are divided by their sum, and the greatest product `[M, 1]` they are relative to."""
+
 
 def chunked_read(affinity: Affinity, memory_value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Read a memory of at least one position.
@@ -43,43 +48,51 @@ def chunked_read(affinity: Affinity, memory_value: Tensor) -> tuple[Tensor, Tens
 
     Source: Milakov & Gimelshein 2018, online softmax.
     """
-    query_key, memory_key, key_bias = affinity.query_key, affinity.memory_key, affinity.key_bias
+    query_key = affinity.query_key
     (B, M, _), V = affinity.sizes, memory_value.shape[2]
     out = query_key.new_empty(B, M, V)
     lse = query_key.new_empty(B, M, dtype=torch.float64)
     scratch = Scratch(query_key.device)
     for item in range(B):
-        chunks = steady_slices(affinity.positions(item), M, KEYS_PER_CHUNK)
-        bias = None if key_bias is None else key_bias[item] / affinity.scale
-        memory = (memory_key[item], memory_value[item], bias)
+        chunks = chunks_of(affinity, memory_value, item)
         for block in even_slices(M, QUERIES_PER_BLOCK):
-            read = _read_block(query_key[item, block], memory, affinity.scale, chunks, scratch)
+            read = read_block(query_key[item, block], chunks, V, affinity.scale, scratch)
             out[item, block], lse[item, block] = read
     return out, lse, torch.zeros_like(lse, dtype=torch.float32)
 
 
-def _read_block(
+def chunks_of(affinity: Affinity, memory_value: Tensor, item: int) -> list[Chunk]:
+    """The memory of one batch item in parts that stay in the caches."""
+    places = steady_slices(affinity.positions(item), affinity.sizes[1], KEYS_PER_CHUNK)
+    bias = None if affinity.key_bias is None else affinity.key_bias[item] / affinity.scale
+    key, value = affinity.memory_key[item], memory_value[item]
+    return [(key[place], value[place], None if bias is None else bias[place]) for place in places]
+
+
+def read_block(
     query_key: Tensor,
-    memory: tuple[Tensor, Tensor, Tensor | None],
+    chunks: Sequence[Chunk],
+    V: int,
     scale: float,
-    chunks: list[slice],
     scratch: Scratch,
+    held: list[Weights] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Read `[M, V]` and log-sum-exp `[M]` for a block of queries of one batch item. The output aliases scratch.
 
-    `memory` is its keys `[N, C]`, values `[N, V]` and bias `[N]`, which is added to the unscaled products.
+    `held` takes the weights of every chunk, in the dtype of the products; they alias scratch too.
     """
-    memory_key, memory_value, bias = memory
     wide, narrow = wide_dtype(query_key.dtype), product_dtype(query_key)
-    M, V = len(query_key), memory_value.shape[1]
+    M = len(query_key)
     query_key = scratch.cast("query_key", query_key, narrow)
     total = scratch.take("total", (M, V), wide).zero_()
     row_sum = total.new_zeros(M, 1)
     row_max = total.new_full((M, 1), -math.inf)
-    for chunk in chunks:
-        products = key_products(query_key, memory_key[chunk], wide, scratch)
+    places = [] if held is None else [M * len(keys) for keys, _, _ in chunks]
+    room = scratch.take("held", (1, sum(places)), narrow)[0].split(places)
+    for index, (keys, values, bias) in enumerate(chunks):
+        products = key_products(query_key, keys, wide, scratch)
         if bias is not None:
-            products.add_(bias[chunk])
+            products.add_(bias)
         new_max = torch.maximum(row_max, products.amax(1, keepdim=True)).clamp_(min=MIN_ROW_MAX)
         shrink = power_of_two((row_max - new_max).mul_(scale * LOG2_E))
         row_max = new_max
@@ -87,8 +100,12 @@ def _read_block(
         weights = power_of_two(products.sub_(row_max).mul_(scale * LOG2_E))
         row_sum.mul_(shrink).add_(weights.sum(1, keepdim=True))
         total.mul_(shrink)
-        weights = scratch.cast("rounded", weights, narrow)
-        _add_product(total, weights, scratch.cast("values", memory_value[chunk], narrow), scratch)
+        if held is None:
+            weights = scratch.cast("rounded", weights, narrow)
+        else:
+            weights = room[index].view(M, len(keys)).copy_(weights)
+            held.append((weights, row_max))
+        _add_product(total, weights, scratch.cast("values", values, narrow), scratch)
     # a row with no visible key has a sum of 0
     total.div_(row_sum.clamp(min=torch.finfo(wide).tiny))
     return total, (row_max.double() * scale + row_sum.double().log_())[:, 0]
@@ -165,7 +182,7 @@ def _backward_item(
     query_key = scratch.cast("query_key", query_key, narrow)
     grad_out = scratch.cast("grad_out", grad_out, narrow)
     shifted_grad_out = _beside(grad_out, -delta, scratch.take("shifted_grad_out", (M, grad_out.shape[1] + 2), narrow))
-    row_top = _row_top(lse, scale, wide)
+    row_top = row_top_parts(lse, scale, wide)
     total = scratch.take("total", (M, C), wide).zero_()
     for chunk in chunks:
         keys = scratch.cast("keys", memory_key[chunk], narrow)
@@ -174,7 +191,7 @@ def _backward_item(
         products = key_products(query_key, keys, wide, scratch)
         if bias is not None:
             products.add_(bias[chunk])
-        weights = _weights(products, row_top, scale)
+        weights = final_weights(products, row_top, scale)
         if least is not None:
             weights.masked_fill_(weights < least[:, None], 0.0)
         weights = scratch.cast("rounded", weights, narrow)
@@ -187,7 +204,7 @@ def _backward_item(
     grad_query_key.copy_(total)
 
 
-def _row_top(lse: Tensor, scale: float, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+def row_top_parts(lse: Tensor, scale: float, wide: torch.dtype) -> tuple[Tensor, Tensor]:
     """The log-sum-exp `[M]`, float64, in the unit of the unscaled products: rounded, `[M, 1]`, and the rounding error.
 
     In two parts, since the rounding error would scale the whole row. A row with no visible key gets a top so high that
@@ -198,7 +215,7 @@ def _row_top(lse: Tensor, scale: float, wide: torch.dtype) -> tuple[Tensor, Tens
     return rounded, ((rounded - row_top) * (scale * LOG2_E)).to(wide)
 
 
-def _weights(products: Tensor, row_top: Sequence[Tensor], scale: float) -> Tensor:
+def final_weights(products: Tensor, row_top: Sequence[Tensor], scale: float) -> Tensor:
     """The unscaled products `[M, N]` turned into weights, in place."""
     rounded, rest = row_top
     return power_of_two(torch.add(rest, products.sub_(rounded), alpha=scale * LOG2_E, out=products))
@@ -238,29 +255,3 @@ def _store_product(target: Tensor, left: Tensor, right: Tensor, scratch: Scratch
         torch.mm(left, right, out=target)
     else:
         target.copy_(product("product", left, right, scratch))
-
-
-def chunked_usage(affinity: Affinity, lse: Tensor | None) -> Tensor:
-    """Column sums `[B, N]` of the affinity, in `wide_dtype`, of a memory of at least one position.
-
-    Args:
-        affinity: the weights of the positions.
-        lse: `[B, M]`, float64; None computes it.
-    """
-    query_key, memory_key = affinity.query_key, affinity.memory_key
-    B, M, N = affinity.sizes
-    wide, narrow = wide_dtype(query_key.dtype), product_dtype(query_key)
-    if lse is None:
-        lse = chunked_read(affinity, memory_key[:, :, :1])[1]
-    usage = query_key.new_zeros(B, N, dtype=wide)
-    scratch = Scratch(query_key.device)
-    for item in range(B):
-        for block in even_slices(M, QUERIES_PER_BLOCK):
-            queries = scratch.cast("query_key", query_key[item, block], narrow)
-            row_top = _row_top(lse[item, block], affinity.scale, wide)
-            for chunk in steady_slices(affinity.positions(item), M, KEYS_PER_CHUNK):
-                products = key_products(queries, memory_key[item, chunk], wide, scratch)
-                if affinity.key_bias is not None:
-                    products.add_(affinity.key_bias[item, chunk] / affinity.scale)
-                usage[item, chunk] += _weights(products, row_top, affinity.scale).sum(0)
-    return usage

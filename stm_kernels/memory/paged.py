@@ -1,18 +1,17 @@
 """A memory that grows by pages: appending copies the new positions and nothing else."""
 
-import math
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from stm_kernels.affinity import PAGE_MULTIPLE, Affinity, wide_dtype
-from stm_kernels.cpu.top_k import chosen_usage, weighted_read
+from stm_kernels.affinity import PAGE_MULTIPLE, Affinity
+from stm_kernels.memory.page_reads import read_top_k, read_with_usage, usage_comes_with_read, usage_of_pages
 from stm_kernels.memory.pages import Pages
 from stm_kernels.merge import ReadResult, merge_results
-from stm_kernels.operator import autocast_inputs, flat, resolve_implementation, select, shift_back
+from stm_kernels.operator import autocast_inputs, flat, resolve_implementation, shift_back
 from stm_kernels.options import ReadOptions, check_local
-from stm_kernels.read import checked_inputs, read_checked, usage_checked
+from stm_kernels.read import checked_inputs, read_checked
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -249,7 +248,8 @@ class PagedMemory:
             scale, similarity, skip, return_lse, return_skipped: as in `memory_read`.
             top_k: as in `memory_read`; with several pages the read is not differentiable.
             return_usage: also return the softmax mass of each position over all queries, `[B, N]`, as `memory_usage`
-                does. With `top_k` it comes out of the read; else a second pass multiplies the keys once more.
+                does. It comes out of the read, with `top_k` and with pages of a CPU; elsewhere a second pass multiplies
+                the keys once more.
             implementation: as in `memory_read`; "reference" gathers the pages first and then holds the whole affinity.
 
         Returns:
@@ -262,10 +262,12 @@ class PagedMemory:
         if not return_usage:
             return self.read_all(query_key, options).chosen(return_lse, return_skipped)
         if top_k is not None and implementation != "reference" and len(self):
-            result, usage = self._read_top_k(self._checked(query_key, options)[0], options)
+            result, usage = read_top_k(self._pages, self._checked(query_key, options)[0], options)
+        elif usage_comes_with_read(self._pages, query_key, options):
+            result, usage = read_with_usage(self._pages, self._checked(query_key, options)[0], options)
         else:
-            result = self.read_all(query_key, options)
-            usage = self._usage(query_key, None if top_k else result.lse, options)
+            result, query_key = self.read_all(query_key, options), self._checked(query_key, options)[0]
+            usage = usage_of_pages(self._pages, query_key, None if top_k else result.lse, options)
         chosen = result.chosen(return_lse, return_skipped)
         return (*chosen, usage) if isinstance(chosen, tuple) else (chosen, usage)
 
@@ -280,7 +282,7 @@ class PagedMemory:
             keys, values = zip(*((key.clone(), value.clone()) for key, value in self._pages.stream()))
             return read_checked(options, query_key, *autocast_inputs(torch.cat(keys, 1), torch.cat(values, 1)))
         if options.top_k is not None and pages > 1:
-            return self._read_top_k(query_key, options)[0]
+            return read_top_k(self._pages, query_key, options)[0]
         merged: ReadResult | None = None
         done = 0
         if min(pages, len(self._pages.on_device)) > 1 and self._has_table_kernel(query_key, options):
@@ -323,48 +325,6 @@ class PagedMemory:
         affinity = Affinity(query_key, key, scale, bias, may_hide=False)
         out, lse, skipped, _ = triton_read(affinity, value, options.dropped, table)
         return ReadResult(out, lse if shift is None else shift_back(lse, shift), skipped)
-
-    def _read_top_k(self, query_key: Tensor, options: ReadOptions) -> tuple[ReadResult, Tensor]:
-        """The read of the `top_k` best positions of all pages, in two passes over the pages, and their usage.
-
-        Each page selects its best; the best of these are the best of all, and are read page by page.
-        """
-        if query_key.requires_grad and torch.is_grad_enabled():
-            raise ValueError("query_key: expected no gradients of top_k in several pages, got requires_grad=True")
-        k, start, shift = options.top_k, 0, None
-        logits = query_key.new_empty(*query_key.shape[:2], 0, dtype=wide_dtype(query_key.dtype))
-        positions = logits.int()
-        for key, _ in self._pages.stream():
-            page_positions, page_logits, shift = select(options, query_key, *autocast_inputs(key))
-            # ties go to the earlier position, which stands first in a stable sort
-            logits, order = torch.cat([logits, page_logits], 2).sort(dim=2, descending=True, stable=True)
-            positions = torch.cat([positions, page_positions + start], 2).gather(2, order[..., :k])
-            logits, start = logits[..., :k], start + key.shape[1]
-        merged: ReadResult | None = None
-        start = 0
-        for _, value in self._pages.stream():
-            (value,) = autocast_inputs(value)
-            elsewhere = (positions < start) | (positions >= start + value.shape[1])
-            here = (positions - start).masked_fill_(elsewhere, 0)
-            out, lse = weighted_read(value, here, logits.masked_fill(elsewhere, -math.inf))
-            part = ReadResult(out, lse, torch.zeros_like(lse, dtype=torch.float32))
-            merged = part if merged is None else merge_results(merged, part)
-            start += value.shape[1]
-        assert merged is not None
-        lse = merged.lse if shift is None else shift_back(merged.lse, shift)
-        usage = chosen_usage(positions, logits, len(self))
-        return ReadResult(merged.out.to(query_key.dtype), lse, merged.skipped), usage
-
-    def _usage(self, query_key: Tensor, lse: Tensor | None, options: ReadOptions) -> Tensor:
-        """The usage by a pass over the keys; without the log-sum-exp `[B, M]` of the read all keys are gathered."""
-        query_key, nothing, _ = self._checked(query_key, options)
-        if lse is None:
-            keys = [nothing, *(autocast_inputs(key)[0].clone() for key, _ in self._pages.stream())]
-            return usage_checked(options, None, query_key, torch.cat(keys, 1))
-        usages = [usage_checked(options, lse, query_key, nothing)]
-        for key, _ in self._pages.stream():
-            usages.append(usage_checked(options, lse, query_key, *autocast_inputs(key)))
-        return torch.cat(usages, 1)
 
     def check(self, key: Tensor, value: Tensor) -> None:
         """Raise what `append` would raise."""

@@ -25,6 +25,8 @@ def test_the_read_is_checked_timed_and_written(tmp_path, capsys):
     for dtype in read.DTYPES:
         found = report["reads"][dtype]
         assert found["error_over_allowed"] <= 1 and found["extra_bytes"]["naive"] > 24 * 72 * 4
+        for shares in found["time_shares"].values():
+            assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) > 0
         seconds = found["seconds"]
         assert min(times["least"] for times in seconds.values()) > 0
         for way, ratio in found["times_faster"].items():

@@ -6,10 +6,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import stm_kernels.cpu.chunked as chunked
 import stm_kernels.cpu.top_k as cpu_top_k
+import stm_kernels.cpu.usage as cpu_usage
 from stm_kernels import memory_read
 from stm_kernels.affinity import Affinity
 from stm_kernels.cpu import flash, gemm
 from stm_kernels.cpu.gemm import even_slices, steady_slices
+from stm_kernels.cpu.usage import chunked_read_with_usage, chunked_usage
 from stm_kernels.testing import allocations, assert_exact, extra_memory, make_problem, read_by, results
 
 
@@ -151,6 +153,7 @@ def test_a_memory_that_grows_by_frames_needs_no_ever_new_products(monkeypatch, d
     monkeypatch.setattr(chunked, "KEYS_PER_CHUNK", 128)
     monkeypatch.setattr(chunked, "BACKWARD_KEYS_PER_CHUNK", (64, 128))
     monkeypatch.setattr(cpu_top_k, "KEYS_PER_CHUNK", 128)
+    monkeypatch.setattr(cpu_usage, "KEYS_PER_CHUNK", 128)
 
     def sizes(most: int) -> set:
         with Products() as products:
@@ -160,7 +163,8 @@ def test_a_memory_that_grows_by_frames_needs_no_ever_new_products(monkeypatch, d
                 inputs = (affinity, problem.memory_value)
                 outputs = chunked.chunked_read(*inputs)
                 chunked.chunked_read_backward(problem.grad_out, problem.grad_lse.double(), *inputs, *outputs, 0.0)
-                chunked.chunked_usage(affinity, None)
+                chunked_usage(affinity, None)
+                chunked_read_with_usage([affinity], [problem.memory_value])
                 cpu_top_k.chunked_select(affinity, 5)
         assert len(products.sizes) >= 3
         return products.sizes

@@ -6,6 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paging import B, C, V, filled, held_by
 
+import stm_kernels.cpu.chunked as chunked
+import stm_kernels.cpu.usage as cpu_usage
+import stm_kernels.memory.page_reads as page_reads
+import stm_kernels.memory.paged as paged
 from stm_kernels import PagedMemory, memory_read, memory_usage, merge_reads
 from stm_kernels.testing import extra_memory, make_problem
 
@@ -81,6 +85,33 @@ def test_usage_is_that_of_all_positions_at_once(device, options, implementation)
     torch.testing.assert_close(out, memory.read(problem.query_key, implementation=implementation, **options))
     empty = PagedMemory(B, C, V, device=device).read(problem.query_key, return_lse=True, return_usage=True, **options)
     assert [list(each.shape) for each in empty] == [[B, 9, V], [B, 9], [B, 0]]
+
+
+@pytest.mark.parametrize("similarity", ["dot", "l2"])
+@pytest.mark.parametrize(
+    "dtype, rtol", [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 2**-7)], ids=str
+)
+def test_usage_comes_out_of_the_read(monkeypatch, dtype, rtol, similarity):
+    # blocks of 64 queries, chunks of 128 keys in pages of 256
+    monkeypatch.setattr(cpu_usage, "HELD_WEIGHTS", 1)
+    monkeypatch.setattr(chunked, "KEYS_PER_CHUNK", 128)
+    problem = make_problem(B, 150, 700, C, V, dtype=dtype, peak=5.0)
+    memory = filled(problem, 256)
+    options = {"similarity": similarity, "return_lse": True}
+    read = memory.read(problem.query_key, **options)
+    monkeypatch.setattr(page_reads, "has_tiles", lambda: False)
+    # there is no second pass
+    monkeypatch.setattr(paged, "usage_of_pages", None)
+    *found, usage = memory.read(problem.query_key, return_usage=True, **options)
+    # of results as large as the values
+    atol = rtol * problem.memory_value.double().abs().max().item()
+    torch.testing.assert_close(tuple(found), read, rtol=rtol, atol=atol)
+    inputs = (problem.query_key.double(), problem.memory_key.double())
+    expected = memory_usage(*inputs, implementation="reference", similarity=similarity)
+    # in bfloat16 weights are rounded to 8 bits, and so are their sums
+    torch.testing.assert_close(usage.double(), expected, rtol=rtol, atol=1e-7)
+    torch.testing.assert_close(usage.double().sum(1), torch.full((B,), 150.0).double(), rtol=rtol, atol=0)
+    assert usage.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 @settings(max_examples=40, deadline=None)
