@@ -51,18 +51,21 @@ def reference_usage(
     lengths: Tensor | None = None,
     top_k: int | None = None,
     lse: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """The softmax mass of each memory position over all queries: the column sums `[B, N]` of the affinity.
 
     Args:
         query_key, memory_key, scale, similarity, key_bias, lengths, top_k: as in `reference_read`.
         lse: `[B, M]`, the log-sum-exp of a larger memory, of which these positions are a part; None is these alone.
+        weight: `[B, M]`, what each query counts; None is 1.
     """
     logits_BMN = reference_logits(query_key, memory_key, scale, similarity, key_bias, lengths)
     weights_BMN, _ = _softmax(logits_BMN, top_k)
     if lse is not None:
         weights_BMN = (logits_BMN - lse.masked_fill(lse.isneginf(), 0.0)[:, :, None]).exp().to(logits_BMN.dtype)
-    return (weights_BMN if weights_BMN.itemsize == 8 else weights_BMN.float()).sum(1)
+    wide = weights_BMN if weights_BMN.itemsize == 8 else weights_BMN.float()
+    return (wide if weight is None else wide * weight[:, :, None]).sum(1)
 
 
 def reference_logits(

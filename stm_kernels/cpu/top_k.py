@@ -122,9 +122,12 @@ def top_k_usage(affinity: Affinity, k: int, select: Select) -> Tensor:
     return chosen_usage(*select(affinity, k), affinity.memory_key.shape[1])
 
 
-def chosen_usage(indices: Tensor, logits: Tensor, N: int) -> Tensor:
-    """The softmax mass `[B, N]` of each position, of chosen ones `[B, M, K]` and their logits."""
-    return torch.stack([_Transposed(chosen, N).sum(weights) for chosen, weights in zip(indices, _softmax(logits))])
+def chosen_usage(indices: Tensor, logits: Tensor, N: int, weight: Tensor | None = None) -> Tensor:
+    """The softmax mass `[B, N]` of each position, of chosen ones `[B, M, K]`, their logits, and what queries count."""
+    masses = _softmax(logits)
+    if weight is not None:
+        masses = masses * weight[:, :, None].to(masses.dtype)
+    return torch.stack([_Transposed(chosen, N).sum(mass) for chosen, mass in zip(indices, masses)])
 
 
 class _Transposed:

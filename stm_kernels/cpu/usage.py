@@ -25,7 +25,7 @@ MIN_QUERIES = 64
 
 
 def chunked_read_with_usage(
-    affinities: Sequence[Affinity], values: Sequence[Tensor]
+    affinities: Sequence[Affinity], values: Sequence[Tensor], weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Read the pages of a memory as one, and how much of the softmax mass each position has, in one pass.
 
@@ -34,6 +34,7 @@ def chunked_read_with_usage(
     Args:
         affinities: of the same queries with the keys of each page, at least one position; nothing is hidden.
         values: of each page, `[B, P, V]`.
+        weight: `[B, M]`, what each query counts in the usage; None is 1.
 
     Returns:
         The read `[B, M, V]`, its log-sum-exp `[B, M]`, float64, and the usage `[B, P]` of each page in `wide_dtype`; in
@@ -59,6 +60,8 @@ def chunked_read_with_usage(
             out[item, block], lse[item, block] = read, total
             for (weights, row_max), part in zip(held, sums):
                 shares = (row_max[:, 0].double() * scale - total).exp_()
+                if weight is not None:
+                    shares *= weight[item, block]
                 _add_column_sums(part, weights, shares.to(wide))
     return out, lse, [*usage.split(lengths, 1)]
 

@@ -14,9 +14,12 @@ from stm_kernels.merge import ReadResult, merge_results
 from stm_kernels.operator import autocast_inputs, flat, resolve_implementation, select, shift_back
 from stm_kernels.options import ReadOptions
 from stm_kernels.read import usage_checked
+from stm_kernels.reference import reference_usage
 
 
-def read_top_k(pages: Pages, query_key: Tensor, options: ReadOptions) -> tuple[ReadResult, Tensor]:
+def read_top_k(
+    pages: Pages, query_key: Tensor, options: ReadOptions, weight: Tensor | None = None
+) -> tuple[ReadResult, Tensor]:
     """The read of the `top_k` best positions of all pages, in two passes over the pages, and their usage.
 
     Each page selects its best; the best of these are the best of all, and are read page by page.
@@ -44,7 +47,7 @@ def read_top_k(pages: Pages, query_key: Tensor, options: ReadOptions) -> tuple[R
         start += value.shape[1]
     assert merged is not None
     lse = merged.lse if shift is None else shift_back(merged.lse, shift)
-    usage = chosen_usage(positions, logits, pages.length)
+    usage = chosen_usage(positions, logits, pages.length, weight)
     return ReadResult(merged.out.to(query_key.dtype), lse, merged.skipped), usage
 
 
@@ -62,7 +65,9 @@ def usage_comes_with_read(pages: Pages, query_key: Tensor, options: ReadOptions)
     )
 
 
-def read_with_usage(pages: Pages, query_key: Tensor, options: ReadOptions) -> tuple[ReadResult, Tensor]:
+def read_with_usage(
+    pages: Pages, query_key: Tensor, options: ReadOptions, weight: Tensor | None
+) -> tuple[ReadResult, Tensor]:
     """The exact read of all pages, in a CPU's memory, and their usage, in one pass."""
     affinities, values, shift = [], [], None
     for page in pages.stream():
@@ -70,17 +75,22 @@ def read_with_usage(pages: Pages, query_key: Tensor, options: ReadOptions) -> tu
         bias, _, scale, shift = flat(options, query_key, key)
         affinities.append(Affinity(query_key, key, scale, bias, may_hide=False))
         values.append(value)
-    out, lse, usages = chunked_read_with_usage(affinities, values)
+    out, lse, usages = chunked_read_with_usage(affinities, values, weight)
     lse = lse if shift is None else shift_back(lse, shift)
     return ReadResult(out, lse, torch.zeros_like(lse, dtype=torch.float32)), torch.cat(usages, 1)
 
 
-def usage_of_pages(pages: Pages, query_key: Tensor, lse: Tensor | None, options: ReadOptions) -> Tensor:
+def usage_of_pages(
+    pages: Pages, query_key: Tensor, lse: Tensor | None, options: ReadOptions, weight: Tensor | None
+) -> Tensor:
     """The usage by a pass over the keys; without the log-sum-exp `[B, M]` of the read all keys are gathered."""
     (nothing,) = autocast_inputs(pages.new_page(0)[0])
     if lse is None:
         keys = [nothing, *(autocast_inputs(key)[0].clone() for key, _ in pages.stream())]
-        return usage_checked(options, None, query_key, torch.cat(keys, 1))
+        return reference_usage(query_key, torch.cat(keys, 1), weight=weight, **options.meaning(query_key.shape[2]))
+    if weight is not None:
+        # w · exp(logit - lse) is exp(logit - (lse - log w))
+        lse = lse - weight.to(lse.dtype).log()
     usages = [usage_checked(options, lse, query_key, nothing)]
     for key, _ in pages.stream():
         usages.append(usage_checked(options, lse, query_key, *autocast_inputs(key)))

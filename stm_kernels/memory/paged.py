@@ -10,7 +10,7 @@ from stm_kernels.memory.page_reads import read_top_k, read_with_usage, usage_com
 from stm_kernels.memory.pages import Pages
 from stm_kernels.merge import ReadResult, merge_results
 from stm_kernels.operator import autocast_inputs, flat, resolve_implementation, shift_back
-from stm_kernels.options import ReadOptions, check_local
+from stm_kernels.options import ReadOptions, check_local, check_rows
 from stm_kernels.read import checked_inputs, read_checked
 
 if TYPE_CHECKING:
@@ -216,6 +216,7 @@ class PagedMemory:
         return_lse: Literal[False] = False,
         return_skipped: Literal[False] = False,
         return_usage: Literal[False] = False,
+        usage_weight: Tensor | None = None,
         **options: "Unpack[PageKeywords]",
     ) -> Tensor: ...
     @overload
@@ -226,6 +227,7 @@ class PagedMemory:
         return_lse: bool = False,
         return_skipped: bool = False,
         return_usage: bool = False,
+        usage_weight: Tensor | None = None,
         **options: "Unpack[PageKeywords]",
     ) -> Any: ...
     def read(
@@ -239,6 +241,7 @@ class PagedMemory:
         return_lse: bool = False,
         return_skipped: bool = False,
         return_usage: bool = False,
+        usage_weight: Tensor | None = None,
         implementation: str = "auto",
     ) -> Tensor | tuple[Tensor, ...]:
         """Read all positions, page by page.
@@ -250,6 +253,7 @@ class PagedMemory:
             return_usage: also return the softmax mass of each position over all queries, `[B, N]`, as `memory_usage`
                 does. It comes out of the read, with `top_k` and with pages of a CPU; elsewhere a second pass multiplies
                 the keys once more.
+            usage_weight: `[B, M]`, above 0, what each query counts in the usage; None is 1.
             implementation: as in `memory_read`; "reference" gathers the pages first and then holds the whole affinity.
 
         Returns:
@@ -261,13 +265,18 @@ class PagedMemory:
         options = ReadOptions(scale, similarity, None, None, top_k, skip, implementation)
         if not return_usage:
             return self.read_all(query_key, options).chosen(return_lse, return_skipped)
+        if usage_weight is not None:
+            check_rows("usage_weight", usage_weight, query_key, query_key.shape[:2], "[B, M]")
+            if not (usage_weight > 0).all():
+                raise ValueError(f"usage_weight: expected values above 0, got {usage_weight.min().item()}")
         if top_k is not None and implementation != "reference" and len(self):
-            result, usage = read_top_k(self._pages, self._checked(query_key, options)[0], options)
+            result, usage = read_top_k(self._pages, self._checked(query_key, options)[0], options, usage_weight)
         elif usage_comes_with_read(self._pages, query_key, options):
-            result, usage = read_with_usage(self._pages, self._checked(query_key, options)[0], options)
+            checked = self._checked(query_key, options)[0]
+            result, usage = read_with_usage(self._pages, checked, options, usage_weight)
         else:
             result, query_key = self.read_all(query_key, options), self._checked(query_key, options)[0]
-            usage = usage_of_pages(self._pages, query_key, None if top_k else result.lse, options)
+            usage = usage_of_pages(self._pages, query_key, None if top_k else result.lse, options, usage_weight)
         chosen = result.chosen(return_lse, return_skipped)
         return (*chosen, usage) if isinstance(chosen, tuple) else (chosen, usage)
 

@@ -90,9 +90,11 @@ class MemoryBank:
                 self.memories.append(part)
                 self.places.append([held[index] for index in objects])
 
-    def read(self, query_key: Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, query_key: Tensor, cells: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What every object reads, and how familiar each position is, as `SpaceTimeMemory.read`."""
-        readouts, similarities = map(torch.cat, zip(*(memory.read(query_key) for memory in self.memories)))
+        each = zip(self.memories, self.places)
+        reads = (memory.read(query_key, None if cells is None else cells[places]) for memory, places in each)
+        readouts, similarities = map(torch.cat, zip(*reads))
         order = [place for held in self.places for place in held]
         if order == sorted(order):
             return readouts, similarities
@@ -116,7 +118,14 @@ class MemoryBank:
                 entries.append(Entry(memory, places, counts, kept))
         return entries
 
-    def remember(self, frame_index: int, entries: Sequence[Entry], key: Tensor, value: Tensor) -> None:
+    def remember(
+        self,
+        frame_index: int,
+        entries: Sequence[Entry],
+        key: Tensor,
+        value: Tensor,
+        cells: Tensor | None = None,
+    ) -> None:
         """Put a frame into the memories that want it.
 
         Args:
@@ -124,6 +133,7 @@ class MemoryBank:
             entries: what `wanted` returned.
             key: `[n, C, h, w]` of all n objects, or `[1, C, h, w]` if they share it.
             value: `[n, V, h, w]`.
+            cells: `[n, h, w]`, how certainly each object is at each position; None is not known.
 
         Raises:
             ValueError: the budget does not hold even the frames that must stay; the message says what would.
@@ -136,7 +146,7 @@ class MemoryBank:
             memory.prepare(keys, values)
             for _ in range(given if kept and given and self.budget.total is None else 1):
                 self._make_room(memory, frame_index)
-                memory.remember(frame_index, given > 0, kept, keys, values)
+                memory.remember(frame_index, given > 0, kept, keys, values, None if cells is None else cells[part])
             if kept and self.budget.share is not None:
                 self._keep_share(memory, frame_index, self.budget.share)
             pages = self._pages()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
+from torch.nn import functional as F
 
 from stm_kernels import PagedMemory
 from stm_model.network import as_positions
@@ -18,9 +19,11 @@ USAGE_DECAY = 0.95
 """What a read counts for at the next one: half of it after 14 reads."""
 PROBATION = 5
 """For so many frames a position stays, however little it is used: nothing is known of it yet."""
-FRAME, GIVEN, USED, USE = range(4)
-"""Columns of what is noted of a position: the frame that it is of, whether the user gave that frame's mask, its share
-of the mass of each read, decayed and summed, and the same not decayed.
+FAR = 0.02
+"""What a query counts for that is at no object; one at an object counts 1: what the background reads decides no mask."""
+FRAME, GIVEN, OBJECT, USED, USE = range(5)
+"""Columns of what is noted of a position: the frame that it is of, whether the user gave that frame's mask, the object
+that it is at (-1 for none), its share of the mass of each read, decayed and summed, and the same not decayed.
 """
 
 
@@ -43,8 +46,8 @@ class SpaceTimeMemory:
         self.rule, self.objects, self.limit = rule, objects, limit
         self.weighed, self.read_options = weighed, read_options
         self.pages: PagedMemory | None = None
-        self.notes = torch.zeros(0, 4, dtype=torch.float64)
-        """`[N, 4]`, a row for every position, in the order in which they lie in memory."""
+        self.notes = torch.zeros(0, 5, dtype=torch.float64)
+        """`[N, 5]`, a row for every position, in the order in which they lie in memory."""
         self.positions = 0
         """Of each frame."""
         self.seen = 0
@@ -85,7 +88,9 @@ class SpaceTimeMemory:
             options["page_size"] = budget_page(self.limit, self.positions, position_bytes)
         return PagedMemory(keys, key_channels, value_channels, **options)
 
-    def remember(self, frame_index: int, given: bool, kept: bool, key: Tensor, value: Tensor) -> None:
+    def remember(
+        self, frame_index: int, given: bool, kept: bool, key: Tensor, value: Tensor, cells: Tensor | None = None
+    ) -> None:
         """Add a frame, a temporary one unless it is `kept`.
 
         Args:
@@ -94,10 +99,14 @@ class SpaceTimeMemory:
             kept: whether it stays for good.
             key: `[n, C, h, w]`, or `[1, C, h, w]` where the n objects share it.
             value: `[n, V, h, w]`.
+            cells: `[n, h, w]`, how certainly each object is at each position; None is not known.
         """
         self.prepare(key, value).append(as_positions(key), as_positions(_beside(value, len(key))))
-        note = self.notes.new_tensor([frame_index, given, 0, 0])
-        self.notes = torch.cat([self.notes, note.expand(self.positions, -1)])
+        notes = self.notes.new_tensor([frame_index, given, -1, 0, 0]).repeat(self.positions, 1)
+        if cells is not None and self.weighed:
+            near, owner = _near(cells).flatten(1).max(0)
+            notes[:, OBJECT] = owner.masked_fill(near < 0.5, -1).cpu()
+        self.notes = torch.cat([self.notes, notes])
         self.seen += self.positions * kept
         self._temporary = not kept
 
@@ -147,6 +156,10 @@ class SpaceTimeMemory:
 
             state["pages"] = state["pages"] | {"pages": [of_part(*page) for page in state["pages"]["pages"]]}
         part.load_state(state, self.pages.device if self.pages is not None else torch.device("cpu"))
+        # the last one stands for no object
+        places = part.notes.new_full((self.objects + 1,), -1)
+        places[list(objects)] = torch.arange(len(objects), dtype=places.dtype)
+        part.notes[:, OBJECT] = places[part.notes[:, OBJECT].long()]
         return part
 
     def forget_since(self, frame_index: int) -> None:
@@ -156,11 +169,15 @@ class SpaceTimeMemory:
         if len(wrong):
             self.evict(wrong)
 
-    def read(self, query_key: Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, query_key: Tensor, cells: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What each of the n objects reads at every position of a frame, and how familiar the position is.
+
+        What is read near an object counts as use, and for as much as one is seen. The use of an object's positions
+        decays while it is seen, so that they stay until it returns.
 
         Args:
             query_key: `[1, C, h, w]`.
+            cells: `[n, h, w]`, how certainly each object was at each position in the frame before; None is everywhere.
 
         Returns:
             The readout `[n, V, h, w]`, and the log of the mean exponential similarity `[n, h, w]`.
@@ -168,18 +185,29 @@ class SpaceTimeMemory:
         assert self.pages is not None
         height, width = query_key.shape[-2:]
         queries = as_positions(query_key).expand(self.pages.batch, -1, -1)
-        readout, lse, *usage = self.pages.read(queries, return_lse=True, return_usage=self.weighed, **self.read_options)
+        options = {"return_lse": True, "return_usage": self.weighed, **self.read_options}
+        if self.weighed and cells is not None:
+            options["usage_weight"] = (_near(cells).amax(0).flatten() + FAR).expand(self.pages.batch, -1)
+        readout, lse, *usage = self.pages.read(queries, **options)
         if usage:
-            mass = usage[0].double().sum(0).cpu()
-            mass /= mass.sum()
-            self.notes[:, USED] = self.notes[:, USED] * USAGE_DECAY + mass
-            self.notes[:, USE] += mass
+            self._note_use(usage[0].double().sum(0).cpu(), cells)
         similarity = lse - math.log(len(self.pages))
         sharing = self.objects // self.pages.batch
         return (
             rearrange(readout, "k (h w) (n v) -> (k n) v h w", h=height, w=width, n=sharing),
             repeat(similarity, "k (h w) -> (k n) h w", h=height, w=width, n=sharing),
         )
+
+    def _note_use(self, mass: Tensor, cells: Tensor | None) -> None:
+        """Add a read's mass `[N]` to the use of the positions."""
+        # of the background, which is always seen, the last
+        seen = torch.ones(self.objects + 1, dtype=torch.float64)
+        if cells is not None:
+            seen[:-1] = cells.amax((1, 2)).double().cpu()
+        mass *= seen[: self.objects].max() / mass.sum()
+        self.notes[:, USED] *= USAGE_DECAY ** seen[self.notes[:, OBJECT].long()]
+        self.notes[:, USED] += mass
+        self.notes[:, USE] += mass
 
     def state(self) -> dict[str, Any]:
         """All it holds, as `PagedMemory.state`."""
@@ -198,6 +226,11 @@ class SpaceTimeMemory:
             key, value = state["pages"]["pages"][0]
             self.pages = self._make_pages(len(key), key.shape[2], value.shape[2], key.dtype, device)
             self.pages.load_state(state["pages"])
+
+
+def _near(cells: Tensor) -> Tensor:
+    """`[n, h, w]`, the most of each position and those beside it."""
+    return F.max_pool2d(cells.float(), 3, 1, 1)
 
 
 def _beside(value: Tensor, keys: int) -> Tensor:

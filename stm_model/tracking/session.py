@@ -286,20 +286,21 @@ class TrackingSession:
             return None, torch.ones(1, *image.shape[-2:], device=self.device), []
         masks = pad_to_stride(self.previous.probabilities[1:])[0]
         others = other_object_masks(masks)
-        self._remember(self.previous, masks, others)
+        cells = F.max_pool2d(masks, STRIDE)
+        self._remember(self.previous, masks, others, cells)
         padded, (top, left) = pad_to_stride(image)
         query = self.model.encode_query(padded)
-        readout, similarity = self.bank.read(query.key)
+        readout, similarity = self.bank.read(query.key, cells)
         objects = self.model.segment(readout, query, [len(self.objects)], (masks, others))
         # of the padded frame, whose cells are whole
-        cells = F.avg_pool2d(objects, STRIDE)
-        familiarity = ((cells * similarity).sum((1, 2)) / cells.sum((1, 2)).clamp(min=1e-12)).tolist()
+        found = F.avg_pool2d(objects, STRIDE)
+        familiarity = ((found * similarity).sum((1, 2)) / found.sum((1, 2)).clamp(min=1e-12)).tolist()
         height, width = image.shape[-2:]
         found = objects[:, top : top + height, left : left + width]
         return query, torch.softmax(soft_aggregate(found), 0), familiarity
 
-    def _remember(self, previous: _Previous, masks: Tensor, others: Tensor) -> None:
-        """Put the previous frame, with its soft masks `[n, H, W]`, into the memories that want it."""
+    def _remember(self, previous: _Previous, masks: Tensor, others: Tensor, cells: Tensor) -> None:
+        """Put the previous frame, with its soft masks `[n, H, W]` and their cells `[n, h, w]`, into the memories that want it."""
         given = [previous.given.get(label, 0) for label in self.objects]
         certain = [not self.skip_uncertain or value >= UNCERTAIN for value in previous.certainty]
         entries = self.bank.wanted(previous.index, given, certain)
@@ -307,7 +308,7 @@ class TrackingSession:
             return
         frame = pad_to_stride(previous.image)[0] if previous.query is None else previous.query
         key, value = self.model.memorize(frame, masks, others, [len(masks)])
-        self.bank.remember(previous.index, entries, key, value)
+        self.bank.remember(previous.index, entries, key, value, cells)
 
     def _forget_wrong(self, labels: Tensor, given: frozenset[int]) -> set[int]:
         """Forget the frames since the last given mask of each object whose mask in the last frame was wrong: they would

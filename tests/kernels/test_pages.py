@@ -87,6 +87,37 @@ def test_usage_is_that_of_all_positions_at_once(device, options, implementation)
     assert [list(each.shape) for each in empty] == [[B, 9, V], [B, 9], [B, 0]]
 
 
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("options", [{}, {"top_k": 7}, {"similarity": "l2"}, {"skip": 1e-9}], ids=str)
+@pytest.mark.parametrize("device_pages", [None, 2], ids=["device", "host"])
+def test_queries_count_by_weight_in_the_usage(device, options, implementation, device_pages):
+    problem = make_problem(B, 9, 50, C, V, peak=3.0, device=device)
+    memory = filled(problem, 8, device=device, device_pages=device_pages)
+    weight = torch.rand(B, 9, device=device) + 0.01
+    inputs = (problem.query_key.double(), problem.memory_key.double())
+    meaning = {name: value for name, value in options.items() if name != "skip"}
+    # a query at a time
+    each = [memory_usage(inputs[0][:, m : m + 1], inputs[1], implementation="reference", **meaning) for m in range(9)]
+    expected = (torch.stack(each, 1) * weight.double()[:, :, None]).sum(1)
+    options = {"implementation": implementation, "return_usage": True, **options}
+    _, usage = memory.read(problem.query_key, usage_weight=weight, **options)
+    torch.testing.assert_close(usage.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "weight, message",
+    [
+        (torch.ones(B, 8), r"usage_weight: expected \[B, M\]"),
+        (torch.arange(9.0).expand(B, 9), "usage_weight: expected values above 0, got 0.0"),
+    ],
+    ids=["shape", "zero"],
+)
+def test_weights_of_queries_are_checked(weight, message):
+    memory = filled(make_problem(B, 9, 50, C, V), 8)
+    with pytest.raises(ValueError, match=message):
+        memory.read(torch.randn(B, 9, C), return_usage=True, usage_weight=weight)
+
+
 @pytest.mark.parametrize("similarity", ["dot", "l2"])
 @pytest.mark.parametrize(
     "dtype, rtol", [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 2**-7)], ids=str

@@ -10,8 +10,8 @@ from stm_kernels import memory_usage
 from stm_model import Tracker
 from stm_model.tracking.bank import MemoryBank
 from stm_model.tracking.budget import EVICTIONS, MemoryBudget, MemoryRule, budget_page, format_size, parse_size
+from stm_model.tracking.memory import FAR, GIVEN, OBJECT, PROBATION, USAGE_DECAY, USE, USED
 from stm_model.tracking.memory import FRAME as FRAME_COLUMN
-from stm_model.tracking.memory import GIVEN, PROBATION, USAGE_DECAY, USE, USED
 
 C, V, SIDE = 4, 6, 3
 FRAME = 128 * (C + V) * 4
@@ -104,6 +104,46 @@ def test_use_is_the_share_of_the_reads_mass_and_decays():
         usage = memory_usage(queries, keys, implementation="reference").sum(0)
         expected = expected * torch.tensor([[USAGE_DECAY], [1]]) + usage / usage.sum()
     torch.testing.assert_close(bank.memories[0].notes[:, [USED, USE]].mT, expected, rtol=1e-5, atol=1e-7)
+
+
+def at(*places: tuple[int, int] | None) -> torch.Tensor:
+    """Where objects are: each at one cell, or nowhere."""
+    cells = torch.zeros(len(places), SIDE, SIDE)
+    for cell, place in zip(cells, places):
+        if place is not None:
+            cell[place] = 0.9
+    return cells
+
+
+def test_what_is_read_at_an_object_counts_as_use():
+    bank = filled(MemoryBudget(device=10 * FRAME), 5)
+    query_key = frame(50)[0]
+    bank.read(query_key, at((0, 0)))
+    queries = query_key.flatten(2).mT.double()
+    keys = torch.cat([frame(index)[0].flatten(2) for index in range(5)], 2).mT.double()
+    mass = torch.stack([memory_usage(queries[:, m : m + 1], keys, implementation="reference")[0] for m in range(9)])
+    # the object's cell and those beside it
+    weight = torch.tensor([0.9, 0.9, 0, 0.9, 0.9, 0, 0, 0, 0]).double() + FAR
+    expected = (weight[:, None] * mass).sum(0) * 0.9 / weight.sum()
+    torch.testing.assert_close(bank.memories[0].notes[:, USED], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_use_of_an_object_that_is_gone_does_not_decay():
+    bank = MemoryBank(MemoryRule.parse("every:1"), MemoryBudget(device=10 * FRAME))
+    bank.add_objects(2)
+    key, value = frame(0, 2)
+    bank.remember(0, bank.wanted(0, [1, 1], [True, True]), key, value, at((0, 0), (2, 2)))
+    (memory,) = bank.memories
+    assert memory.notes[:, OBJECT].reshape(SIDE, SIDE).tolist() == [[0, 0, -1], [0, 0, 1], [-1, 1, 1]]
+    owners = memory.notes[:, OBJECT].long()
+    for places, seen in (((None, (2, 2)), [0.0, 0.9, 1.0]), ((None, None), [0.0, 0.0, 1.0])):
+        memory.notes[:, USED] = 1.0
+        bank.read(frame(50)[0], at(*places))
+        # of the first object, the second, and the background
+        mass = memory.notes[:, USED] - USAGE_DECAY ** torch.tensor(seen).double()[owners]
+        assert mass.sum().item() == pytest.approx(max(seen[:2]), abs=1e-6) and mass.min() >= -1e-6
+    bank.remove(0)
+    assert bank.memories[0].notes[:, OBJECT].tolist() == [-1, -1, -1, -1, -1, 0, -1, 0, 0]
 
 
 @pytest.mark.parametrize("budget", [MemoryBudget(device=FRAME), MemoryBudget(share=0.3)], ids=["bytes", "share"])

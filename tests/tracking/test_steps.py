@@ -8,6 +8,8 @@ import torch
 
 from stm_model import STM, STMConfig, Tracker
 from stm_model.labels import VOID
+from stm_model.tracking.budget import MemoryBudget
+from stm_model.tracking.memory import OBJECT, SpaceTimeMemory
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +144,22 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(model, clip):
     expected = list(Tracker(model).track(frames[:2], {0: labels[0]}))
     same(first, expected[0])
     same(second, expected[1])
+
+
+def test_memories_are_told_where_objects_are(model, clip, monkeypatch):
+    frames, labels = clip
+    told = []
+    read = SpaceTimeMemory.read
+    monkeypatch.setattr(SpaceTimeMemory, "read", lambda self, key, cells: told.append(cells) or read(self, key, cells))
+    session = Tracker(model, memory="every:1", budget=MemoryBudget(share=0.5)).start({0: labels[0]})
+    session.step(frames[0])
+    result = session.step(frames[1])
+    # padded to a multiple of 16: 80 × 96
+    padded = np.pad(labels[0], ((5, 5), (3, 3)))
+    cells = [(padded == label).reshape(5, 16, 6, 16).any((1, 3)) for label in (1, 2)]
+    assert torch.equal(told[0], torch.tensor(np.array(cells)).float())
+    owners = session.bank.memories[0].notes[:, OBJECT].reshape(5, 6)
+    for label in (1, 2):
+        assert set(owners[cells[label - 1] & ~cells[2 - label]].tolist()) == {label - 1}
+    session.step(frames[2])
+    assert told[1].amax((1, 2)).tolist() == pytest.approx(result.probabilities[1:].amax((1, 2)).tolist())
