@@ -20,7 +20,7 @@ USAGE_DECAY = 0.95
 PROBATION = 5
 """For so many frames a position stays, however little it is used: nothing is known of it yet."""
 FAR = 0.02
-"""What a query counts for that is at no object; one at an object counts 1: what the background reads decides no mask."""
+"""What a query counts for that is at no object, where one at an object counts 1."""
 FRAME, GIVEN, OBJECT, USED, USE = range(5)
 """Columns of what is noted of a position: the frame that it is of, whether the user gave that frame's mask, the object
 that it is at (-1 for none), its share of the mass of each read, decayed and summed, and the same not decayed.

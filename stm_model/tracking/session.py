@@ -300,7 +300,7 @@ class TrackingSession:
         return query, torch.softmax(soft_aggregate(found), 0), familiarity
 
     def _remember(self, previous: _Previous, masks: Tensor, others: Tensor, cells: Tensor) -> None:
-        """Put the previous frame, with its soft masks `[n, H, W]` and their cells `[n, h, w]`, into the memories that want it."""
+        """Put the previous frame with its soft masks `[n, H, W]` and cells `[n, h, w]` where memories want it."""
         given = [previous.given.get(label, 0) for label in self.objects]
         certain = [not self.skip_uncertain or value >= UNCERTAIN for value in previous.certainty]
         entries = self.bank.wanted(previous.index, given, certain)
