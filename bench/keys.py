@@ -57,13 +57,13 @@ def record(video: Path, mask: Path, frames: int, checkpoint: Path | None) -> dic
             return found | {"is_l2": torch.tensor(tracker.model.config.similarity == "l2")}
         memory = tracker.bank.memories[0]
 
-        def noted(query_key: Tensor, memory=memory) -> Any:
+        def noted(query_key: Tensor, cells: Tensor | None, memory=memory) -> Any:
             assert memory.pages is not None
             if len(memory.frames) == frames:
                 key, value = (torch.cat(parts, 1)[:1].float() for parts in zip(*memory.pages.state()["pages"]))
                 query = query_key[:1].flatten(2).mT.float()
                 found.update({"query_key": query.clone(), "memory_key": key.clone(), "memory_value": value.clone()})
-            return type(memory).read(memory, query_key)
+            return type(memory).read(memory, query_key, cells)
 
         memory.read = noted  # type: ignore[method-assign]
     raise ValueError(f"{video}: expected at least {frames + 2} frames, got {source.frame_count}")

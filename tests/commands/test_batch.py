@@ -19,6 +19,7 @@ from stm_model.data.synthetic import procedural_clip
 from stm_model.io.masks import read_mask, write_mask
 from stm_model.io.video import VideoWriter, open_video
 from stm_model.network.weights import write_tensors
+from stm_model.tracking.resume import FORMAT
 
 ROOT = Path(__file__).parents[2]
 LENGTHS = {"ant": 4, "bee": 7, "cat": 5}
@@ -154,7 +155,8 @@ def test_results_of_an_earlier_version_are_refused_by_name(track, tmp_path):
         json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name != "format"})
     )
     before = _written(tmp_path / "out")
-    assert refused(track(), f"{tmp_path / 'out' / 'bee'}: was written by another version (format 1 instead of 4)")
+    versions = f"(format 1 instead of {FORMAT})"
+    assert refused(track(), f"{tmp_path / 'out' / 'bee'}: was written by another version {versions}")
     assert _written(tmp_path / "out") == before
     assert track("--overwrite")[0] == 0
 

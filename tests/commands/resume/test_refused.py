@@ -8,6 +8,7 @@ from stopping import files, stopped_at
 
 from stm_model import STM, STMConfig
 from stm_model.network.weights import write_tensors
+from stm_model.tracking.resume import FORMAT
 
 OTHER_RESULTS = {
     "memory": "first",
@@ -60,9 +61,10 @@ def test_a_folder_of_an_earlier_version_is_refused(track, tmp_path, stopped):
     before = files(tmp_path / "out")
     code, out, err = track("--resume", "--no-overlay")
     assert (code, out) == (2, "") and err.count("\n") == 1
-    assert err.startswith(f"stm: error: {tmp_path / 'out'}: was written by another version (format 1 instead of 4)")
+    versions = f"(format 1 instead of {FORMAT})"
+    assert err.startswith(f"stm: error: {tmp_path / 'out'}: was written by another version {versions}")
     assert "--overwrite" in err and files(tmp_path / "out") == before
-    assert track("--overwrite", "--no-overlay")[0] == 0 and json.loads(file.read_text())["format"] == 4
+    assert track("--overwrite", "--no-overlay")[0] == 0 and json.loads(file.read_text())["format"] == FORMAT
 
 
 @pytest.mark.parametrize("change", [{"format": None}, {"format": 1}, {"format": 2}])
