@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from typing import Any
 
 from tqdm import tqdm
@@ -12,6 +12,8 @@ from tqdm import tqdm
 SECONDS = 10.0
 """Between two lines, and before the first."""
 LINE = "{desc}: {n_fmt} of {total_fmt} {unit}s in {elapsed}, {remaining} left{postfix}"
+ENDLESS = "{desc}: {n_fmt} {unit}s in {elapsed}, {rate_fmt}{postfix}"
+"""Where nobody knows how many there will be."""
 
 
 class Progress(tqdm):
@@ -27,7 +29,9 @@ class Progress(tqdm):
 
     def __init__(self, items: Iterable | None = None, *, desc: str, unit: str, shown: bool = True, **options: Any):
         self._on_terminal, self._said = sys.stderr.isatty(), time.monotonic()
-        options |= {"delay": 1} if self._on_terminal else {"bar_format": LINE, "leave": False}
+        ends = options.get("total") is not None or isinstance(items, Sized)
+        log = {"bar_format": LINE if ends else ENDLESS, "leave": False}
+        options |= {"delay": 1} if self._on_terminal else log
         super().__init__(items, desc=desc, unit=unit, disable=not shown, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:

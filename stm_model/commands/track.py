@@ -106,8 +106,9 @@ SAME_RESULTS = frozenset({"out", "device", "overwrite", "json", "resume", "save_
 """Settings that a result does not depend on."""
 
 
-LIVE_BUDGET = "256MiB"
-"""What may be remembered of live input, which has no end, unless the user says otherwise."""
+LIVE_FRAMES = 10
+"""Positions of so many frames, besides those with given masks, are remembered of live input, which has no end, unless
+the user says otherwise: the more are read, the fewer frames are tracked each second."""
 
 
 def named(config: TrackConfig) -> TrackConfig:
@@ -152,9 +153,11 @@ def track_video(
     part = part_of(config, _opened(config))
     masks = _given_masks(config, part)
     config = dataclasses.replace(config, size=chosen_side(config.size, config.checkpoint, part.size))
-    if isinstance(config.video, str) and config.memory_budget is None and config.memory_share is None:
-        config = dataclasses.replace(config, memory_budget=LIVE_BUDGET)
     tracker = make_tracker(config, model)
+    if isinstance(config.video, str) and config.memory_budget is None and config.memory_share is None:
+        frames = LIVE_FRAMES + len(masks)
+        device = tracker.plan(part.size, frames, masks).paged_bytes(frames)
+        tracker.budget = dataclasses.replace(tracker.budget, device=device)
     stream = MaskStream(sys.stdout.buffer, config.stream, part.fps) if config.stream else None
     run = FolderRun("track", config.out, tracker, config, config.overlay_style, stream)
     resume_file = None

@@ -105,8 +105,8 @@ def read_masks(
     if not files:
         raise MediaError(f"{path}: no masks; expected PNG files named by frame number, like 00000.png")
     by_index: dict[int, Path] = {}
-    if first and not path.is_dir() and path.stem.isdigit() and frame_indices(files, video) != [first]:
-        raise MediaError(f"{path}: is the mask of another frame, by its name, than the first that is tracked")
+    if not path.is_dir():
+        check_first(path, video, first)
     for file, index in zip(files, frame_indices(files, video) if path.is_dir() else [first]):
         if index in by_index:
             raise MediaError(f"{file}: frame {index} already has the mask {by_index[index].name}")
@@ -124,6 +124,12 @@ def read_masks(
             raise MediaError(f"{path}: its only label is 255, which is void; for a black-and-white mask use --binary")
         raise MediaError(f"{path}: an empty mask, no pixel belongs to an object")
     return masks
+
+
+def check_first(path: Path, video: Video | None, first: int) -> None:
+    """Raise a MediaError if a single mask of the frame `first`, where that is not 0, names another one."""
+    if first and path.stem.isdigit() and frame_indices([path], video) != [first]:
+        raise MediaError(f"{path}: is the mask of another frame, by its name, than the first that is tracked")
 
 
 def frame_indices(files: list[Path], video: Video | None) -> list[int]:

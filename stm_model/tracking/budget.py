@@ -160,6 +160,11 @@ class MemoryPlan:
     held: int | None
     """About how many frames it holds; None is no limit."""
 
+    def paged_bytes(self, frames: int) -> int:
+        """Bytes of so many frames, each on a page of its own."""
+        positions = self.size[0] * self.size[1] // STRIDE**2
+        return frames * budget_page(0, positions, 1) * self.frame_bytes // positions
+
     def __str__(self) -> str:
         height, width = self.size
         text = (

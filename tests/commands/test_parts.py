@@ -53,6 +53,21 @@ def times(path):
         return sorted(float(packet.pts * packet.time_base) for packet in file.demux(video=0) if packet.size)
 
 
+def test_a_file_of_labelme_is_of_the_first_frame_that_is_tracked(track, clip, tmp_path):
+    assert main(["convert", str(clip / "true"), "--to", "labelme", "--out", str(tmp_path / "to")]) == 0
+    drawn = tmp_path / "first.json"
+    drawn.write_bytes((tmp_path / "to" / "labelme" / "00002.json").read_bytes())
+    assert track("--start", "2", mask=drawn)[0] == 0
+    masks = found(tmp_path / "out")
+    assert min(masks) == "00002.png" and len(masks) == 6
+    true = read_mask(clip / "true" / "00002.png")
+    # polygons lose some of the rims
+    assert (masks["00002.png"] == true).mean() > 0.98 and set(np.unique(masks["00002.png"])) == set(np.unique(true))
+    # a name that is the number of another frame
+    third = drawn.rename(tmp_path / "00003.json")
+    assert refused(track("--start", "2", "--overwrite", mask=third), "is the mask of another frame, by its name")
+
+
 @pytest.mark.parametrize("start, end", [("2", "7"), ("0.08s", "0.29s"), ("0:00.08", "0:00:00.25001")])
 def test_every_second_frame_from_one_to_another(track, clip, weights, given, tmp_path, start, end):
     part = ("--start", start, "--end", end, "--stride", "2", "--dtype", "float32")

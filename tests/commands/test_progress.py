@@ -37,6 +37,15 @@ def test_a_log_gets_a_line_every_ten_seconds(monkeypatch, capsys):
     assert lines[0].endswith(", clip")
 
 
+def test_of_an_endless_input_no_time_left_is_made_up(monkeypatch, capsys):
+    clock = Clock(monkeypatch)
+    with Progress(desc="track", unit="frame", total=None, mininterval=0) as bar:
+        for second in range(13):
+            clock.now = float(second)
+            bar.update()
+    assert re.fullmatch(r"track: 11 frames in \d\d:\d\d, +[\d.?]+(frame/s|s/frame)\n", capsys.readouterr().err)
+
+
 def test_a_short_command_and_a_silent_one_say_nothing(monkeypatch, capsys):
     clock = Clock(monkeypatch)
     for shown, seconds in ((True, 9.9), (False, 1000.0)):

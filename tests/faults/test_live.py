@@ -85,7 +85,6 @@ def test_ffmpeg_feeds_a_pipe_faster_than_it_is_tracked_and_nothing_is_lost(ffmpe
     summary = json.loads((out / "summary.json").read_text())
     assert summary["frames"] == len(masks_of(out)) == 40
     assert summary["live"]["dropped"] == summary["live"]["damaged"] == 0
-    assert summary["settings"]["memory_budget"] == "256MiB"
     assert track(out=out.with_name("file"))[0] == 0
     if form == "yuv4mpegpipe":
         # the same pixels
@@ -131,6 +130,17 @@ def test_masks_have_the_numbers_of_their_frames_and_the_summary_does_not_grow(
 def dropping(put, numbers):
     """A source of which some frames are never seen."""
     return lambda self, arrived: None if arrived.number in numbers else put(self, arrived)
+
+
+def test_positions_of_ten_frames_are_remembered_besides_those_of_the_given_mask(clip, track, fed, out):
+    # 128 positions, a page
+    frames = [np.full((128, 256, 3), 10 * index, np.uint8) for index in range(20)]
+    memory = ["--memory", "first+every:1", "--size", "128"]
+    for index, (budget, kept) in enumerate(((["--memory-budget", "64MiB"], 19), ([], 11))):
+        fed(encoded(frames, "y4m"))
+        folder = out.with_name(f"out{index}")
+        assert track(*memory, "--resize-mask", *budget, video="-", out=folder)[0] == 0
+        assert json.loads((folder / "summary.json").read_text())["memory"]["positions_kept"] == kept * 128
 
 
 def test_what_waits_is_bounded(frames, fed):

@@ -14,7 +14,7 @@ from stm_model.io.formats.labelme import read_labelme
 from stm_model.io.formats.sam import read_sam
 from stm_model.io.formats.shapes import DrawnMasks, Frame, read_json, reading
 from stm_model.io.images import MediaError, picture_files
-from stm_model.io.masks import frame_indices, read_mask, read_masks
+from stm_model.io.masks import check_first, frame_indices, read_mask, read_masks
 from stm_model.io.video import Video
 from stm_model.labels import objects_in
 
@@ -27,7 +27,7 @@ def read_given(
     Raises:
         MediaError: as these.
     """
-    drawn = open_drawn(path, video)
+    drawn = open_drawn(path, video, first)
     if drawn is None:
         return read_masks(path, video, first=first, binary=binary, colors=colors)
     masks = dict(drawn)
@@ -36,9 +36,9 @@ def read_given(
     return masks
 
 
-def open_drawn(path: Path, video: Video | None = None) -> DrawnMasks | None:
+def open_drawn(path: Path, video: Video | None = None, first: int = 0) -> DrawnMasks | None:
     """The masks in a JSON file of COCO, YouTube-VIS, LabelMe or SAM 2, in a folder of LabelMe's, or in an XML or zip of
-    CVAT; None for anything else, as pictures are.
+    CVAT; None for anything else, as pictures are. A single file of LabelMe's is of the frame `first`.
 
     Raises:
         MediaError: it can't be read, or its masks are not of the video's frames.
@@ -53,19 +53,24 @@ def open_drawn(path: Path, video: Video | None = None) -> DrawnMasks | None:
     elif path.suffix.lower() not in (".json", ".xml", ".zip"):
         return None
     with reading(path):
-        frames = _from_json(path, files, video) if files[0].suffix.lower() == ".json" else _from_cvat(path, video)
+        frames = (
+            _from_json(path, files, video, first) if files[0].suffix.lower() == ".json" else _from_cvat(path, video)
+        )
         if not any(frame.shapes for frame in frames):
             raise MediaError(f"{path}: no mask of an object in it")
         return DrawnMasks(path, frames, video)
 
 
-def _from_json(path: Path, files: list[Path], video: Video | None) -> list[Frame]:
+def _from_json(path: Path, files: list[Path], video: Video | None, first: int) -> list[Frame]:
     contents = {file.name: read_json(file) for file in files}
     content = next(iter(contents.values()))
     if path.is_dir() or "shapes" in content:
         frames = read_labelme({name: one for name, one in contents.items() if "shapes" in one})
-        # a single file is of the first frame, as a single picture is
-        return frames if path.is_dir() else [frame._replace(at=0) for frame in frames]
+        if path.is_dir():
+            return frames
+        # as a single picture is
+        check_first(path, video, first)
+        return [frame._replace(at=first) for frame in frames]
     if isinstance(content, dict) and "videos" in content:
         return read_youtube_vis(content, video.name if video else None)
     if isinstance(content, dict) and "images" in content:
