@@ -41,28 +41,23 @@ class TrackConfig(NetworkOptions, PartOptions):
     out: Path
     """Folder for the results; for those of a list a folder of folders."""
     mask: Path | None = None
-    """Labels of the first frame as a palette or grey PNG, or a folder of such masks named by frame number, or a file of
-    COCO, CVAT, LabelMe or SAM 2. 0 is background, 255 void (unknown); objects may enter by a mask of a later frame."""
+    """Labels of the first frame, a palette or grey PNG: 0 is background, 255 void (unknown). Or a folder of such masks
+    named by frame number, or a file of COCO, CVAT, LabelMe or SAM 2."""
     both_ways: bool = False
-    """Track backwards too, from the masks of later frames to the start: they count before their frames as well as after
-    them, and objects are followed from the first frame on. Twice the time."""
+    """Track backwards too, from the masks of later frames to the start. Twice the time."""
     memory: str | None = None
     """Which frames are remembered: first, previous, first+previous, every:N (with both), first+every:N or uniform:K.
-    None takes first+every:5 where the decoder sees the previous masks, as with the package's weights, else every:5."""
+    None takes first+every:5 where the decoder sees the previous masks, else every:5."""
     compile: bool = False
     """Compile the network first: a minute or more, then less time for each frame."""
     memory_budget: str | None = None
-    """How much may be remembered on the device, like 2GiB; None keeps everything, on the host where the device is
-    full."""
+    """How much may be remembered on the device, like 2GiB; None keeps all, on the host where the device is full."""
     host_budget: str | None = None
-    """How much may be remembered beyond that in the host's memory, like 16GiB; None is nothing beyond a
-    --memory-budget."""
+    """How much beyond that may be remembered in the host's memory, like 16GiB."""
     eviction: Literal["use", "fifo"] = "use"
-    """What is dropped where the budget is full: the positions that reads use least, or the oldest frame. Those of given
-    masks stay."""
+    """What goes where the budget is full: the positions that reads use least, or the oldest frame."""
     memory_share: float | None = None
-    """The most positions to keep, as a share of all remembered so far but no fewer than one frame's, in place of a
-    budget: those that reads use."""
+    """Keep this share of all remembered positions, at least one frame's, those that reads use; in place of a budget."""
     skip_uncertain: bool = False
     """Don't remember frames for good in which an object is likely lost."""
     top_k: int | None = None
@@ -72,8 +67,7 @@ class TrackConfig(NetworkOptions, PartOptions):
     binary: bool = False
     """The mask is black and white: what is bright is one object, label 1."""
     colors: bool = False
-    """Each color of the mask is an object, however many and however thin; labels are 1, 2, … for the colors of an RGB
-    picture."""
+    """Each color of the mask is an object, however many and thin; of an RGB picture 1, 2, …"""
     resize_mask: bool = False
     """Resize masks that are not of the video's size, instead of refusing them."""
     overlay: bool = True
@@ -87,7 +81,7 @@ class TrackConfig(NetworkOptions, PartOptions):
     """Of live input, track the newest frame and drop older unread ones, or every frame while the source waits. None
     takes every of stdin, newest of cameras and streams."""
     stream: Literal["y4m", "png"] | None = None
-    """Write the masks to stdout instead of files: labels as grey y4m, or PNG after PNG."""
+    """Write the masks to stdout, not to files: labels as grey y4m, or PNG after PNG."""
     overwrite: bool = False
     """Replace earlier results in a folder that is not empty; other files in it stay. Without it a list goes on with the
     videos that are not done."""

@@ -135,6 +135,12 @@ def test_help_describes_options_in_whole_lines(capsys, monkeypatch, command):
             assert indent + len(before) + len(line.split()[0]) >= wide - 4, (before, line)
 
 
+def test_help_of_track_fits_two_screens(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["track", "--help"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) <= 2 * 50
+
+
 def test_help_says_what_is_switched_off_and_what_there_is(capsys):
     assert main(["track", "--help"]) == 0
     assert re.search(r"--no-overlay\s+Don't write overlay.mp4, the video", capsys.readouterr().out)

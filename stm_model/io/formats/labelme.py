@@ -74,7 +74,7 @@ def read_labelme(contents: dict[str, dict[str, Any]]) -> list[Frame]:
 def _drawn(shape: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
     """A shape as bool `[H, W]`, as LabelMe draws it."""
     kind, points = shape.get("shape_type") or "polygon", np.asarray(shape["points"], dtype=np.float64)
-    if kind == "polygon" and len(points) >= 3:
+    if kind in ("polygon", "oriented_rectangle") and len(points) >= 3:
         return fill_polygons(size, [points.ravel().tolist()])
     if kind == "rectangle" and len(points) == 2:
         (left, top), (right, bottom) = points

@@ -132,6 +132,7 @@ SHAPES = {
     "polygon": {"points": [[10, 4], [21, 4], [21, 8], [10, 8]]},
     "rectangle": {"points": [[10, 4], [21, 8]]},
     "circle": {"points": [[15, 10], [15, 13]]},
+    "oriented_rectangle": {"points": [[10, 4], [21, 4], [21, 8], [10, 8]]},
 }
 
 

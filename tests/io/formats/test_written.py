@@ -141,6 +141,21 @@ def test_labelme(export, labels):
             assert overlap(found == label, true == label) >= 0.98
 
 
+def test_labelme_opens_it(export, labels, frames):
+    # brings Qt: not among the development packages
+    labelme = pytest.importorskip("labelme")
+    folder = export("labelme")
+    for index, (true, frame) in enumerate(zip(labels, frames)):
+        Image.fromarray(frame).save(folder / f"{index:05d}.jpg")
+        shapes = labelme.LabelFile(str(folder / f"{index:05d}.json")).shapes
+        found = np.zeros_like(true)
+        for shape in shapes:
+            drawn = labelme.utils.shape_to_mask(true.shape, shape["points"], shape["shape_type"])
+            found[drawn] = shape["group_id"]
+        for label in OBJECTS:
+            assert overlap(found == label, true == label) >= 0.98
+
+
 def test_labelme_names_the_pictures_of_a_folder(tmp_path, export):
     from stm_model.io.images import write_image
     from stm_model.io.video import open_video
