@@ -83,13 +83,11 @@ class TrackConfig(NetworkOptions, PartOptions):
     stream: Literal["y4m", "png"] | None = None
     """Write the masks to stdout, not to files: labels as grey y4m, or PNG after PNG."""
     overwrite: bool = False
-    """Replace earlier results in a folder that is not empty; other files in it stay. Without it a list goes on with the
-    videos that are not done."""
+    """Replace earlier results in a folder that is not empty; other files in it stay. Without it a list goes on."""
     resume: bool = False
-    """Go on with a run that was stopped, from its last saved state in the --out folder; without one it starts anew. A
-    list always does."""
+    """Go on with a run that was stopped, from its saved state in the --out folder, if there is one. A list always does."""
     save_every: float = 60.0
-    """Seconds from one saved state to the next, more where writing takes over 2 % of them; 0 saves none."""
+    """Seconds between saved states, more where writing takes over 2 % of them; 0 for none."""
     shard: str | None = None
     """Of a list, the videos of job i of n, as 1/8, 2/8, …: job arrays with one --out."""
     json: bool = False
