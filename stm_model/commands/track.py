@@ -85,7 +85,7 @@ class TrackConfig(NetworkOptions, PartOptions):
     overwrite: bool = False
     """Replace earlier results in a folder that is not empty; other files in it stay. Without it a list goes on."""
     resume: bool = False
-    """Go on with a run that was stopped, from its saved state in the --out folder, if there is one. A list always does."""
+    """Go on with a run that was stopped, from its saved state in the --out folder, if any. A list always does."""
     save_every: float = 60.0
     """Seconds between saved states, more where writing takes over 2 % of them; 0 for none."""
     shard: str | None = None
