@@ -9,12 +9,14 @@ the second of which is the rounding error of the first.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from stm_kernels.affinity import Affinity, wide_dtype
-from stm_kernels.cpu.gemm import Scratch, by_onednn, even_slices, key_products, product, product_dtype, steady_slices
+from stm_kernels.cpu.gemm import Scratch, by_onednn, key_products, product, product_dtype, steady_slices
+from stm_kernels.cpu.threads import Block, blocks_of, side_by_side
 
 LOG2_E = math.log2(math.e)
 
@@ -52,12 +54,14 @@ def chunked_read(affinity: Affinity, memory_value: Tensor) -> tuple[Tensor, Tens
     (B, M, _), V = affinity.sizes, memory_value.shape[2]
     out = query_key.new_empty(B, M, V)
     lse = query_key.new_empty(B, M, dtype=torch.float64)
-    scratch = Scratch(query_key.device)
-    for item in range(B):
-        chunks = chunks_of(affinity, memory_value, item)
-        for block in even_slices(M, QUERIES_PER_BLOCK):
-            read = read_block(query_key[item, block], chunks, V, affinity.scale, scratch)
-            out[item, block], lse[item, block] = read
+    chunks = [chunks_of(affinity, memory_value, item) for item in range(B)]
+
+    def read(blocks: Sequence[Block], scratch: Scratch) -> None:
+        for item, block in blocks:
+            found = read_block(query_key[item, block], chunks[item], V, affinity.scale, scratch)
+            out[item, block], lse[item, block] = found
+
+    side_by_side(read, blocks_of(B, M, QUERIES_PER_BLOCK, query_key.device), query_key.device)
     return out, lse, torch.zeros_like(lse, dtype=torch.float32)
 
 
@@ -141,7 +145,6 @@ def chunked_read_backward(
     grad_key_bias = None if key_bias is None else torch.zeros_like(key_bias)
     M = query_key.shape[1]
     shortest, longest = BACKWARD_KEYS_PER_CHUNK
-    scratch = Scratch(query_key.device)
     wide = wide_dtype(query_key.dtype)
     # what was read is renormalised: a softmax of its own
     share = 1 - skipped.double()
@@ -152,11 +155,13 @@ def chunked_read_backward(
         bias = None if key_bias is None else key_bias[item] / affinity.scale
         inputs = (grad_out[item], query_key[item], memory_key[item], memory_value[item], bias)
         grad_bias = None if grad_key_bias is None else grad_key_bias[item]
-        outputs = (grad_query_key[item], grad_memory_key[item], grad_memory_value[item], grad_bias)
+        outputs = (grad_memory_key[item], grad_memory_value[item], grad_bias)
         # the least weight that was read, renormalised; a query that dropped nothing read all
         least = (skip / max(count, 1) / share[item]).masked_fill_(skipped[item] == 0, 0.0) if skip else None
         rows = (delta.to(wide), lse[item] + share[item].log(), least)
-        _backward_item(inputs, rows, affinity.scale, chunks, scratch, outputs)
+
+        gradients_of = partial(_backward_item, inputs, rows, affinity.scale, outputs)
+        grad_query_key[item] = sum(side_by_side(gradients_of, chunks, query_key.device))
         grad_memory_key[item, count:] = grad_memory_value[item, count:] = 0
     return grad_query_key, grad_memory_key, grad_memory_value, grad_key_bias
 
@@ -165,17 +170,18 @@ def _backward_item(
     inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
     rows: tuple[Tensor, Tensor, Tensor | None],
     scale: float,
-    chunks: list[slice],
+    gradients: tuple[Tensor, Tensor, Tensor | None],
+    chunks: Sequence[slice],
     scratch: Scratch,
-    gradients: tuple[Tensor, Tensor, Tensor, Tensor | None],
-) -> None:
-    """Write the gradients of one batch item; every tensor comes without its batch axis.
+) -> Tensor:
+    """Write the gradients of some positions of one batch item, and return theirs by the queries; every tensor comes
+    without its batch axis.
 
     `rows` are delta, which the softmax subtracts from the gradients of a row's weights, the log-sum-exp, and the least
     weight that was read, None is any: `[M]`.
     """
     grad_out, query_key, memory_key, memory_value, bias = inputs
-    grad_query_key, grad_memory_key, grad_memory_value, grad_bias = gradients
+    grad_memory_key, grad_memory_value, grad_bias = gradients
     delta, lse, least = rows
     wide, narrow = delta.dtype, product_dtype(query_key)
     M, C = query_key.shape
@@ -201,7 +207,7 @@ def _backward_item(
             torch.sum(grad_logits, 0, dtype=wide, out=grad_bias[chunk]).div_(scale)
         _store_product(grad_memory_key[chunk], grad_logits.mT, query_key, scratch)
         _add_product(total, grad_logits, keys, scratch)
-    grad_query_key.copy_(total)
+    return total
 
 
 def row_top_parts(lse: Tensor, scale: float, wide: torch.dtype) -> tuple[Tensor, Tensor]:

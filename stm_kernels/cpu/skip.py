@@ -5,6 +5,7 @@ peaked the others are too many to gather, and nothing is dropped.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,8 @@ from torch.nn import functional as F
 
 from stm_kernels.affinity import Affinity, wide_dtype
 from stm_kernels.cpu.chunked import LOG2_E, MIN_ROW_MAX, chunked_read, power_of_two
-from stm_kernels.cpu.gemm import Scratch, even_slices, key_products, product_dtype, steady_slices
+from stm_kernels.cpu.gemm import Scratch, key_products, product_dtype, steady_slices
+from stm_kernels.cpu.threads import Block, blocks_of, side_by_side
 from stm_kernels.cpu.top_k import contiguous_parts
 
 # [key chunk × query block] buffers of 2 MiB stay in the second- and third-level caches
@@ -56,25 +58,35 @@ def skipping_read(affinity: Affinity, memory_value: Tensor, skip: float) -> tupl
     query_key, memory_key, key_bias = affinity.query_key, affinity.memory_key, affinity.key_bias
     (B, M, N), V = affinity.sizes, memory_value.shape[2]
     share = min(V / GATHERED_CHANNELS, MAX_GATHERED)
-    scratch = Scratch(query_key.device)
 
-    def heaviest(item: int, queries: slice, share: float) -> Bag | None:
+    def heaviest(item: int, queries: slice, share: float, scratch: Scratch) -> Bag | None:
         length = affinity.positions(item)
         bias = None if key_bias is None else key_bias[item, :length] / affinity.scale
         memory = (memory_key[item, :length], bias)
         return _heaviest(query_key[item, queries], memory, affinity.scale, skip, share, M, scratch)
 
     some = slice(None, None, -(-M // PROBED))
-    pays = [M * N * V >= MIN_MULTIPLICATIONS and heaviest(item, some, share) is not None for item in range(B)]
+    pays = [
+        M * N * V >= MIN_MULTIPLICATIONS and heaviest(item, some, share, Scratch(query_key.device)) is not None
+        for item in range(B)
+    ]
     if not any(pays):
         return chunked_read(affinity, memory_value)
     out = query_key.new_empty(B, M, V)
     lse = query_key.new_empty(B, M, dtype=torch.float64)
     skipped = query_key.new_zeros(B, M, dtype=torch.float32)
+    blocks = [(item, block) for item, block in blocks_of(B, M, QUERIES_PER_BLOCK, query_key.device) if pays[item]]
+    found: dict[tuple[int, int], Bag | None] = {}
+
+    def gather(blocks: Sequence[Block], scratch: Scratch) -> None:
+        for item, block in blocks:
+            found[item, block.start] = heaviest(item, block, 2 * share, scratch)
+
+    side_by_side(gather, blocks, query_key.device)
     for item in range(B):
         bags, done = [], 0
-        for block in even_slices(M, QUERIES_PER_BLOCK) if pays[item] else ():
-            if (bag := heaviest(item, block, 2 * share)) is None:
+        for block in (block for place, block in blocks if place == item):
+            if (bag := found[item, block.start]) is None:
                 break
             bags.append(bag[:3])
             lse[item, block], skipped[item, block] = bag[3:]

@@ -6,7 +6,7 @@ order of a stable sort: bit-equal from run to run.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from stm_kernels.affinity import Affinity, wide_dtype
 from stm_kernels.cpu.gemm import Scratch, even_slices, key_products, product_dtype, steady_slices
+from stm_kernels.cpu.threads import Block, blocks_of, side_by_side
 
 Select = Callable[[Affinity, int], tuple[Tensor, Tensor]]
 """The chosen positions `[B, M, min(k, N)]`, int32, and their logits in `wide_dtype`, of a memory of at least one
@@ -201,11 +202,11 @@ def chunked_select(affinity: Affinity, k: int) -> tuple[Tensor, Tensor]:
     wide, narrow = wide_dtype(query_key.dtype), product_dtype(query_key)
     indices = query_key.new_zeros(B, M, min(k, N), dtype=torch.int32)
     logits = query_key.new_full(indices.shape, -math.inf, dtype=wide)
-    scratch = Scratch(query_key.device)
-    for item in range(B):
-        chunks = steady_slices(affinity.positions(item), M, KEYS_PER_CHUNK)
-        bias = None if key_bias is None else key_bias[item] / affinity.scale
-        for block in even_slices(M, QUERIES_PER_BLOCK):
+
+    def select(blocks: Sequence[Block], scratch: Scratch) -> None:
+        for item, block in blocks:
+            chunks = steady_slices(affinity.positions(item), M, KEYS_PER_CHUNK)
+            bias = None if key_bias is None else key_bias[item] / affinity.scale
             queries = scratch.cast("query_key", query_key[item, block], narrow)
             best = queries.new_empty(len(queries), 0, dtype=wide)
             positions = indices.new_empty(best.shape)
@@ -216,6 +217,8 @@ def chunked_select(affinity: Affinity, k: int) -> tuple[Tensor, Tensor]:
                 best, positions = _merge_best(best, positions, products, chunk.start, k)
             indices[item, block, : best.shape[1]] = positions
             logits[item, block, : best.shape[1]] = best.mul_(affinity.scale)
+
+    side_by_side(select, blocks_of(B, M, QUERIES_PER_BLOCK, query_key.device), query_key.device)
     return indices, logits
 
 

@@ -17,11 +17,10 @@ from stm_kernels.cpu.chunked import (
     row_top_parts,
 )
 from stm_kernels.cpu.gemm import Scratch, even_slices, key_products, product_dtype, steady_slices
+from stm_kernels.cpu.threads import MIN_QUERIES, Block, blocks_of, side_by_side, threads_of
 
 HELD_WEIGHTS = 2**23
 """Weights of a block of queries that are held until their sums are known."""
-MIN_QUERIES = 64
-"""A block has no fewer, however many weights they have: products with few rows are slow."""
 
 
 def chunked_read_with_usage(
@@ -45,24 +44,28 @@ def chunked_read_with_usage(
     (B, M, _), V, wide = first.sizes, values[0].shape[2], wide_dtype(query_key.dtype)
     out, lse = query_key.new_empty(B, M, V), query_key.new_empty(B, M, dtype=torch.float64)
     lengths = [affinity.sizes[2] for affinity in affinities]
-    usage = query_key.new_zeros(B, sum(lengths), dtype=wide)
     # powers of two: oneDNN compiles a product for every number of rows, and a memory grows
-    rows = MIN_QUERIES
-    while 2 * rows <= min(QUERIES_PER_BLOCK, HELD_WEIGHTS // usage.shape[1]):
+    rows, most = MIN_QUERIES, HELD_WEIGHTS // threads_of(query_key.device) // sum(lengths)
+    while 2 * rows <= min(QUERIES_PER_BLOCK, most, -(-B * M // threads_of(query_key.device))):
         rows *= 2
-    scratch = Scratch(query_key.device)
-    for item in range(B):
-        chunks = [chunk for page in zip(affinities, values) for chunk in chunks_of(*page, item)]
-        sums = usage[item].split([len(keys) for keys, _, _ in chunks])
-        for block in even_slices(M, rows):
+    chunks = [[chunk for page in zip(affinities, values) for chunk in chunks_of(*page, item)] for item in range(B)]
+
+    def read(blocks: Sequence[Block], scratch: Scratch) -> Tensor:
+        usage = query_key.new_zeros(B, sum(lengths), dtype=wide)
+        for item, block in blocks:
             held: list[Weights] = []
-            read, total = read_block(query_key[item, block], chunks, V, scale, scratch, held)
-            out[item, block], lse[item, block] = read, total
+            found, total = read_block(query_key[item, block], chunks[item], V, scale, scratch, held)
+            out[item, block], lse[item, block] = found, total
+            sums = usage[item].split([len(keys) for keys, _, _ in chunks[item]])
             for (weights, row_max), part in zip(held, sums):
                 shares = (row_max[:, 0].double() * scale - total).exp_()
                 if weight is not None:
                     shares *= weight[item, block]
                 _add_column_sums(part, weights, shares.to(wide))
+        return usage
+
+    blocks = [(item, block) for item in range(B) for block in even_slices(M, rows)]
+    usage = sum(side_by_side(read, blocks, query_key.device), query_key.new_zeros((), dtype=wide))
     return out, lse, [*usage.split(lengths, 1)]
 
 
@@ -88,10 +91,10 @@ def chunked_usage(affinity: Affinity, lse: Tensor | None) -> Tensor:
     wide, narrow = wide_dtype(query_key.dtype), product_dtype(query_key)
     if lse is None:
         lse = chunked_read(affinity, memory_key[:, :, :1])[1]
-    usage = query_key.new_zeros(B, N, dtype=wide)
-    scratch = Scratch(query_key.device)
-    for item in range(B):
-        for block in even_slices(M, QUERIES_PER_BLOCK):
+
+    def column_sums(blocks: Sequence[Block], scratch: Scratch) -> Tensor:
+        usage = query_key.new_zeros(B, N, dtype=wide)
+        for item, block in blocks:
             queries = scratch.cast("query_key", query_key[item, block], narrow)
             row_top = row_top_parts(lse[item, block], affinity.scale, wide)
             for chunk in steady_slices(affinity.positions(item), M, KEYS_PER_CHUNK):
@@ -99,4 +102,7 @@ def chunked_usage(affinity: Affinity, lse: Tensor | None) -> Tensor:
                 if affinity.key_bias is not None:
                     products.add_(affinity.key_bias[item, chunk] / affinity.scale)
                 usage[item, chunk] += final_weights(products, row_top, affinity.scale).sum(0)
-    return usage
+        return usage
+
+    blocks = blocks_of(B, M, QUERIES_PER_BLOCK, query_key.device)
+    return sum(side_by_side(column_sums, blocks, query_key.device), query_key.new_zeros((), dtype=wide))

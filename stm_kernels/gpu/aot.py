@@ -148,6 +148,9 @@ def default_launches(
         "read, paged": forward_launch(
             affinity, value, out[None], lse[None], delta[None], nothing, 0.0, tiles, N, pages
         ),
+        "read, paged, l2": forward_launch(
+            plain_bias, value, out[None], lse[None], delta[None], nothing, 0.0, l2_tiles, N, pages
+        ),
         "merge": merge_launch(*partial, out, lse, architecture),
         "affinity": affinity_launch(affinity, lse, empty(B, M, N), written),
         "affinity and gradient": affinity_launch(affinity, lse, empty(B, M, N), written, gradient),
@@ -200,7 +203,7 @@ def machine_code(launch: Launch, architecture: str) -> tuple[str, int, int, floa
         GPUTarget("hip", architecture, 64) if on_amd else GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     )
     compiled = triton.compile(
-        ASTSource(launch.kernel, *_specialise(launch)),
+        ASTSource(launch.kernel, *_specialise(launch, on_amd)),
         target=target,
         options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
     )
@@ -260,8 +263,8 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
         return _run("cuobjdump", "--dump-resource-usage", file.name), _run("nvdisasm", "-c", file.name)
 
 
-def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, object], dict[tuple[int], list]]:
-    """Signature, constants and alignment hints, as Triton derives them from arguments at a launch."""
+def _specialise(launch: Launch, on_amd: bool) -> tuple[dict[str, str], dict[str, object], dict[tuple[int], list]]:
+    """Signature, constants and hints, as Triton derives them from arguments at a launch."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.arguments[parameter.name]
@@ -272,6 +275,8 @@ def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, object], dict
         elif isinstance(value, Tensor):
             signature[name] = "*" + _TYPES[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
+            if on_amd and value.untyped_storage().size() < 2**31:
+                attributes[(index,)] += [["tt.pointer_range", 32]]
         elif isinstance(value, int):
             signature[name] = "i32" if value < 2**31 else "i64"
             if value % 16 == 0:

@@ -1,17 +1,25 @@
 """Predict a kernel's speed from its machine code, on a GPU that is not here: python -m stm_kernels.gpu.model
 
     python -m stm_kernels.gpu.model [--architecture sm_80 sm_90] [--tiles 128 64 256 8 3] [--kind descriptor]
+    python -m stm_kernels.gpu.model --sweep FILE [--architecture sm_80] [--channels 128 512]
 
 First kernels whose speed is published, then the read, by default or with other tiles (queries, positions, value
 channels, warps, stages). Counts what one iteration of the main loop asks of each unit of a multiprocessor, and divides
-by what the unit does in a cycle, as NVIDIA's white papers have it; traffic beyond shared memory, starts and ends are
-free. No number is fitted: what "apart" misses of the published speed is the error of the model. Needs triton, no GPU,
-and no TRITON_INTERPRET in the environment.
+by what the unit does in a cycle, as NVIDIA's white papers have it. The busiest multiprocessor's iterations are the
+time, their products and other arithmetic at once ("together") or one after the other ("apart"), while data moves; or
+what the L2 cache and the memory need. Starts and ends are free. No number is fitted: what "apart" misses of the
+published speed is the error of the model. --sweep predicts the read with every choice of tiles and writes them as JSON,
+best first, in minutes. Needs triton, no GPU, and no TRITON_INTERPRET in the environment.
 """
 
 import argparse
+import itertools
+import json
 import re
-from dataclasses import dataclass
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +32,7 @@ from stm_kernels.gpu.forward import forward_launch
 from stm_kernels.gpu.launch import Launch
 from stm_kernels.gpu.machine_code import main_loop
 from stm_kernels.gpu.tma import descriptor_launch
-from stm_kernels.gpu.tuning import ForwardTiles, forward_tiles
+from stm_kernels.gpu.tuning import TMA_ARCHITECTURES, ForwardTiles, forward_splits, forward_tiles
 
 
 @dataclass(frozen=True)
@@ -40,10 +48,14 @@ class GPU:
     """Lanes that multiply and add, a cycle."""
     shared_kib: int
     """Shared memory of a multiprocessor."""
+    gigabytes: int
+    """From memory, a second."""
 
 
-# A100 SXM and H100 SXM: 312 and 989 TFLOP/s in 16 bits
-GPUS = {"sm_80": GPU("A100", 108, 1.41, 2048, 64, 164), "sm_90": GPU("H100", 132, 1.83, 4096, 128, 228)}
+# A100 SXM 40 GB and H100 SXM: 312 and 989 TFLOP/s in 16 bits
+GPUS = {"sm_80": GPU("A100", 108, 1.41, 2048, 64, 164, 1555), "sm_90": GPU("H100", 132, 1.83, 4096, 128, 228, 3350)}
+# bytes from the L2 cache of an A100, a cycle; of an H100's nothing is published
+L2 = 5120
 # lanes of every multiprocessor, a cycle: special functions, integers and comparisons; bytes of shared memory; issued
 # instructions; registers and warps that it holds
 MUFU, ALU, SHARED, ISSUED, REGISTERS, WARPS = 16, 64, 128, 4, 65536, 64
@@ -67,33 +79,55 @@ ALU_NAMES = (
 
 
 @dataclass(frozen=True)
+class Work:
+    """A launch, and what it does on a problem."""
+
+    launch: Launch
+    operations: float
+    """Useful ones of one iteration of one program."""
+    read_bytes: int
+    """What that iteration reads from beyond the multiprocessor."""
+    programs: int
+    iterations: int
+    """Of the main loop of one program."""
+    moved_bytes: int
+    """All inputs and results, once."""
+
+
+@dataclass(frozen=True)
 class Prediction:
     """Cycles of a multiprocessor for one iteration of one program, by unit, and what follows."""
 
     cycles: dict[str, float]
-    programs: int
-    """That a multiprocessor holds at once."""
-    operations: int
-    """Useful ones of one iteration."""
+    beyond: dict[str, float]
+    """Likewise of the L2 cache and the memory, which all multiprocessors share: their share of these."""
+    at_once: int
+    """Programs that a multiprocessor holds."""
+    work: Work
     gpu: GPU
 
     def tflops(self, overlaps: bool) -> float:
-        """The useful rate, products and all else at the same time or one after the other."""
-        others = max(cycles for unit, cycles in self.cycles.items() if unit != "tensor")
-        tensor = self.cycles["tensor"]
-        cycles = max(tensor, others) if overlaps else tensor + others
-        return self.operations / cycles * self.gpu.multiprocessors * self.gpu.gigahertz / 1e3
+        """The useful rate, products and other arithmetic at the same time or one after the other; data moves
+        meanwhile.
+        """
+        moves, tensor = self.cycles["shared memory"], self.cycles["tensor"]
+        others = max(cycles for unit, cycles in self.cycles.items() if unit not in ("tensor", "shared memory"))
+        busy = -(-self.work.programs // self.gpu.multiprocessors) * self.gpu.multiprocessors / self.work.programs
+        computes = max(tensor, others) if overlaps else tensor + others
+        cycles = max(busy * computes, busy * moves, *self.beyond.values())
+        return self.work.operations / cycles * self.gpu.multiprocessors * self.gpu.gigahertz / 1e3
 
     @property
     def bound(self) -> str:
         """The unit that is busy longest."""
-        return max(self.cycles, key=self.cycles.__getitem__)
+        cycles = self.cycles | self.beyond
+        return max(cycles, key=cycles.__getitem__)
 
 
-def predict(launch: Launch, architecture: str, operations: int) -> Prediction:
-    """Compile a launch and predict its main loop, one iteration of which does `operations` useful ones."""
-    gpu, warps = GPUS[architecture], launch.num_warps
-    code, registers, _, shared = machine_code(launch, architecture)
+def predict(work: Work, architecture: str) -> Prediction | None:
+    """Compile a launch and predict its main loop; None if it spills registers or does not fit a multiprocessor."""
+    gpu, launch, warps = GPUS[architecture], work.launch, work.launch.num_warps
+    code, registers, stack, shared = machine_code(launch, architecture)
     loop = main_loop(code)
     cycles = {"tensor": sum(_tensor_cycles(line, gpu) for line in loop) * warps}
     lanes = {"FP32": (FP32_NAMES, gpu.fp32), "integer": (ALU_NAMES, ALU), "exponential": (("MUFU",), MUFU)}
@@ -103,8 +137,13 @@ def predict(launch: Launch, architecture: str, operations: int) -> Prediction:
     cycles["issue"] = len(loop) * warps / ISSUED
     held = REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
     # a program takes 1 KiB of shared memory for itself
-    programs = min(held, int(gpu.shared_kib // (shared + 1)), WARPS // warps)
-    return Prediction(cycles, programs, operations, gpu)
+    at_once = min(held, int(gpu.shared_kib // (shared + 1)), WARPS // warps)
+    if stack or not at_once:
+        return None
+    beyond = {"L2": work.read_bytes * gpu.multiprocessors / L2}
+    seconds = work.moved_bytes / gpu.gigabytes / 1e9 / (work.programs * work.iterations)
+    beyond["memory"] = seconds * gpu.gigahertz * 1e9 * gpu.multiprocessors
+    return Prediction(cycles, beyond, at_once, work, gpu)
 
 
 def _tensor_cycles(line: str, gpu: GPU) -> float:
@@ -148,44 +187,110 @@ def attention_kernel(query_ptr, key_ptr, value_ptr, out_ptr, positions, scale_lo
     tl.store(out_ptr + head + rows, (total / row_sum[:, None]).to(query.dtype))
 
 
-def attention(channels: int, block_m: int, block_n: int, warps: int, stages: int) -> tuple[Launch, int]:
+def attention(channels: int, block_m: int, block_n: int, warps: int, stages: int) -> Work:
     tensor = torch.empty(4, 32, 16384, channels, dtype=torch.float16, device="meta")
     arguments: dict[str, Any] = dict.fromkeys(("query_ptr", "key_ptr", "value_ptr", "out_ptr"), tensor)
     arguments |= {"positions": 16384, "scale_log2": 0.1, "CHANNELS": channels, "BLOCK_M": block_m, "BLOCK_N": block_n}
-    return Launch(attention_kernel, (1,), arguments, warps, stages), 4 * block_m * block_n * channels
+    launch = Launch(attention_kernel, (1,), arguments, warps, stages)
+    programs, iterations = 4 * 32 * 16384 // block_m, 16384 // block_n
+    return Work(
+        launch, 4 * block_m * block_n * channels, 4 * block_n * channels, programs, iterations, 4 * tensor.nbytes
+    )
 
 
-def calibrations(architecture: str) -> list[tuple[str, tuple[Launch, int], int]]:
-    """Kernels by name, their useful operations of an iteration, and the published TFLOP/s of their like.
+@triton.jit
+def product_kernel(a_ptr, b_ptr, out_ptr, columns, inner,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """A product of matrices `[rows, inner]` and `[inner, columns]`, contiguous and without edges."""
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in range(0, inner, BLOCK_K):
+        a = tl.load(a_ptr + m[:, None] * inner + (first + k)[None, :])
+        b = tl.load(b_ptr + (first + k)[:, None] * columns + n[None, :])
+        total = tl.dot(a, b, total)
+    tl.store(out_ptr + m[:, None] * columns + n[None, :], total.to(tl.float16))
+
+
+def product(side: int, block_m: int, block_n: int, block_k: int, warps: int, stages: int) -> Work:
+    tensor = torch.empty(side, side, dtype=torch.float16, device="meta")
+    arguments: dict[str, Any] = dict.fromkeys(("a_ptr", "b_ptr", "out_ptr"), tensor)
+    arguments |= {"columns": side, "inner": side, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
+    launch = Launch(product_kernel, (1,), arguments, warps, stages)
+    programs = triton.cdiv(side, block_m) * triton.cdiv(side, block_n)
+    operations, read_bytes = 2 * block_m * block_n * block_k, 2 * block_k * (block_m + block_n)
+    return Work(launch, operations, read_bytes, programs, side // block_k, 3 * tensor.nbytes)
+
+
+def calibrations(architecture: str) -> list[tuple[str, Work, int]]:
+    """Kernels by name, and the published TFLOP/s of their like.
 
     Triton's fused attention, not causal, 16 384 positions: triton-lang.org, "Fused Attention" (the page names no GPU:
     an A100 by its speed); on an H100 the figures of FlashAttention-3 (Shah et al. 2024), 2024's Triton, and a run of
-    PyTorch's benchmark (github.com/pytorch/benchmark/pull/2391).
+    PyTorch's benchmark (github.com/pytorch/benchmark/pull/2391). Triton's product of matrices: users' runs of its
+    tutorial, github.com/triton-lang/triton/issues/3551 (A100), 3672 (H100).
     """
     if architecture == "sm_80":
-        return [("attention, 64 channels", attention(64, 128, 64, 4, 3), 167)]
+        return [
+            ("product, 2944", product(2944, 128, 256, 64, 8, 3), 252),
+            ("attention, 64 channels", attention(64, 128, 64, 4, 3), 167),
+        ]
     return [
+        ("product, 3072", product(3072, 128, 256, 64, 8, 3), 525),
         ("attention, 64 channels", attention(64, 128, 64, 4, 3), 403),
         ("attention, 128 channels", attention(128, 128, 128, 8, 2), 395),
         ("the same, PyTorch's run", attention(128, 128, 128, 8, 2), 477),
     ]
 
 
-def read(architecture: str, tiles: ForwardTiles | None, C: int = 128, V: int = 512) -> tuple[Launch, int]:
-    """The read of the standard model, by default with TMA where there is one, and what it is for."""
-    dtype = torch.bfloat16
+def read(architecture: str, tiles: ForwardTiles | None = None, C: int = 128, V: int = 512) -> Work:
+    """The read of the standard model at 480p, two objects and 20 remembered frames, by default with TMA where there is
+    one.
+    """
+    dtype, B, M, N = torch.bfloat16, 2, 1620, 32400
     tiles = tiles or forward_tiles(architecture, dtype, C, V, descriptors=True)
-    query, key, value = (
-        torch.empty(2, n, c, dtype=dtype, device="meta") for n, c in ((1620, C), (32400, C), (32400, V))
-    )
-    out, lse = torch.empty(1, 2, 1620, V, dtype=dtype, device="meta"), torch.empty(1, 2, 1620, device="meta").double()
+    splits, part = forward_splits(tiles, B, M, N, V, GPUS[architecture].multiprocessors)
+    query, key, value = (torch.empty(B, n, c, dtype=dtype, device="meta") for n, c in ((M, C), (N, C), (N, V)))
+    out = torch.empty(splits, B, M, V, dtype=dtype if splits == 1 else torch.float32, device="meta")
+    lse = torch.empty(splits, B, M, dtype=torch.float64, device="meta")
     affinity = Affinity(query, key, C**-0.5)
     if tiles.kind == "portable":
-        launch = forward_launch(affinity, value, out, lse, lse, lse, 0.0, tiles, 32400)
+        launch = forward_launch(affinity, value, out, lse, lse, lse, 0.0, tiles, part)
     else:
-        launch = descriptor_launch(affinity, value, out, lse, tiles, 32400)
-    # a slice of the values is charged with its share of the affinity, which each slice computes anew
-    return launch, 2 * tiles.block_m * tiles.block_n * (C * tiles.block_v // V + tiles.block_v)
+        launch = descriptor_launch(affinity, value, out, lse, tiles, part)
+    programs = launch.grid[0] * splits
+    iterations = triton.cdiv(part, tiles.block_n)
+    # what is useful of rows beyond the last query, and of a part beyond the memory, is nothing
+    operations = 2 * B * M * N * (C + V) / (programs * iterations)
+    read_bytes = dtype.itemsize * tiles.block_n * (C + tiles.block_v)
+    moved_bytes = query.nbytes + key.nbytes + value.nbytes + out.nbytes
+    return Work(launch, operations, read_bytes, programs, iterations, moved_bytes)
+
+
+def choices(architecture: str, V: int) -> list[ForwardTiles]:
+    """Tiles whose accumulators leave registers for all else."""
+    kinds = ("portable", "descriptor") if architecture in TMA_ARCHITECTURES else ("portable",)
+    sizes = itertools.product((64, 128), (32, 64, 128), (128, 256, 512), (4, 8), (2, 3, 4), kinds)
+    tiles = [ForwardTiles(*size) for size in sizes]
+    return [one for one in tiles if one.block_v <= V and one.block_m * one.block_v <= one.num_warps * 32 * 128]
+
+
+def sweep(architectures: Sequence[str], file: Path, C: int, V: int) -> None:
+    """Predict the read with every choice of tiles, and write what fits, the best by "apart" first."""
+    report: dict[str, Any] = {"all of it is": "predicted", "C": C, "V": V}
+    for architecture in architectures:
+        default = forward_tiles(architecture, torch.bfloat16, C, V, descriptors=True)
+        found = []
+        for index, tiles in enumerate(candidates := choices(architecture, V)):
+            print(f"{architecture}: {index} of {len(candidates)} kernels", file=sys.stderr, flush=True)
+            if prediction := predict(read(architecture, tiles, C, V), architecture):
+                rates = {"apart": prediction.tflops(False), "together": prediction.tflops(True)}
+                found.append(asdict(tiles) | rates | {"bound": prediction.bound, "default": tiles == default})
+        report[architecture] = sorted(found, key=lambda one: -one["apart"])
+        partial = file.with_name(f"{file.name}.partial")
+        partial.write_text(json.dumps(report, indent=1) + "\n")
+        partial.replace(file)
 
 
 def main() -> None:
@@ -193,25 +298,30 @@ def main() -> None:
     parser.add_argument("--architecture", nargs="+", choices=GPUS, default=list(GPUS))
     parser.add_argument("--tiles", nargs=5, type=int, metavar="N", help="queries positions channels warps stages")
     parser.add_argument("--kind", choices=("portable", "descriptor"), default="portable", help="how --tiles are loaded")
+    parser.add_argument("--sweep", type=Path, metavar="FILE", help="predict all tiles, into this file")
+    parser.add_argument("--channels", nargs=2, type=int, metavar=("C", "V"), default=(128, 512), help="of the read")
     arguments = parser.parse_args()
+    if arguments.sweep:
+        return sweep(arguments.architecture, arguments.sweep, *arguments.channels)
     tiles = None
     if arguments.tiles:
         m, n, v, warps, stages = arguments.tiles
         tiles = ForwardTiles(m, n, v, warps, stages, arguments.kind)
     columns = "{:7}{:26}{:>10}{:>10}{:>12}{:>8}  {}"
-    print(
-        columns.format(
-            "", "TFLOP/s", "together", "apart", "published", "error", "predicted cycles of an iteration, by unit"
-        )
-    )
+    print(columns.format("", "TFLOP/s", "together", "apart", "published", "error", "predicted cycles of an iteration"))
     for architecture in arguments.architecture:
-        cases: list[tuple[str, tuple[Launch, int], int]] = calibrations(architecture)
-        for name, case, published in [*cases, ("read", read(architecture, tiles), 0)]:
-            found = predict(case[0], architecture, case[1])
+        for name, work, published in [
+            *calibrations(architecture),
+            ("read", read(architecture, tiles, *arguments.channels), 0),
+        ]:
+            found = predict(work, architecture)
+            if not found:
+                print(columns.format(GPUS[architecture].name, name, "", "", "", "", "spills, or does not fit"))
+                continue
             together, apart = (f"{found.tflops(overlaps):.0f}" for overlaps in (True, False))
             error = f"{found.tflops(False) / published - 1:+.0%}" if published else ""
-            cycles = ", ".join(f"{unit} {count:.0f}" for unit, count in found.cycles.items())
-            cycles += f"; {found.programs} at once; bound by {found.bound}"
+            cycles = ", ".join(f"{unit} {count:.0f}" for unit, count in (found.cycles | found.beyond).items())
+            cycles += f"; {found.at_once} at once; bound by {found.bound}"
             print(columns.format(found.gpu.name, name, together, apart, published or "", error, cycles), flush=True)
 
 

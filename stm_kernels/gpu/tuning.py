@@ -161,9 +161,14 @@ def forward_tiles(
         return ForwardTiles(64, 32, min(128 if padded(C) > 128 else 256, block_v), 8, 2)
     if padded(C) > 128:
         return ForwardTiles(64, 32, min(256, block_v), 8, 2)
-    if architecture in LARGE_TILES and not skips and not (may_hide and architecture != "sm_90"):
+    if architecture in LARGE_TILES and not skips and (architecture == "sm_90" or not biased):
         kind = "descriptor" if descriptors and architecture in TMA_ARCHITECTURES else "portable"
         return ForwardTiles(128, 64, min(256, block_v), 8, 2 if may_hide else 3, kind)
+    # the best predicted whose every form compiles without spills: `python -m stm_kernels.gpu.model --sweep`
+    if architecture == "sm_80" and not skips and block_v > 128 and not may_hide:
+        return ForwardTiles(64, 128, min(256, block_v), 8, 2)
+    if architecture == "sm_80" and not skips and not biased:
+        return ForwardTiles(128, 64, block_v, 8, 2)
     return ForwardTiles(64, 64, min(256, block_v), 8, 2)
 
 
