@@ -186,7 +186,9 @@ def against_naive(size: Size, dtype: torch.dtype, repeats: int, rows: int) -> di
 
 def time_shares(function: Callable[[], Any], C: int) -> dict[str, float]:
     """What a read's time goes to, by PyTorch's profiler: products with keys, products with values, all else."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+    every_thread = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, experimental_config=every_thread, record_shapes=True) as profile:
         function()
     shares = {"keys": 0.0, "values": 0.0, "rest": 0.0}
     for event in profile.key_averages(group_by_input_shape=True):

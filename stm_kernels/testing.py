@@ -245,9 +245,17 @@ def extra_memory(function: Callable[[], object], device: torch.device | str = "c
 
 
 def allocations(function: Callable[[], object]) -> list[int]:
-    """What `function` takes of the CPU's memory, in bytes and in order; what it gives back is negative."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = function()
+    """What `function` takes of the CPU's memory on one thread, in bytes and in order; what it gives back is negative.
+
+    Each further thread of a read takes about as much again, but for the results.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+            result = function()
+    finally:
+        torch.set_num_threads(threads)
     del result
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
