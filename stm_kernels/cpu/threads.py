@@ -75,5 +75,6 @@ def _pool(count: int) -> ThreadPoolExecutor:
     return pool
 
 
-# a process that is forked has the pool but not its threads
-os.register_at_fork(after_in_child=_pool.cache_clear)
+# a process that is forked has the pool but not its threads; Windows has no forks
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)
