@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from stm_kernels import memory_read, memory_usage
+from stm_kernels.cpu import threads as cpu_threads
 from stm_kernels.cpu.gemm import Scratch
 from stm_kernels.cpu.threads import MIN_QUERIES, blocks_of, side_by_side
 from stm_kernels.testing import make_problem
@@ -62,6 +63,8 @@ def test_usage_is_that_of_one_thread(threads):
 
 
 def test_every_thread_computes_alone_and_the_others_keep_their_threads(threads):
+    # its own threads are new ones
+    cpu_threads._pool.cache_clear()
     seen = side_by_side(lambda tasks, _: (len(tasks), torch.get_num_threads()), range(7), CPU)
     assert [count for count, _ in seen] == [len(range(7)[first::threads]) for first in range(threads)]
     assert {alone for _, alone in seen} == {1}
