@@ -26,10 +26,10 @@ MIN_QUERIES = 64
 
 def blocks_of(B: int, M: int, longest: int, device: torch.device) -> list[Block]:
     """The queries of all batch items in blocks of at most `longest`, as many for each thread where they are enough."""
-    count = -(-M // longest)
+    count = max(1, -(-M // longest))
     while B * count % threads_of(device) and M >= (count + 1) * MIN_QUERIES:
         count += 1
-    return [(item, block) for item in range(B) for block in even_slices(M, max(1, -(-M // max(1, count))))]
+    return [(item, block) for item in range(B) for block in even_slices(M, -(-M // count))]
 
 
 def threads_of(device: torch.device) -> int:

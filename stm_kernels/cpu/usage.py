@@ -16,7 +16,7 @@ from stm_kernels.cpu.chunked import (
     read_block,
     row_top_parts,
 )
-from stm_kernels.cpu.gemm import Scratch, even_slices, key_products, product_dtype, steady_slices
+from stm_kernels.cpu.gemm import Scratch, key_products, product_dtype, steady_slices
 from stm_kernels.cpu.threads import MIN_QUERIES, Block, blocks_of, side_by_side, threads_of
 
 HELD_WEIGHTS = 2**23
@@ -46,7 +46,7 @@ def chunked_read_with_usage(
     lengths = [affinity.sizes[2] for affinity in affinities]
     # powers of two: oneDNN compiles a product for every number of rows, and a memory grows
     rows, most = MIN_QUERIES, HELD_WEIGHTS // threads_of(query_key.device) // sum(lengths)
-    while 2 * rows <= min(QUERIES_PER_BLOCK, most, -(-B * M // threads_of(query_key.device))):
+    while 2 * rows <= min(QUERIES_PER_BLOCK, most):
         rows *= 2
     chunks = [[chunk for page in zip(affinities, values) for chunk in chunks_of(*page, item)] for item in range(B)]
 
@@ -64,7 +64,7 @@ def chunked_read_with_usage(
                 _add_column_sums(part, weights, shares.to(wide))
         return usage
 
-    blocks = [(item, block) for item in range(B) for block in even_slices(M, rows)]
+    blocks = blocks_of(B, M, rows, query_key.device)
     usage = sum(side_by_side(read, blocks, query_key.device), query_key.new_zeros((), dtype=wide))
     return out, lse, [*usage.split(lengths, 1)]
 

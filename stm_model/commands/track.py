@@ -67,7 +67,7 @@ class TrackConfig(NetworkOptions, PartOptions):
     binary: bool = False
     """The mask is black and white: what is bright is one object, label 1."""
     colors: bool = False
-    """Each color of the mask is an object, however many and thin; of an RGB picture 1, 2, …"""
+    """Each color of the mask is an object, however many and thin; an RGB picture's are labels 1, 2, …"""
     resize_mask: bool = False
     """Resize masks that are not of the video's size, instead of refusing them."""
     overlay: bool = True

@@ -6,7 +6,8 @@ import threading
 import pytest
 import torch
 
-from stm_kernels import memory_read, memory_usage
+from stm_kernels import PagedMemory, memory_read, memory_usage
+from stm_kernels.cpu import skip as cpu_skip
 from stm_kernels.cpu import threads as cpu_threads
 from stm_kernels.cpu.gemm import Scratch
 from stm_kernels.cpu.threads import MIN_QUERIES, blocks_of, side_by_side
@@ -30,7 +31,7 @@ def problem(B=1, N=600):
     return drawn.query_key, drawn.memory_key, drawn.memory_value
 
 
-@pytest.mark.parametrize("M", [1, 63, 64, 200, 1620])
+@pytest.mark.parametrize("M", [0, 1, 63, 64, 200, 1620])
 @pytest.mark.parametrize("B", [1, 2, 5])
 def test_blocks_cover_all_queries_once(threads, B, M):
     blocks = blocks_of(B, M, 576, CPU)
@@ -51,6 +52,34 @@ def test_a_read_and_its_gradients_are_those_of_one_thread(threads, options):
         torch.set_num_threads(count)
         out, lse = memory_read(*inputs, return_lse=True, **options)
         found.append((out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), inputs)))
+    for one, several in zip(*found):
+        torch.testing.assert_close(several, one, rtol=1e-10, atol=1e-12)
+
+
+def test_what_is_skipped_is_that_of_one_thread(threads, monkeypatch):
+    for name, limit in (("MIN_MULTIPLICATIONS", 0), ("GATHERED_CHANNELS", 1), ("MAX_GATHERED", 2.0)):
+        monkeypatch.setattr(cpu_skip, name, limit)
+    query_key, memory_key, memory_value = problem(B=2, N=3000)
+    # the newer half weighs nearly all
+    query_key[:, :, 0] = 4
+    memory_key[:, 1500:, 0] += 12
+    found = []
+    for count in (1, threads):
+        torch.set_num_threads(count)
+        found.append(memory_read(query_key, memory_key, memory_value, skip=1e-2, return_lse=True, return_skipped=True))
+    assert found[0][2].max() > 0
+    for one, several in zip(*found):
+        torch.testing.assert_close(several, one, rtol=1e-6, atol=1e-9)
+
+
+def test_usage_of_a_read_of_pages_is_that_of_one_thread(threads):
+    query_key, memory_key, memory_value = problem(B=2, N=3000)
+    found = []
+    for count in (1, threads):
+        torch.set_num_threads(count)
+        memory = PagedMemory(2, 16, 24, dtype=torch.float64, page_size=1000)
+        memory.append(memory_key, memory_value)
+        found.append(memory.read(query_key, return_usage=True))
     for one, several in zip(*found):
         torch.testing.assert_close(several, one, rtol=1e-10, atol=1e-12)
 
@@ -93,7 +122,7 @@ def test_an_error_is_the_caller_s(threads):
 
     with pytest.raises(MemoryError, match="no room"):
         side_by_side(fail, range(9), CPU)
-    assert side_by_side(lambda tasks, _: sum(tasks), range(9), CPU)
+    assert sum(side_by_side(lambda tasks, _: sum(tasks), range(9), CPU)) == 36
 
 
 def _read_in_child(queue):
