@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stm_model.network.decoder import ResBlock
 from stm_model.network.efficientnet import InvertedResidual
 from stm_model.network.encoders import MemoryEncoder, QueryEncoder
 from stm_model.network.int8 import quantize
@@ -22,6 +23,12 @@ MAX_WIDE_BYTES = 8 * 2**20
 """An inverted residual whose widest map is larger than this is computed in strips."""
 STRIP_BYTES = 5 * 2**19
 """Of the widest map of a strip: it stays in the second- and third-level caches."""
+_ACTIVATIONS: dict[type, tuple[str, list[float], str]] = {
+    type(None): ("none", [], ""),
+    nn.ReLU: ("relu", [], ""),
+    nn.ReLU6: ("hardtanh", [0.0, 6.0], ""),
+}
+"""As oneDNN's operators in PyTorch name them."""
 
 
 def for_inference(model: STM, compiled: bool = False) -> STM:
@@ -65,27 +72,30 @@ def fold_batch_norm(model: STM) -> STM:
 
 
 def fuse_activations(model: STM) -> STM:
-    """Let oneDNN compute the convolutions of a network without batch norm, with the ReLU6 behind them, where it can.
+    """Let oneDNN compute the convolutions of a network without batch norm, where it can, with what is behind them: the
+    activation, and the shortcut's sum.
 
-    PyTorch by itself takes other ways for some of them. An activation by itself reads and writes a map six times as
-    wide as those between the blocks. The network is changed in place.
+    PyTorch by itself takes other ways for some of them, and an activation or a sum of its own reads and writes a whole
+    map. The network is changed in place.
     """
     if not _by_onednn(next(model.parameters())):
         return model
     for module in [*model.modules()]:
         if isinstance(module, InvertedResidual):
             if module.expand is not None:
-                module.expand = _Convolution(module.expand[0], relu6=True)
-            module.depthwise = _Convolution(module.depthwise[0], relu6=True)
+                module.expand = _Convolution(module.expand[0], module.relu)
+            module.depthwise = _Convolution(module.depthwise[0], module.relu)
             module.project = _Convolution(module.project[0])
-        elif isinstance(module, (QueryEncoder, SharedEncoder)) and isinstance(module.relu, nn.ReLU6):
-            module.conv1 = _Convolution(module.conv1, relu6=True)
+        elif isinstance(module, (QueryEncoder, SharedEncoder)):
+            module.conv1 = _Convolution(module.conv1, module.relu)
         else:
             continue
         module.relu = nn.Identity()
     for module in [*model.modules()]:
         for name, child in module.named_children():
-            if isinstance(child, nn.Conv2d):
+            if isinstance(child, (BasicBlock, Bottleneck, ResBlock)) and type(child.conv1) is nn.Conv2d:
+                setattr(module, name, _Residual(child))
+            elif isinstance(child, nn.Conv2d):
                 setattr(module, name, _Convolution(child))
             elif isinstance(child, InvertedResidual):
                 setattr(module, name, _StripedResidual(child))
@@ -100,15 +110,15 @@ def _by_onednn(weight: Tensor) -> bool:
 
 
 class _Convolution(nn.Module):
-    """A convolution, and the ReLU6 behind it in one pass, by the operator that torch.compile generates for them."""
+    """A convolution, and the ReLU or ReLU6 behind it in one pass, by the operators that torch.compile generates."""
 
-    def __init__(self, convolution: nn.Conv2d, relu6: bool = False):
+    def __init__(self, convolution: nn.Conv2d, activation: nn.Module | None = None):
         super().__init__()
         self.weight, self.bias = convolution.weight, convolution.bias
         self.padding = convolution.padding
         self.settings = [*map(list, (convolution.padding, convolution.stride, convolution.dilation))]
         self.groups = convolution.groups
-        self.activation: tuple[str, list[float], str] = ("hardtanh", [0.0, 6.0], "") if relu6 else ("none", [], "")
+        self.activation: tuple[str, list[float], str] = _ACTIVATIONS[type(activation)]
 
     def forward(self, x: Tensor) -> Tensor:
         convolve = torch.ops.mkldnn._convolution_pointwise
@@ -119,6 +129,30 @@ class _Convolution(nn.Module):
         (_, across), *settings = self.settings
         convolve = torch.ops.mkldnn._convolution_pointwise
         return convolve(x, self.weight, self.bias, [0, across], *settings, self.groups, *self.activation)
+
+    def onto(self, x: Tensor, total: Tensor) -> Tensor:
+        """The sum of a map and the convolution, and the ReLU behind that; the map is overwritten."""
+        add = torch.ops.mkldnn._convolution_pointwise_.binary
+        name, *settings = self.activation
+        activation = (None if name == "none" else name, *settings)
+        return add(total, x, self.weight, self.bias, *self.settings, self.groups, "add", 1.0, *activation)
+
+
+class _Residual(nn.Module):
+    """A residual block without batch norm; its input is overwritten where that is the shortcut: no other reads it."""
+
+    def __init__(self, block: BasicBlock | Bottleneck | ResBlock):
+        super().__init__()
+        *between, last = (child for name, child in block.named_children() if name.startswith("conv"))
+        self.activated_before = isinstance(block, ResBlock)
+        relu = nn.ReLU()
+        self.between = nn.Sequential(*(_Convolution(convolution, relu) for convolution in between))
+        self.last = _Convolution(last, None if self.activated_before else relu)
+        self.downsample = None if self.activated_before else block.downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.between(F.relu(x) if self.activated_before else x)
+        return self.last.onto(out, x if self.downsample is None else self.downsample(x))
 
 
 class _StripedResidual(nn.Module):
