@@ -31,7 +31,6 @@ from stm_model.training.state import initialize
 VERSIONS = {"naive": "reference", "fused": "auto"}
 GRID = (30, 54)
 """Positions of a frame of 480×854 pixels."""
-NETWORKS = {"small": STMConfig.small, "released": STMConfig}
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,6 @@ class Case:
     crop: int = 384
     """Height and width of the clip in pixels."""
     recompute: bool = False
-    network: str = "small"
 
 
 def measure(case: Case, device: str) -> dict[str, Any]:
@@ -76,7 +74,7 @@ def read_once(case: Case, device: str) -> tuple[Callable[[], object], int]:
 def step_once(case: Case, device: str) -> tuple[Callable[[], object], int]:
     """Loss and gradients of one clip; nothing of it is taken for granted."""
     torch.manual_seed(0)
-    model = STM(NETWORKS[case.network]())
+    model = STM(STMConfig.small())
     initialize(model)
     model = model.to(device, memory_format=torch.channels_last).eval()
     labels = torch.zeros(case.frames, case.crop, case.crop, dtype=torch.uint8, device=device)
@@ -106,7 +104,6 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = options(__doc__, threads=1)
     parser.add_argument("--lengths", type=at_least(2), nargs="+", default=[2, 4, 8, 16, 32], help="frames")
     parser.add_argument("--crop", type=at_least(32), default=384)
-    parser.add_argument("--network", choices=NETWORKS, default="small")
     arguments = parser.parse_args(words)
     torch.set_num_threads(arguments.threads)
     report = describe(arguments.device) | {"rows": []}
@@ -115,7 +112,7 @@ def main(words: Sequence[str] | None = None) -> int:
         for frames in arguments.lengths:
             pair = []
             for version in VERSIONS:
-                case = Case(what, version, frames, arguments.crop, recompute, arguments.network)
+                case = Case(what, version, frames, arguments.crop, recompute)
                 pair.append(measured(case, arguments.device))
                 report["rows"].append(pair[-1])
                 write_json(report, arguments.out)
