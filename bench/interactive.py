@@ -1,6 +1,6 @@
 """What a user of the page waits for: python bench/interactive.py --video VIDEO [--out FILE]
 
-The video at 480p, up to 300 frames, and one object, scribbled on where --at says. Seconds are from a request to its
+A video of at most 300 frames and one object, scribbled on where --at says. Seconds are from a request to its
 whole answer, without the network: a frame with its masks while nothing else is done and while a round
 runs, the preview of a scribble on its own frame (the first one apart), and rounds.
 """
@@ -10,11 +10,9 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +27,6 @@ from stm_model.interactive.footage import Footage
 from stm_model.interactive.session import ScribbleSession
 from stm_model.interactive.web.app import make_app
 from stm_model.interactive.web.workbench import Workbench
-from stm_model.io.images import resize_frame
-from stm_model.io.video import VideoWriter, open_video
 from stm_model.network import STM
 from stm_model.runtime import DEFAULT_INTERACTIVE_WEIGHTS, chosen_side
 
@@ -64,16 +60,6 @@ def summary(seconds: Sequence[float]) -> dict[str, float]:
     return {"median_s": statistics.median(seconds), "worst_s": max(seconds), "measured": len(seconds)}
 
 
-def resized(path: Path, folder: Path, height: int) -> Path:
-    """The first frames of a video, resized, as a video."""
-    source = open_video(path)
-    size = (height, round(source.size[1] * height / source.size[0]))
-    with VideoWriter(folder / "video.mp4", source.fps) as writer:
-        for frame in islice(source, MAX_FRAMES):
-            writer.write(resize_frame(frame, size))
-    return folder / "video.mp4"
-
-
 def measure(client: Client, frames: int, at: Sequence[float]) -> dict[str, Any]:
     """Two rounds, and what is looked at before, between and during them."""
     spread = [round(place * (frames - 1) / (SCRUBBED - 1)) for place in range(SCRUBBED)]
@@ -105,18 +91,15 @@ def measure(client: Client, frames: int, at: Sequence[float]) -> dict[str, Any]:
 def main(words: Sequence[str] | None = None) -> int:
     parser = options(__doc__)
     parser.add_argument("--video", type=Path, required=True)
-    parser.add_argument("--height", type=int, default=480, help="shorter side of the video, in pixels")
     parser.add_argument("--at", type=float, nargs=2, default=(0.5, 0.5), help="a point of the object, from 0 to 1")
     arguments = parser.parse_args(words)
     torch.set_num_threads(arguments.threads)
     model = STM.load(DEFAULT_INTERACTIVE_WEIGHTS, device=arguments.device)
     found: dict[str, Any] = {}
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            video = resized(arguments.video, Path(folder), arguments.height)
-            begun = time.perf_counter()
-            footage = Footage(video, MAX_FRAMES)
-            found["open_s"] = time.perf_counter() - begun
+        begun = time.perf_counter()
+        footage = Footage(arguments.video, MAX_FRAMES)
+        found["open_s"] = time.perf_counter() - begun
     except (OSError, ValueError) as error:
         print(f"interactive: {error}", file=sys.stderr)
         return 2

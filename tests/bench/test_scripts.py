@@ -104,7 +104,7 @@ def test_the_page_is_timed(tmp_path):
         for frame in procedural_clip(12, (32, 48), 1, seed=0)[0]:
             writer.write(frame)
     out = tmp_path / "page.json"
-    words = ["--device", "cpu", "--height", "32", "--threads", "1", "--out", str(out)]
+    words = ["--device", "cpu", "--threads", "1", "--out", str(out)]
     assert interactive.main(["--video", str(tmp_path / "clip.mp4"), *words]) == 0
     report = json.loads(out.read_text())
     assert report["frames"] == 12 and report["round_1_s"] > 0 and report["scrub"]["measured"] == interactive.SCRUBBED
