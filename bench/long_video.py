@@ -1,8 +1,7 @@
 """What a long video costs: python bench/long_video.py [--only frames share back run] [--out FILE]
 
 frames  what a frame takes, in time and peak memory, over the number T of remembered frames: naively, with everything
-        kept, within a budget, and on host pages (on a CPU they only show that nothing is lost); and what appending it
-        takes beside torch.cat.
+        kept, within a budget, and on host pages (on a CPU they only show that nothing is lost).
 share   a frame after 1000 at the default weights' sizes, of which a tenth of the positions or all are kept, alternated.
 back    a fish that is gone for 500 frames, every frame remembered: J before and after, with everything kept and within
         64 MiB.
@@ -133,16 +132,15 @@ def frame_cost(size: Sizes, count: int, reader: str, device: torch.device, dtype
         make(small, 2, EVICTIONS[0], device, dtype)[0](*frame(small, 0, device, dtype))
     peak = Peak(device)
     before = peak.reset()
-    step, frames, append = (naive_memory if reader == "naive" else our_memory)(size, count, reader, device, dtype)
-    seconds: dict[str, list[float]] = {"seconds": [], "append_seconds": []}
+    step, frames = (naive_memory if reader == "naive" else our_memory)(size, count, reader, device, dtype)
+    seconds = []
     for index in range(size.repeats + 1):
         inputs = frame(size, index, device, dtype)
-        for name, work in (("seconds", step), ("append_seconds", append)):
-            start = clock(device)
-            work(*inputs)
-            # the first frame finds caches and pages cold
-            seconds[name] += [clock(device) - start] * bool(index)
-    found = {"T": count, "reader": reader} | {name: statistics.median(times) for name, times in seconds.items()}
+        start = clock(device)
+        step(*inputs)
+        seconds.append(clock(device) - start)
+    # the first frame finds caches and pages cold
+    found = {"T": count, "reader": reader, "seconds": statistics.median(seconds[1:])}
     return found | {"peak_bytes": peak.read() - before, "frames_in_memory": frames()}
 
 
@@ -157,24 +155,21 @@ def frame(size: Sizes, index: int, device: torch.device, dtype: torch.dtype) -> 
 
 def naive_memory(
     size: Sizes, count: int, _: str, device: torch.device, dtype: torch.dtype
-) -> tuple[Step, Callable[[], int], Step]:
+) -> tuple[Step, Callable[[], int]]:
     """What public code does: concatenate the memory for every frame, hold the affinity whole."""
-    key, value, _query = frame(size, 0, device, dtype)
-    held = [tensor[:, :, None].repeat(1, 1, count - 1, 1, 1) for tensor in (key, value)]
-
-    def append(key: Tensor, value: Tensor, query: Tensor) -> list[Tensor]:
-        return [torch.cat([old, new[:, :, None]], 2) for old, new in zip(held, (key, value))]
+    held = [tensor[:, :, None].repeat(1, 1, count - 1, 1, 1) for tensor in frame(size, 0, device, dtype)[:2]]
 
     def step(key: Tensor, value: Tensor, query: Tensor) -> None:
-        keys, values = (rearrange(tensor, "b c t h w -> b (t h w) c") for tensor in append(key, value, query))
+        joined = [torch.cat([old, new[:, :, None]], 2) for old, new in zip(held, (key, value))]
+        keys, values = (rearrange(tensor, "b c t h w -> b (t h w) c") for tensor in joined)
         naive_read(rearrange(query, "b c h w -> b (h w) c"), keys, values, size.C**-0.5)
 
-    return step, lambda: count, append
+    return step, lambda: count
 
 
 def our_memory(
     size: Sizes, count: int, reader: str, device: torch.device, dtype: torch.dtype
-) -> tuple[Step, Callable[[], int], Step]:
+) -> tuple[Step, Callable[[], int]]:
     """A tracker's memory: all kept on the device, within a budget, or beyond it on the host."""
     limit = size.budget_bytes(dtype)
     budget = {
@@ -200,7 +195,7 @@ def our_memory(
 
     for _ in range(count - 1):
         append(*frame(size, 0, device, dtype))
-    return step, lambda: len(bank.memories[0].notes) // bank.memories[0].positions, append
+    return step, lambda: len(bank.memories[0].notes) // bank.memories[0].positions
 
 
 def share_cost(size: Sizes, device: torch.device, dtype: torch.dtype) -> Result:
@@ -315,9 +310,9 @@ def main(
             print(f"{name}: {json.dumps(found)}", flush=True)
             write_json(report, arguments.out)
             if "reader" in found:
-                figures = (found["seconds"], found["append_seconds"], found["peak_bytes"] / MIB)
-                rows.append((found["reader"], found["T"], *figures, found["frames_in_memory"]))
-    print(table(("", "T", "seconds a frame", "to append it", "peak MiB", "frames in memory"), rows))
+                cost = (found["seconds"], found["peak_bytes"] / MIB, found["frames_in_memory"])
+                rows.append((found["reader"], found["T"], *cost))
+    print(table(("", "T", "seconds a frame", "peak MiB", "frames in memory"), rows))
     return int(any("failed" in found for found in report["results"].values()))
 
 

@@ -8,6 +8,7 @@ max_memory_allocated.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -96,7 +97,6 @@ def measured(case: Case, device: str) -> dict[str, Any]:
     found = apart(partial(measure, case, device))
     if "mib" not in found:
         raise SystemExit(f"training: {case}: {found.get('failed') or found.get('skipped')}")
-    print(f"  {case}: {found['mib']:.0f} MiB, {found['seconds']:.2f} s", file=sys.stderr, flush=True)
     return asdict(case) | found
 
 
@@ -107,18 +107,13 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(words)
     torch.set_num_threads(arguments.threads)
     report = describe(arguments.device) | {"rows": []}
-    lines = []
     for what, recompute in (("read", False), ("step", False), ("step", True)):
-        for frames in arguments.lengths:
-            pair = []
-            for version in VERSIONS:
-                case = Case(what, version, frames, arguments.crop, recompute)
-                pair.append(measured(case, arguments.device))
-                report["rows"].append(pair[-1])
-                write_json(report, arguments.out)
-            name = f"{what}, recomputed" if recompute else what
-            lines.append([name, frames, *(row[key] for key in ("mib", "seconds") for row in pair)])
-    print(table(["", "T", "naive MiB", "fused MiB", "naive s", "fused s"], lines))
+        for frames, version in itertools.product(arguments.lengths, VERSIONS):
+            case = Case(what, version, frames, arguments.crop, recompute)
+            report["rows"].append(measured(case, arguments.device))
+            write_json(report, arguments.out)
+    columns = ("what", "recompute", "frames", "version", "mib", "seconds")
+    print(table(columns, [[row[column] for column in columns] for row in report["rows"]]))
     return 0
 
 

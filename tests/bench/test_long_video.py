@@ -27,7 +27,7 @@ def test_a_dry_run_writes_figures(tmp_path, capsys):
         # a budget of 8 frames of 24 positions is rounded up to two pages of 128
         held = 10 if cell["reader"] in ("fifo", "use") and cell["T"] > 8 else cell["T"]
         assert cell["frames_in_memory"] == held and cell["peak_bytes"] >= 0
-        assert 0 < cell["append_seconds"] and 0 < cell["seconds"]
+        assert cell["seconds"] > 0
     run = results["run, 120 frames"]
     # a page of 128 positions of 6 a frame in float32, two in bfloat16, of a key of 64 channels and two values of 128
     full = run["full_after_frames"]
