@@ -1,6 +1,8 @@
 """The benchmarks of the read, training and the page, run dry: what they write, and what they refuse."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,15 @@ def test_choices_are_read_on_the_keys_of_a_video(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit, match="2"):
             read.main(more)
     assert "expected at least 32 frames, got 9" in capsys.readouterr().err
+
+
+def test_measured_memory_leaves_stderr_empty():
+    """PyTorch's profiler would say there when it begins and ends; it is asked in a process that has not used it yet."""
+    code = "import torch; from bench.harness import options; from stm_kernels.testing import extra_memory\n"
+    code += "options(None); print(extra_memory(lambda: torch.ones(1000)))"
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    assert int(found.stdout) >= 4000 and found.stderr == ""
 
 
 @linux
