@@ -20,8 +20,7 @@ import re
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -36,8 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.gpu_checks import Ratios, checks_of, first_checks, judged, pages_of
 from bench.gpu_readers import READERS, backward_tiles_of, chosen, tiles_of, timed
 from bench.harness import MIB, Result, Task, clocks, describe, run_tasks, table, write_json
-from bench.read import CHOICES, WAYS, Size, both_ways, draw_problem, errors, inputs_of
-from stm_kernels import memory_read
+from bench.read import CHOICES, WAYS, Size, both_ways, draw_problem, errors
 from stm_kernels.testing import Problem, allowed_error_shares, extra_memory, results
 
 CHECK_SHARE = 0.4
@@ -74,13 +72,9 @@ def build_tasks(arguments: argparse.Namespace) -> Sections:
         sections["checks"] |= {f"compile, {size}": partial(run_once, size, device) for size in sizes(device, True)}
     for dtype in dtypes_of(device):
         for name in (first_checks if arguments.first_minute else checks_of)(device, dtype, tiny):
-            sections["checks"][f"{dtype}: {name}"] = partial(
-                check, device, dtype, tiny, name, first=arguments.first_minute
-            )
+            sections["checks"][f"{dtype}: {name}"] = partial(check, device, dtype, tiny, name)
     if arguments.first_minute:
-        sections["reads"] = {
-            f"forward, {size}, ours": partial(cell, size, "forward", "ours", device) for size in sizes(device, True)
-        }
+        sections["reads"] = cells(device, sizes(device, True), ("forward",), ("ours",))
     elif not arguments.sanitize:
         important, every = sizes(device, True), sizes(device, quick)
         sections["ceilings"] = {f"matmul {dtype}": partial(matmul, device, dtype) for dtype in dtypes_of(device)}
@@ -95,8 +89,8 @@ def build_tasks(arguments: argparse.Namespace) -> Sections:
     }
 
 
-def check(device: str, dtype: torch.dtype, tiny: bool, name: str, first: bool = False) -> Result:
-    return judged((first_checks if first else checks_of)(device, dtype, tiny)[name]())
+def check(device: str, dtype: torch.dtype, tiny: bool, name: str) -> Result:
+    return judged(checks_of(device, dtype, tiny)[name]())
 
 
 def run_once(size: Size, device: str) -> Result:
@@ -121,29 +115,28 @@ def copy(device: str) -> Result:
     return found | {"terabytes_per_second": 2 * source.nbytes / found["seconds"] / 1e12}
 
 
-def cells(device: str, measured: list[Size]) -> dict[str, Task]:
-    """Every reader at these sizes, both ways; a dry run leaves out what runs on a GPU alone."""
-    readers = ("ours", "naive") if device == "cpu" else READERS
+def cells(
+    device: str, measured: list[Size], ways: Iterable[str] = WAYS, readers: Iterable[str] = READERS
+) -> dict[str, Task]:
+    """Readers at these sizes; a dry run leaves out what runs on a GPU alone."""
+    if device == "cpu":
+        readers = [reader for reader in readers if reader in ("ours", "naive")]
     return {
         f"{way}, {size}, {reader}": partial(cell, size, way, reader, device)
-        for size in measured
-        for way in WAYS
-        for reader in readers
+        for size, way, reader in itertools.product(measured, ways, readers)
     }
 
 
 def tile_cells(device: str, important: list[Size]) -> dict[str, Task]:
     """Our tiles against each other."""
+    dtype, (first, *_, last) = dtypes_of(device)[0], important
+    kinds = [("forward", size, "forward", tiles_of(device, dtype, size.C, size.V)) for size in (first, last)]
+    kinds.append(("forward + backward", first, "backward", backward_tiles_of(device, dtype, first.C)))
     tasks: dict[str, Task] = {}
-    dtype = dtypes_of(device)[0]
-    for size in important[::2]:
-        for tiles in tiles_of(device, dtype, size.C, size.V):
-            name = "tile " + "-".join(map(str, vars(tiles).values()))
-            tasks[f"forward, {size}, {name}"] = partial(cell, size, "forward", name, device, forward=tiles)
-    size, way = important[0], "forward + backward"
-    for tiles in backward_tiles_of(device, dtype, size.C):
-        name = "backward tile " + "-".join(map(str, vars(tiles).values()))
-        tasks[f"{way}, {size}, {name}"] = partial(cell, size, way, name, device, backward=tiles)
+    for way, size, kind, choices in kinds:
+        for tiles in choices:
+            name = f"{kind} tile " + "-".join(map(str, vars(tiles).values()))
+            tasks[f"{way}, {size}, {name}"] = partial(cell, size, way, name, device, **{kind: tiles})
     return tasks
 
 
@@ -169,25 +162,26 @@ def gradient_errors(problem: Problem, read: Callable[..., Tensor]) -> Ratios:
     return allowed_error_shares(results(few.to(torch.float64)), results(few), found)
 
 
-def cell(size: Size, way: str, reader: str, device: str, **tiles: Any) -> Result:
-    """Check a reader at a size, then measure it; without a check passed there is no time."""
-    read, problem = READERS["ours" if tiles else reader], problem_of(size, device)
-    with chosen(**tiles) if tiles else nullcontext():
-        return measured(size, way, reader, problem, read, device)
+def cell(size: Size, way: str, reader: str, device: str, tracked: bool = False, **tiles: Any) -> Result:
+    """Check a reader at a size, then measure it; without a check passed there is no time.
 
-
-def measured(
-    size: Size, way: str, reader: str, problem: Problem, read: Callable[..., Tensor], device: str, skip: float = 0.0
-) -> Result:
-    ratios = errors(problem, read, skip)
-    if way != "forward" and not skip:
-        # which blocks a read skips depends on all of them; their gradients are for the tests
-        ratios |= gradient_errors(problem, read)
-    found = asdict(size) | {"way": way, "reader": reader, "dtype": str(dtypes_of(device)[0])} | judged(ratios)
-    if "failed" in found:
-        return found
-    call = WAYS[way](problem, read)
-    found |= {"extra_bytes": extra_memory(call, device)} | timed(call, device)
+    Ours reads too where the reader is one of `CHOICES`, or the name of its `tiles`, which `chosen` takes.
+    """
+    choice = CHOICES.get(reader, {})
+    skip = choice.get("skip", 0.0)
+    read = READERS.get(reader) or partial(READERS["ours"], **choice)
+    problem = replace(problem_of(size, device, tracked), top_k=choice.get("top_k"))
+    found: Result = asdict(size) | {"way": way, "reader": reader, "tracked": tracked}
+    with chosen(**tiles):
+        ratios = errors(problem, read, skip)
+        if way != "forward" and not skip:
+            # which blocks a read skips depends on all of them; their gradients are for the tests
+            ratios |= gradient_errors(problem, read)
+        found |= {"dtype": str(dtypes_of(device)[0])} | judged(ratios)
+        if "failed" in found:
+            return found
+        call = WAYS[way](problem, read)
+        found |= {"extra_bytes": extra_memory(call, device)} | timed(call, device)
     return found | {"tflops": size.flops(way) / found["seconds"] / 1e12}
 
 
@@ -197,23 +191,15 @@ def choices(device: str, quick: bool) -> dict[str, Task]:
     tasks: dict[str, Task] = {f"paged read, {size}": partial(paged, size, device) for size in sizes_of_choices}
     for size, tracked, name, way in itertools.product(sizes_of_choices, (True, False), CHOICES, WAYS):
         title = f"{way}, {size}, {'peaked' if tracked else 'flat'}, {name}"
-        tasks[title] = partial(choice, size, way, name, tracked, device)
+        tasks[title] = partial(cell, size, way, name, device, tracked)
     return tasks
-
-
-def choice(size: Size, way: str, name: str, tracked: bool, device: str) -> Result:
-    problem = replace(problem_of(size, device, tracked), top_k=CHOICES[name].get("top_k"))
-    read = partial(memory_read, **CHOICES[name], implementation="triton")
-    return measured(size, way, name, problem, read, device, CHOICES[name].get("skip", 0.0)) | {"tracked": tracked}
 
 
 def paged(size: Size, device: str) -> Result:
     problem = problem_of(size, device)
     read = pages_of(problem, 32 if device == "cpu" else 16384, size.N)
     found = asdict(size) | judged(errors(problem, read))
-    return (
-        found if "failed" in found else found | timed(partial(read, *inputs_of(problem), scale=problem.scale), device)
-    )
+    return found if "failed" in found else found | timed(WAYS["forward"](problem, read), device)
 
 
 class Report:

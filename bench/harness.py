@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import platform
@@ -14,14 +13,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, TimeoutError, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from stm_model.io import files
 from stm_model.runtime import device_name, held_process_memory, peak_process_memory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,6 +78,8 @@ def answer(*command: str) -> str | None:
 
 def options(document: str | None, repeats: int | None = None, threads: int = 2) -> argparse.ArgumentParser:
     """A parser with the options that most benchmarks have."""
+    # else PyTorch's profiler says on stderr when it begins and ends
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=at_least(1), default=threads, help="of a CPU; default: %(default)s")
@@ -170,13 +171,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def write_json(report: dict[str, Any], path: Path | None) -> None:
-    """Write under a temporary name and rename: a run that is killed leaves a whole file. None writes nothing."""
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(temporary, path)
+    """Write a report, whole or not at all; None writes nothing."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(path, report)
 
 
 def attempt(task: Task) -> Result:
@@ -242,55 +240,61 @@ def run_tasks(
                 worker.end()
 
 
-def apart(task: Task, limit: float = 3600.0) -> Result:
-    """Run a task in a process of its own, from whose start peaks count."""
+def apart(task: Task) -> Result:
+    """Run a task in a process of its own, from whose start peaks count; it may take a day."""
     found: dict[str, Result] = {}
-    run_tasks({"task": task}, found.__setitem__, limit=limit)
+    run_tasks({"task": task}, found.__setitem__, limit=86_400.0)
     return found["task"]
 
 
 class Worker:
     """A process that runs tasks one after the other; a new one takes the place of one that died or hangs."""
 
-    pool: ProcessPoolExecutor | None = None
+    process: Any = None
 
-    def run(self, task: Task, limit: float, end: float = float("inf")) -> Result:
+    def run(self, task: Task, limit: float, end: float) -> Result:
         """A task's result, or why there is none; arguments as in `run_tasks`."""
         found: Result = {"broken": True}
-
-        def within(seconds: float) -> float:
-            return max(0.0, min(seconds, end - time.time()))
-
         try:
-            if self.pool is None:
-                context, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
-                self.pool = ProcessPoolExecutor(1, context, _begin, (threads,))
+            if self.process is None:
+                context = multiprocessing.get_context("spawn")
+                self.connection, theirs = context.Pipe()
+                self.process = context.Process(target=_serve, args=(theirs, torch.get_num_threads()))
+                self.process.start()
+                theirs.close()
                 # loads all that it needs
-                self.pool.submit(attempt, dict).result(within(START_SECONDS))
-            found = self.pool.submit(attempt_on_device, task).result(within(limit))
+                self._ask(dict, START_SECONDS, end)
+            found = self._ask(task, limit, end)
         except TimeoutError:
             late = time.time() >= end
             found |= {"skipped": "out of time"} if late else {"failed": f"stopped after {limit:.0f} s"}
-        except BrokenProcessPool:
+        except (EOFError, ConnectionError):
             found["failed"] = "its process ended"
         if found.pop("broken", False):
             self.end()
         return found
 
+    def _ask(self, task: Task, limit: float, end: float) -> Result:
+        self.connection.send(task)
+        if not self.connection.poll(max(0.0, min(limit, end - time.time()))):
+            raise TimeoutError
+        return self.connection.recv()
+
     def end(self) -> None:
         """End the process, if there is one."""
-        if self.pool is not None:
-            for process in list(self.pool._processes.values()):
-                process.kill()
-            self.pool.shutdown()
-            self.pool = None
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+            self.process = None
 
 
-def _begin(threads: int) -> None:
-    """A worker has as many threads as its parent, and ends with it, also where that is killed."""
+def _serve(connection: Any, threads: int) -> None:
+    """Run what comes with as many threads as the parent has, and end with it, also where that is killed."""
     torch.set_num_threads(threads)
     parent: Any = multiprocessing.parent_process()
     threading.Thread(target=lambda: [parent.join(), os._exit(1)], daemon=True).start()
+    while True:
+        connection.send(attempt_on_device(connection.recv()))
 
 
 def attempt_on_device(task: Task) -> Result:

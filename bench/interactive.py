@@ -1,6 +1,6 @@
 """What a user of the page waits for: python bench/interactive.py --video VIDEO [--out FILE]
 
-The video at 480p, up to 300 frames, and one object, scribbled on where --at says. Seconds are from a request to its
+A video of at most 300 frames and one object, scribbled on where --at says. Seconds are from a request to its
 whole answer, without the network: a frame with its masks while nothing else is done and while a round
 runs, the preview of a scribble on its own frame (the first one apart), and rounds.
 """
@@ -10,12 +10,9 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +27,6 @@ from stm_model.interactive.footage import Footage
 from stm_model.interactive.session import ScribbleSession
 from stm_model.interactive.web.app import make_app
 from stm_model.interactive.web.workbench import Workbench
-from stm_model.io.images import resize_frame
-from stm_model.io.video import VideoWriter, open_video
 from stm_model.network import STM
 from stm_model.runtime import DEFAULT_INTERACTIVE_WEIGHTS, chosen_side
 
@@ -39,60 +34,43 @@ MAX_FRAMES = 300
 SCRUBBED = 60
 
 
-class Client:
+class Client(TestClient):
     """Asks the page's server as a browser does."""
 
-    def __init__(self, workbench: Workbench):
-        self.client = TestClient(make_app(workbench), headers={"x-stm-tab": "bench"})
-
-    def ask(self, method: str, path: str, content: Any = None) -> bytes:
-        answer = self.client.request(method, path, json=content)
-        if answer.status_code != 200:
-            raise RuntimeError(f"{path}: {answer.status_code} {answer.text[:200]}")
-        return answer.content
+    def ask(self, method: str, path: str, content: Any = None) -> float:
+        """Seconds until the whole answer is there."""
+        started = time.perf_counter()
+        self.request(method, path, json=content).raise_for_status()
+        return time.perf_counter() - started
 
     def do(self, action: str, **content: Any) -> dict[str, Any]:
-        return json.loads(self.ask("POST", f"/stm/do/{action}", content))
+        return self.post(f"/stm/do/{action}", json=content).raise_for_status().json()
 
-    def wait(self) -> None:
-        """Until the work in the background is done."""
+    def wait(self) -> float:
+        """Seconds until the work in the background is done."""
+        started = time.perf_counter()
         while (status := self.do("status"))["job"]["running"]:
             time.sleep(0.05)
         if status["job"]["error"]:
             raise RuntimeError(status["job"]["error"])
-
-
-def timed(work: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+        return time.perf_counter() - started
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:
     return {"median_s": statistics.median(seconds), "worst_s": max(seconds), "measured": len(seconds)}
 
 
-def resized(path: Path, folder: Path, height: int) -> Path:
-    """The first frames of a video, resized, as a video."""
-    source = open_video(path)
-    size = (height, round(source.size[1] * height / source.size[0]))
-    with VideoWriter(folder / "video.mp4", source.fps) as writer:
-        for frame in islice(source, MAX_FRAMES):
-            writer.write(resize_frame(frame, size))
-    return folder / "video.mp4"
-
-
 def measure(client: Client, frames: int, at: Sequence[float]) -> dict[str, Any]:
-    """Everything but the browser."""
+    """Two rounds, and what is looked at before, between and during them."""
     spread = [round(place * (frames - 1) / (SCRUBBED - 1)) for place in range(SCRUBBED)]
 
     def scrub(masks: bool, times: Sequence[int] = spread) -> list[float]:
-        return [timed(partial(client.ask, "GET", f"/stm/frame/{index}?masks={masks}")) for index in times]
+        return [client.ask("GET", f"/stm/frame/{index}?masks={masks}") for index in times]
 
     def scribble(frame: int) -> float:
         x, y = at
         client.do("scribble", frame=frame, object=1, path=[[x, y], [x + 0.02, y + 0.02]])
-        return timed(lambda: client.ask("POST", "/stm/preview", {"frame": frame}))
+        return client.ask("POST", "/stm/preview", {"frame": frame})
 
     found: dict[str, Any] = {"scrub_before": summary(scrub(False))}
     found["first_preview_s"] = scribble(0)
@@ -100,31 +78,28 @@ def measure(client: Client, frames: int, at: Sequence[float]) -> dict[str, Any]:
     for _ in range(3):
         client.do("undo")
     client.do("run")
-    found["round_1_s"] = timed(client.wait)
+    found["round_1_s"] = client.wait()
     found["scrub"] = summary(scrub(True))
     client.do("scribble", frame=frames // 2, object=0, path=[[0.05, 0.05], [0.3, 0.05]])
     client.do("run")
     during = scrub(True, spread[::6])
     # the requests are part of the round's time
-    found |= {"scrub_during_a_round": summary(during), "round_2_s": timed(client.wait) + sum(during)}
+    found |= {"scrub_during_a_round": summary(during), "round_2_s": client.wait() + sum(during)}
     return found
 
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = options(__doc__)
     parser.add_argument("--video", type=Path, required=True)
-    parser.add_argument("--height", type=int, default=480, help="shorter side of the video, in pixels")
     parser.add_argument("--at", type=float, nargs=2, default=(0.5, 0.5), help="a point of the object, from 0 to 1")
     arguments = parser.parse_args(words)
     torch.set_num_threads(arguments.threads)
     model = STM.load(DEFAULT_INTERACTIVE_WEIGHTS, device=arguments.device)
     found: dict[str, Any] = {}
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            video = resized(arguments.video, Path(folder), arguments.height)
-            begun = time.perf_counter()
-            footage = Footage(video, MAX_FRAMES)
-            found["open_s"] = time.perf_counter() - begun
+        begun = time.perf_counter()
+        footage = Footage(arguments.video, MAX_FRAMES)
+        found["open_s"] = time.perf_counter() - begun
     except (OSError, ValueError) as error:
         print(f"interactive: {error}", file=sys.stderr)
         return 2
@@ -138,7 +113,7 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     # as the command does it: while the user looks at the video
     threading.Thread(target=workbench.warm_up, daemon=True).start()
-    client, frames = Client(workbench), len(footage.frames)
+    client, frames = Client(make_app(workbench), headers={"x-stm-tab": "bench"}), len(footage.frames)
     client.do("enter")
     found |= {"frames": frames, "size": list(footage.size), "network_size": size}
     found |= measure(client, frames, arguments.at) | {"encoded_frames": workbench.session.encoded_frames}

@@ -1,9 +1,7 @@
 """The read against what users of STM run, softmax(q @ k.mT * s) @ v: python bench/read.py [--out FILE]
 
 480p at stride 16 (M = 1620) and 20 remembered frames (N = 32 400), C = 128, V = 512, forward and forward + backward, in
-float32 and bfloat16, in alternation. Beside the times stand the memory taken, the shares of the products with keys and
-with values, the share of the speed of a large matrix product, and the error over the error that the tests allow. Then
-`skip` and `top_k` on keys of a tracked video, where every query looks at few places of each frame.
+float32 and bfloat16, in alternation, with the memory taken and the error over the error that the tests allow.
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +23,6 @@ from stm_kernels import memory_read, merge_reads
 from stm_kernels.testing import Problem, allowed_error_shares, error_ratios, extra_memory, read_by, results
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CHOICES: dict[str, dict[str, Any]] = {
-    "exact": {},
-    "skip=1e-3": {"skip": 1e-3},
-    "skip=1e-2": {"skip": 1e-2},
-    "top_k=30": {"top_k": 30},
-}
 CHECKED_QUERIES = 48
 WIDE_POSITIONS = 2**17
 """Memory positions that are held in float64 at once."""
@@ -156,14 +147,7 @@ def errors(problem: Problem, read: Callable[..., Any], skip: float = 0.0) -> dic
     )
 
 
-def product(size: int, dtype: torch.dtype) -> Callable[[], Any]:
-    """A large matrix product."""
-    left, right = torch.randn(2, size, size).to(dtype)
-    out = torch.empty_like(left)
-    return lambda: torch.mm(left, right, out=out)
-
-
-def against_naive(size: Size, dtype: torch.dtype, repeats: int, rows: int) -> dict[str, Any]:
+def against_naive(size: Size, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
     """Error, memory and seconds of both reads, and how many times faster ours is."""
     problem = draw_problem(size, dtype)
     error = max(error_ratios(some_queries(problem), read_by("auto")).values())
@@ -171,47 +155,13 @@ def against_naive(size: Size, dtype: torch.dtype, repeats: int, rows: int) -> di
         return {"failed": f"error over allowed error {error:.2f}"}
     reads: dict[str, Callable[..., Tensor]] = {"naive": naive_read, "ours": memory_read}
     functions = {f"{name}, {way}": make(problem, read) for way, make in WAYS.items() for name, read in reads.items()}
-    seconds = alternate(functions | {"product": product(rows, dtype)}, repeats)
-    # the least of each: what else the machine does only adds
-    rate = 2 * rows**3 / seconds["product"]["least"]
+    seconds = alternate(functions, repeats)
     return {
         "error_over_allowed": error,
         "extra_bytes": {name: extra_memory(functions[f"{name}, forward"]) for name in reads},
         "seconds": seconds,
         "times_faster": {way: seconds[f"naive, {way}"]["median"] / seconds[f"ours, {way}"]["median"] for way in WAYS},
-        "time_shares": {name: time_shares(functions[f"{name}, forward"], size.C) for name in reads},
-        "share_of_product": {name: size.flops() / seconds[f"{name}, forward"]["least"] / rate for name in reads},
     }
-
-
-def time_shares(function: Callable[[], Any], C: int) -> dict[str, float]:
-    """What a read's time goes to, by PyTorch's profiler: products with keys, products with values, all else."""
-    every_thread = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, experimental_config=every_thread, record_shapes=True) as profile:
-        function()
-    shares = {"keys": 0.0, "values": 0.0, "rest": 0.0}
-    for event in profile.key_averages(group_by_input_shape=True):
-        name = event.key.split("::")[-1].rstrip("_")
-        if name in ("mm", "bmm", "addmm", "_linear_pointwise"):
-            # the left factor comes first, or behind what it is added to
-            left = event.input_shapes[name == "addmm"]
-            shares["keys" if left[-1] == C else "values"] += event.self_cpu_time_total
-        else:
-            shares["rest"] += event.self_cpu_time_total
-    total = sum(shares.values())
-    return {name: share / total for name, share in shares.items()}
-
-
-def choices(size: Size, dtype: torch.dtype, repeats: int, _: int) -> dict[str, Any]:
-    """Seconds of reads that leave positions out, and their error over what they promise."""
-    problem, found = draw_problem(size, dtype, tracked=True), {}
-    reads = {name: partial(memory_read, **choice) for name, choice in CHOICES.items()}
-    for name, choice in CHOICES.items():
-        judged = replace(problem, top_k=choice.get("top_k"))
-        found[name] = errors(judged, reads[name], choice.get("skip", 0.0))["out"]
-    functions = {f"{name}, {way}": make(problem, read) for way, make in WAYS.items() for name, read in reads.items()}
-    return {"error_over_allowed": found, "seconds": alternate(functions, repeats)}
 
 
 def show(name: str, found: dict[str, Any]) -> None:
@@ -220,25 +170,20 @@ def show(name: str, found: dict[str, Any]) -> None:
     columns = ("median", "least", "processor")
     rows = [(what, *(times[column] for column in columns)) for what, times in found["seconds"].items()]
     print(table((f"{name}, seconds", *columns), rows))
-    for name, shares in found.get("time_shares", {}).items():
-        print(f"  time of {name}: " + ", ".join(f"{what} {share:.2f}" for what, share in shares.items()))
-    for what, unit in (("times_faster", 1), ("share_of_product", 1), ("extra_bytes", MIB), ("error_over_allowed", 1)):
-        values = found.get(what, {})
-        for key, value in values.items() if isinstance(values, dict) else [("ours", values)]:
-            print(f"  {what.replace('_', ' ').replace('bytes', 'MiB')}, {key}: {value / unit:.2f}")
+    for way, ratio in found["times_faster"].items():
+        print(f"  times faster, {way}: {ratio:.2f}")
+    print("  extra MiB: " + ", ".join(f"{who} {size / MIB:.1f}" for who, size in found["extra_bytes"].items()))
 
 
-def main(words: Sequence[str] | None = None, size: Size | None = None, rows: int = 2048) -> int:
+def main(words: Sequence[str] | None = None, size: Size | None = None) -> int:
     arguments = options(__doc__, repeats=5).parse_args(words)
-    size = size or Size(1620, 20)
     torch.set_num_threads(arguments.threads)
-    report: dict[str, Any] = describe("cpu") | {"sizes": {"M": size.M, "N": size.N, "C": size.C, "V": size.V}}
-    for section, measure in (("reads", against_naive), ("choices", choices)):
-        report[section] = {}
-        for name, dtype in DTYPES.items():
-            report[section][name] = found = measure(size, dtype, arguments.repeats, rows)
-            show(f"{section}, {name}", found)
-            write_json(report, arguments.out)
+    size = size or Size(1620, 20)
+    report = describe("cpu") | {"sizes": {"M": size.M, "N": size.N, "C": size.C, "V": size.V}, "reads": {}}
+    for name, dtype in DTYPES.items():
+        report["reads"][name] = found = against_naive(size, dtype, arguments.repeats)
+        show(name, found)
+        write_json(report, arguments.out)
     return int(any("failed" in found for found in report["reads"].values()))
 
 

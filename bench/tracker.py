@@ -37,7 +37,6 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import stm_model.tracking.memory
-import stm_model.tracking.session
 from bench.harness import alternate, at_least, describe, options, synchronize, table, write_json
 from stm_kernels import PagedMemory
 from stm_model import STM, Tracker
@@ -56,7 +55,8 @@ from stm_model.training.state import initialize
 VERSIONS = ("naive", "default")
 PARTS = {"query encoder": "encode_query", "memory encoder": "memorize", "decoder": "segment"}
 """Stages that are methods of the network."""
-STAGES = ("decode", "query encoder", "memory encoder", "read", "decoder", "aggregation", "resize, labels", "write")
+STAGES = ("decode", "query encoder", "memory encoder", "read", "decoder", "all else", "write")
+"""All else: frames and masks resized, the masks of all objects aggregated, labels."""
 NETWORK_STAGES = STAGES[1:5]
 FILE_FRAMES = 24
 PRODUCT = 2048
@@ -113,19 +113,24 @@ def network_of(name: str) -> STM:
 
 
 def build_tracker(
-    version: str, model: STM, device: str, memory: MemoryRule | str, dtype: str | None = None, **settings: Any
+    version: str,
+    model: STM,
+    device: str,
+    memory: MemoryRule | str,
+    dtype: str | None = None,
+    size: int | None = None,
 ) -> Tracker:
-    """The default tracker, or the naive one, which takes no setting but the size."""
+    """The default tracker in a number format, or the naive one."""
     if version == "naive":
         public = PublicNetwork(model.config)
         public.load_state_dict(model.state_dict())
         public = public.requires_grad_(False).eval().float().to(device, memory_format=torch.contiguous_format)
-        tracker = PublicTracker(public, memory=memory, size=settings.get("size"))
+        tracker = PublicTracker(public, memory=memory, size=size)
         tracker.model = public
         return tracker
     model = model.to(device, float_dtype(device, dtype), memory_format=torch.channels_last)
     model.int8 = dtype == "int8"
-    return Tracker(model, memory=memory, **settings)
+    return Tracker(model, memory=memory, size=size)
 
 
 def float_dtype(device: str, dtype: str | None) -> torch.dtype:
@@ -140,14 +145,13 @@ def steady_memory(size: int) -> MemoryRule:
     return MemoryRule(kept=frozenset(range(size - 1)), first=False, previous=True)
 
 
-def agreement(device: str, objects: int, size: tuple[int, int], dtype: str | None) -> float:
+def agreement(device: str, objects: int, size: tuple[int, int], dtype: str | None, frames: int = 12) -> float:
     """Least J over objects and frames between the masks of both versions, by the default weights at their own size."""
-    frames, labels = procedural_clip(12, size, objects, seed=0)
+    clip, labels = procedural_clip(frames, size, objects, seed=0)
     masks = {}
     for version in VERSIONS:
-        own = chosen_side(None, None, frames.shape[1:3])
-        tracker = build_tracker(version, network_of("default"), device, "every:5", dtype, size=own)
-        masks[version] = [result.labels for result in tracker.track(frames, {0: labels[0]})]
+        tracker = build_tracker(version, network_of("default"), device, "every:5", dtype, chosen_side(None, None, size))
+        masks[version] = [result.labels for result in tracker.track(clip, {0: labels[0]})]
     return min(
         region_similarity(ours == label, naive == label)
         for ours, naive in zip(*masks.values(), strict=True)
@@ -160,22 +164,15 @@ def read_flops(query_key: Sequence[int], memory_key: Sequence[int], memory_value
     return 2 * query_key[0] * query_key[1] * memory_key[1] * (memory_key[2] + memory_value[2])
 
 
-def fused_convolution_flops(x: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any):
-    """Operations of a convolution with its activation, from the shapes of its tensors."""
-    return conv_flop_count(x, weight, out_shape)
-
-
-def int8_convolution_flops(
-    x: Sequence[int], step: float, zero: int, weight: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any
-):
-    """Operations of a convolution in eight bits, from the shapes of its tensors."""
-    return conv_flop_count(x, weight, out_shape)
+def convolution_flops(place: int) -> Callable[..., int]:
+    """Counts the operations of a convolution whose weights are the argument at that place, from shapes."""
+    return lambda *shapes, out_shape, **_: conv_flop_count(shapes[0], shapes[place], out_shape)
 
 
 FLOPS = {
     torch.ops.stm_kernels.memory_read: read_flops,
-    torch.ops.mkldnn._convolution_pointwise: fused_convolution_flops,
-    torch.ops.onednn.qconv2d_pointwise: int8_convolution_flops,
+    torch.ops.mkldnn._convolution_pointwise: convolution_flops(1),
+    torch.ops.onednn.qconv2d_pointwise: convolution_flops(3),
 }
 """How the operations are counted that PyTorch itself does not count."""
 
@@ -214,8 +211,8 @@ class Clock:
         spent = {name: self.spent[name] for name in (*STAGES, "track")}
         self.spent.clear()
         # of tracking, what no named stage took
-        inside = zip(*(spent[name] for name in STAGES[1:6]))
-        spent["resize, labels"] = [max(0.0, whole - sum(parts)) for whole, parts in zip(spent.pop("track"), inside)]
+        inside = zip(*(spent[name] for name in NETWORK_STAGES))
+        spent["all else"] = [max(0.0, whole - sum(parts)) for whole, parts in zip(spent.pop("track"), inside)]
         return spent
 
 
@@ -238,11 +235,10 @@ class Pipeline:
 
     def step(self) -> dict[str, list[float]]:
         """Decode, track and write a frame; what its stages took."""
-        aggregate = self.clock.timed("aggregation", stm_model.tracking.session.soft_aggregate)
         with self.clock.stage("decode"):
             frame = next(self.source)
         self.waiting.append(frame)
-        with self.clock.stage("track"), mock.patch.object(stm_model.tracking.session, "soft_aggregate", aggregate):
+        with self.clock.stage("track"):
             result = next(self.track)
         with self.clock.stage("write"):
             self.write(iter([(result.index, result.labels, frame)]))
@@ -272,18 +268,17 @@ class Pipeline:
 
 
 def stage_seconds(pipelines: dict[str, Pipeline], repeats: int) -> dict[str, dict[str, dict[str, float]]]:
-    """Median seconds of each stage, by version, frames in alternation."""
-    found: dict[str, list] = {version: [] for version in pipelines}
-    for repeat in range(repeats + 1):
-        for version, pipeline in pipelines.items():
-            spent = pipeline.step()
-            found[version] += [spent] if repeat else []
+    """Median seconds of each stage, by version, frames in alternation after one each that does not count."""
+    frames = [{version: pipeline.step() for version, pipeline in pipelines.items()} for _ in range(repeats + 1)][1:]
     return {
         version: {
-            stage: dict(zip(("wall", "processor"), map(statistics.median, zip(*(frame[stage] for frame in frames)))))
+            stage: {
+                clock: statistics.median(frame[version][stage][place] for frame in frames)
+                for place, clock in enumerate(("wall", "processor"))
+            }
             for stage in STAGES
         }
-        for version, frames in found.items()
+        for version in pipelines
     }
 
 
@@ -303,13 +298,12 @@ def measure(arguments: argparse.Namespace, objects: int, remembered: int, folder
         for frame in frames:
             writer.write(frame)
 
-    def pipeline(version: str, name: str, **settings: Any) -> Pipeline:
+    pipelines = {}
+    for version in VERSIONS:
         network, rule = network_of(arguments.network), steady_memory(remembered)
-        tracker = build_tracker(version, network, device, rule, arguments.dtype, **settings)
-        return Pipeline(tracker, device, remembered, video, labels[0], folder / name)
-
-    operations = pipeline("default", "counted").operations()
-    pipelines = {version: pipeline(version, version, compiled=arguments.compile) for version in VERSIONS}
+        tracker = build_tracker(version, network, device, rule, arguments.dtype)
+        pipelines[version] = Pipeline(tracker, device, remembered, video, labels[0], folder / version)
+    operations = pipelines["default"].operations()
     stages = stage_seconds(pipelines, arguments.repeats)
     beside = pipelines["default"].side_by_side()
     whole = alternate({"naive": pipelines["naive"].step, "default": lambda: next(beside)}, arguments.repeats, device)
@@ -324,17 +318,16 @@ def measure(arguments: argparse.Namespace, objects: int, remembered: int, folder
 
 def show(found: dict[str, Any], most: float) -> None:
     """A table of the stages and a line for the whole."""
-    naive, default = (found["stages"][version] for version in VERSIONS)
-    operations, frame = found["operations"], sum(stage["wall"] for stage in default.values())
+    naive, default = ({name: each["wall"] for name, each in found["stages"][version].items()} for version in VERSIONS)
+    operations = found["operations"] | {"whole": sum(found["operations"].values())}
+    for seconds in (naive, default):
+        seconds["whole"] = sum(seconds.values())
     rows = []
-    for stage in STAGES:
-        row = [stage, naive[stage]["wall"], default[stage]["wall"], naive[stage]["wall"] / default[stage]["wall"]]
-        rows.append([*row, default[stage]["wall"] / frame, "", ""])
-        if stage in NETWORK_STAGES:
-            rows[-1][5:] = operations[stage] / 1e9, operations[stage] / max(default[stage]["wall"], 1e-9) / most
-    total = sum(operations.values())
-    naive_frame = sum(stage["wall"] for stage in naive.values())
-    rows.append(["whole", naive_frame, frame, naive_frame / frame, "", total / 1e9, total / frame / most])
+    for stage, seconds in default.items():
+        row = [stage, naive[stage], seconds, naive[stage] / seconds, seconds / default["whole"]]
+        if counted := operations[stage]:
+            row += [counted / 1e9, counted / seconds / most]
+        rows.append([*row, "", ""][:7])
     header = ("naive s", "default s", "faster", "share", "GFLOP", "of ceiling")
     print(table((f"{found['objects']} objects, {found['memory_frames']} remembered", *header), rows))
     speeds = ", ".join(f"{version} {1 / seconds:.2f}" for version, seconds in found["pipeline_seconds"].items())
@@ -350,7 +343,6 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--frames", type=at_least(1), nargs="+", default=[5], help="remembered ones")
     formats = ("float32", "bfloat16", "int8")
     parser.add_argument("--dtype", choices=formats, help="of the default tracker; its own choice if not given")
-    parser.add_argument("--compile", action="store_true", help="compile the default tracker's network first")
     arguments = parser.parse_args(words)
     torch.set_num_threads(arguments.threads)
     device, size = arguments.device, (arguments.height, arguments.width)
@@ -358,7 +350,7 @@ def main(words: Sequence[str] | None = None) -> int:
     most = ceiling(device, dtype)
     report = describe(device) | {"network": arguments.network, "frame": size}
     report |= {"dtype": arguments.dtype or dtype_name(dtype), "ceiling_dtype": dtype_name(dtype)}
-    report |= {"compiled": arguments.compile, "ceiling": most, "instructions": torch.backends.cpu.get_cpu_capability()}
+    report |= {"ceiling": most, "instructions": torch.backends.cpu.get_cpu_capability()}
     report |= {name: os.environ.get(name) for name in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")}
     report |= {"agreement_J": agreement(device, 2, size, arguments.dtype), "rows": []}
     print(f"{report['device']}, {report['threads']} threads, load {report['load']:.1f}, {size[0]}×{size[1]}")

@@ -8,6 +8,7 @@ max_memory_allocated.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -31,7 +32,6 @@ from stm_model.training.state import initialize
 VERSIONS = {"naive": "reference", "fused": "auto"}
 GRID = (30, 54)
 """Positions of a frame of 480×854 pixels."""
-NETWORKS = {"small": STMConfig.small, "released": STMConfig}
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,6 @@ class Case:
     crop: int = 384
     """Height and width of the clip in pixels."""
     recompute: bool = False
-    network: str = "small"
 
 
 def measure(case: Case, device: str) -> dict[str, Any]:
@@ -76,7 +75,7 @@ def read_once(case: Case, device: str) -> tuple[Callable[[], object], int]:
 def step_once(case: Case, device: str) -> tuple[Callable[[], object], int]:
     """Loss and gradients of one clip; nothing of it is taken for granted."""
     torch.manual_seed(0)
-    model = STM(NETWORKS[case.network]())
+    model = STM(STMConfig.small())
     initialize(model)
     model = model.to(device, memory_format=torch.channels_last).eval()
     labels = torch.zeros(case.frames, case.crop, case.crop, dtype=torch.uint8, device=device)
@@ -98,7 +97,6 @@ def measured(case: Case, device: str) -> dict[str, Any]:
     found = apart(partial(measure, case, device))
     if "mib" not in found:
         raise SystemExit(f"training: {case}: {found.get('failed') or found.get('skipped')}")
-    print(f"  {case}: {found['mib']:.0f} MiB, {found['seconds']:.2f} s", file=sys.stderr, flush=True)
     return asdict(case) | found
 
 
@@ -106,22 +104,16 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = options(__doc__, threads=1)
     parser.add_argument("--lengths", type=at_least(2), nargs="+", default=[2, 4, 8, 16, 32], help="frames")
     parser.add_argument("--crop", type=at_least(32), default=384)
-    parser.add_argument("--network", choices=NETWORKS, default="small")
     arguments = parser.parse_args(words)
     torch.set_num_threads(arguments.threads)
     report = describe(arguments.device) | {"rows": []}
-    lines = []
     for what, recompute in (("read", False), ("step", False), ("step", True)):
-        for frames in arguments.lengths:
-            pair = []
-            for version in VERSIONS:
-                case = Case(what, version, frames, arguments.crop, recompute, arguments.network)
-                pair.append(measured(case, arguments.device))
-                report["rows"].append(pair[-1])
-                write_json(report, arguments.out)
-            name = f"{what}, recomputed" if recompute else what
-            lines.append([name, frames, *(row[key] for key in ("mib", "seconds") for row in pair)])
-    print(table(["", "T", "naive MiB", "fused MiB", "naive s", "fused s"], lines))
+        for frames, version in itertools.product(arguments.lengths, VERSIONS):
+            case = Case(what, version, frames, arguments.crop, recompute)
+            report["rows"].append(measured(case, arguments.device))
+            write_json(report, arguments.out)
+    columns = ("what", "recompute", "frames", "version", "mib", "seconds")
+    print(table(columns, [[row[column] for column in columns] for row in report["rows"]]))
     return 0
 
 

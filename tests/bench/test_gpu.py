@@ -50,11 +50,11 @@ def small(monkeypatch):
     readers = {"ours": READERS["ours"], "naive": naive_read, "doubled": doubled, "half right": right_only_forward}
     readers |= {"missing": missing, "raising": raising}
 
-    def cells(device, measured):
+    def cells(device, measured, ways=WAYS, names=readers):
         return {
             f"{way}, {SIZE}, {reader}": functools.partial(gpu.cell, SIZE, way, reader, device)
-            for way in WAYS
-            for reader in readers
+            for way in ways
+            for reader in names
         }
 
     kept = (f"forward, {SIZE}, peaked, exact", f"paged read, {SIZE}")
@@ -211,7 +211,8 @@ def test_the_first_minute_writes_what_it_had_time_for(small, monkeypatch, tmp_pa
     monkeypatch.setattr(
         gpu, "write_json", lambda report, path: (written.append(len(report["checks"])), write(report, path))
     )
-    monkeypatch.setattr(gpu, "first_checks", lambda *_: {"right": lambda: {"out": 0.5}, "broken": raising_check})
+    for checks in ("first_checks", "checks_of"):
+        monkeypatch.setattr(gpu, checks, lambda *_: {"right": lambda: {"out": 0.5}, "broken": raising_check})
     path = tmp_path / "first.json"
     words = ["--first-minute", "--device", "cpu", "--workers", "0", "--out", str(path)]
     assert gpu.main(words) == 0

@@ -1,11 +1,12 @@
 """The benchmarks of the read, training and the page, run dry: what they write, and what they refuse."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-import bench.engines as engines
 import bench.interactive as interactive
 import bench.keys as keys
 import bench.read as read
@@ -20,20 +21,15 @@ TINY = read.Size(24, 3, C=16, V=24)
 
 def test_the_read_is_checked_timed_and_written(tmp_path, capsys):
     out = tmp_path / "deep" / "read.json"
-    assert read.main(["--repeats", "2", "--threads", "1", "--out", str(out)], TINY, 64) == 0
+    assert read.main(["--repeats", "2", "--threads", "1", "--out", str(out)], TINY) == 0
     report = json.loads(out.read_text())
     for dtype in read.DTYPES:
         found = report["reads"][dtype]
         assert found["error_over_allowed"] <= 1 and found["extra_bytes"]["naive"] > 24 * 72 * 4
-        for shares in found["time_shares"].values():
-            assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) > 0
         seconds = found["seconds"]
         assert min(times["least"] for times in seconds.values()) > 0
         for way, ratio in found["times_faster"].items():
             assert ratio == pytest.approx(seconds[f"naive, {way}"]["median"] / seconds[f"ours, {way}"]["median"])
-        assert set(report["choices"][dtype]["error_over_allowed"]) == set(read.CHOICES)
-        assert max(report["choices"][dtype]["error_over_allowed"].values()) <= 1
-        assert len(report["choices"][dtype]["seconds"]) == 2 * len(read.CHOICES)
     assert "times faster, forward:" in capsys.readouterr().out
 
 
@@ -46,7 +42,7 @@ def test_a_read_that_is_wrong_has_no_time(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(read, "read_by", lambda _: doubled)
     out = tmp_path / "read.json"
-    assert read.main(["--repeats", "1", "--threads", "1", "--out", str(out)], TINY, 64) == 1
+    assert read.main(["--repeats", "1", "--threads", "1", "--out", str(out)], TINY) == 1
     assert "error over allowed error" in json.loads(out.read_text())["reads"]["float32"]["failed"]
 
 
@@ -78,6 +74,15 @@ def test_keys_are_recorded_and_read(tmp_path, capsys):
     assert "expected at least 32 frames, got 9" in capsys.readouterr().err
 
 
+def test_measured_memory_leaves_stderr_empty():
+    """PyTorch's profiler would say there when it begins and ends; it is asked in a process that has not used it yet."""
+    code = "import torch; from bench.harness import options; from stm_kernels.testing import extra_memory\n"
+    code += "options(None); print(extra_memory(lambda: torch.ones(1000)))"
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    assert int(found.stdout) >= 4000 and found.stderr == ""
+
+
 @linux
 def test_the_read_of_a_long_memory_adds_a_twentieth_of_the_naive_one():
     found = {name: training.measured(training.Case("read", name, frames=32), "cpu") for name in training.VERSIONS}
@@ -92,7 +97,7 @@ def test_training_is_measured(tmp_path, monkeypatch, capsys):
     out = tmp_path / "training.json"
     assert training.main(["--device", "cpu", "--lengths", "2", "--crop", "32", "--out", str(out)]) == 0
     assert len(json.loads(out.read_text())["rows"]) == 6
-    assert "step, recomputed" in capsys.readouterr().out
+    assert "recompute" in capsys.readouterr().out
 
 
 @linux
@@ -110,7 +115,7 @@ def test_the_page_is_timed(tmp_path):
         for frame in procedural_clip(12, (32, 48), 1, seed=0)[0]:
             writer.write(frame)
     out = tmp_path / "page.json"
-    words = ["--device", "cpu", "--height", "32", "--threads", "1", "--out", str(out)]
+    words = ["--device", "cpu", "--threads", "1", "--out", str(out)]
     assert interactive.main(["--video", str(tmp_path / "clip.mp4"), *words]) == 0
     report = json.loads(out.read_text())
     assert report["frames"] == 12 and report["round_1_s"] > 0 and report["scrub"]["measured"] == interactive.SCRUBBED
@@ -135,17 +140,3 @@ def test_wrong_options_are_one_line(main, words, message, capsys):
     with pytest.raises(SystemExit) as end:
         main(words)
     assert end.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_engines_compute_the_same_network(tmp_path, capsys):
-    words = ["--height", "64", "--width", "96", "--repeats", "1", "--threads", "1", "--out", str(tmp_path / "out.json")]
-    assert engines.main(words) == 0
-    report = json.loads((tmp_path / "out.json").read_text())
-    for part in report["parts"].values():
-        assert part["ours, f32"]["difference"] == 0 and part["ours, f32"]["ms"] > 0
-        # 8 bits of mantissa where it computes in bfloat16
-        assert all(cell["difference"] < (0.1 if "bf16" in engine else 1e-3) for engine, cell in part.items())
-    parts = {name: part["ours, f32"]["ms"] for name, part in report["parts"].items()}
-    whole = parts["encoder"] + parts["decoder"] + parts["memory encoder"] / 5
-    assert report["frame_ms"]["ours, f32"] == pytest.approx(whole)
-    assert "ours, f32" in capsys.readouterr().out

@@ -7,7 +7,7 @@ from paging import B, C, V, filled, held_by
 import stm_kernels.cpu.skip as cpu_skip
 import stm_kernels.gpu.forward as forward
 from stm_kernels import PagedMemory, memory_read
-from stm_kernels.testing import extra_memory, make_problem
+from stm_kernels.testing import assert_exact, extra_memory, make_problem
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -32,6 +32,22 @@ def test_read_equals_the_read_of_everything(dtype, page_size, implementation):
         error = (other - true).abs().max() + (torch.finfo(one.dtype).eps + merges) * true.abs().max()
         assert one.dtype == other.dtype
         assert (one - true).abs().max() <= error
+
+
+@pytest.mark.parametrize("device_share", [None, 0.5, 0.0], ids=["device", "half on the host", "host"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_thousand_frames_are_exact(device_share, dtype):
+    """Appended one by one, by the yardstick of all reads."""
+    frames, positions = 1000, 12
+    problem = make_problem(1, positions, frames * positions, 16, 24, dtype=dtype, peak=3.0)
+    on_device = None if device_share is None else round(device_share * frames / 10)
+    memory = PagedMemory(1, 16, 24, page_size=10 * positions, device_pages=on_device, dtype=dtype)
+    for key, value in zip(problem.memory_key.split(positions, 1), problem.memory_value.split(positions, 1)):
+        memory.append(key, value)
+    held = {"device": memory.device_nbytes // memory.page_nbytes, "host": memory.host_nbytes // memory.page_nbytes}
+    assert held == {"device": (on_device := 100 if on_device is None else on_device), "host": 100 - on_device}
+    read = lambda query_key, *_, scale: memory.read(query_key, scale=scale, return_lse=True)  # noqa: E731
+    assert_exact(problem, read, gradients=False)
 
 
 def test_pages_are_merged_in_float32():
