@@ -32,10 +32,12 @@ def local(similarity: str, M: int = 100, N: int = 270):
     return affinity_of(query_key, memory_key, similarity), problem.memory_value
 
 
+# half of the mass is several blocks, of which each alone could be left out
 @pytest.mark.parametrize(
-    "similarity, splits, tiles", [("dot", 1, TALL), ("dot", 3, NARROW), ("l2", 1, LARGE), ("l2", 3, NARROW)]
+    "similarity, splits, tiles, skip",
+    [("dot", 1, TALL, 0.5), ("dot", 3, NARROW, SKIP), ("l2", 1, LARGE, SKIP), ("l2", 3, NARROW, SKIP)],
 )
-def test_counted_blocks_are_those_that_the_kernel_multiplies(monkeypatch, similarity, splits, tiles):
+def test_counted_blocks_are_those_that_the_kernel_multiplies(monkeypatch, similarity, splits, tiles, skip):
     affinity, value = local(similarity)
     per_split = -(-270 // tiles.block_n // splits) * tiles.block_n
     monkeypatch.setattr(forward, "forward_tiles", lambda *arguments, **form: tiles)
@@ -45,8 +47,8 @@ def test_counted_blocks_are_those_that_the_kernel_multiplies(monkeypatch, simila
     monkeypatch.setattr(
         interpreter.InterpreterBuilder, "create_dot", lambda *inputs: products.append(1) or dot(*inputs)
     )
-    *_, kept = triton_read(affinity, value, SKIP)
-    visited = visited_blocks(affinity, SKIP, tiles, per_split)
+    *_, kept = triton_read(affinity, value, skip)
+    visited = visited_blocks(affinity, skip, tiles, per_split)
     assert visited.any() and not visited.all()
     # of every block the keys, and of a visited one the values
     slices = -(-V // tiles.block_v)
