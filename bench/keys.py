@@ -2,17 +2,20 @@
 
     python bench/keys.py KEYS --record VIDEO --mask MASK [--frames 20] [--checkpoint FILE]    # writes KEYS.safetensors
     python bench/keys.py KEYS [--frames 1 5 20] [--values 512] [--out FILE]
+    python bench/keys.py KEYS --blocks [--frames 1 5 20] [--out FILE]    # needs Triton, no GPU
 
 The first one tracks a video until so many of its frames are remembered, evenly spread over it, and writes their keys
 and values and the next query, in float32. The second one reads the newest of these frames, in alternation in one
 process: seconds of the processor, extra memory, how far from the exact read, and the softmax mass that is left out.
---values draws values of another width: what is read, and so the time, is chosen by the keys alone.
+--values draws values of another width: what is read, and so the time, is chosen by the keys alone. The third one counts
+what Triton's reads would visit of them on a GPU: see bench/blocks.py.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,8 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 
 def record(video: Path, mask: Path, frames: int, checkpoint: Path | None) -> dict[str, Tensor]:
-    """Keys `[1, N, C]` and values `[1, N, V]` of so many remembered frames, and the query `[1, M, C]` that reads them.
+    """Keys `[1, N, C]` and values `[1, N, V]` of so many remembered frames, the query `[1, M, C]` that reads them, and
+    the `size` of its picture, H and W.
 
     The objects that the first mask names share them, or the first one's are taken.
 
@@ -63,6 +67,7 @@ def record(video: Path, mask: Path, frames: int, checkpoint: Path | None) -> dic
                 key, value = (torch.cat(parts, 1)[:1].float() for parts in zip(*memory.pages.state()["pages"]))
                 query = query_key[:1].flatten(2).mT.float()
                 found.update({"query_key": query.clone(), "memory_key": key.clone(), "memory_value": value.clone()})
+                found["size"] = torch.tensor(query_key.shape[-2:])
             return type(memory).read(memory, query_key, cells)
 
         memory.read = noted  # type: ignore[method-assign]
@@ -96,6 +101,17 @@ def measure(tensors: dict[str, Tensor], frames: int, repeats: int) -> dict[str, 
     return found
 
 
+def shown(frames: int, found: dict[str, Any]) -> str:
+    """What was measured as a table."""
+    columns = ("seconds", "times exact", "extra MiB", "error", "left out")
+    rows = [
+        (name, each["seconds"]["processor"], each["times_exact"], each["extra_bytes"] / MIB)
+        + (each["largest_error"], each["left_out"])
+        for name, each in found.items()
+    ]
+    return table((f"{frames} frames", *columns), rows)
+
+
 def main(words: Sequence[str] | None = None) -> int:
     parser = options(__doc__, repeats=7, threads=1)
     parser.add_argument("keys", type=Path, help="KEYS.safetensors")
@@ -104,6 +120,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=Path, help="weights; default: those of the package")
     parser.add_argument("--frames", type=at_least(1), nargs="+", help="remembered; default: 20 to record, then 1 5 20")
     parser.add_argument("--values", type=at_least(1), help="channels of drawn values, in place of those recorded")
+    parser.add_argument("--blocks", action="store_true", help="count what Triton's reads visit, time nothing")
     arguments = parser.parse_args(words)
     torch.set_num_threads(arguments.threads)
     try:
@@ -114,6 +131,8 @@ def main(words: Sequence[str] | None = None) -> int:
             write_tensors(record(arguments.record, arguments.mask, frames, arguments.checkpoint), arguments.keys)
             return 0
         tensors = read_tensors(arguments.keys)
+        if arguments.blocks and "size" not in tensors:
+            raise ValueError(f"{arguments.keys}: expected keys with the size of their picture, record them again")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     held = tensors["memory_key"].shape[1] // tensors["query_key"].shape[1]
@@ -126,15 +145,15 @@ def main(words: Sequence[str] | None = None) -> int:
         tensors["memory_value"] = torch.randn(shape, generator=generator)
     sizes = {"M": tensors["query_key"].shape[1], "C": tensors["query_key"].shape[2]}
     report = describe("cpu") | {"sizes": sizes | {"V": tensors["memory_value"].shape[2]}, "frames": {}}
+    look, show = partial(measure, repeats=arguments.repeats), shown
+    if arguments.blocks:
+        # Triton is not everywhere
+        from bench import blocks
+
+        look, show = blocks.count, blocks.shown
     for count in counts:
-        report["frames"][count] = found = measure(tensors, count, arguments.repeats)
-        columns = ("seconds", "times exact", "extra MiB", "error", "left out")
-        rows = [
-            (name, each["seconds"]["processor"], each["times_exact"], each["extra_bytes"] / MIB)
-            + (each["largest_error"], each["left_out"])
-            for name, each in found.items()
-        ]
-        print(table((f"{count} frames", *columns), rows))
+        report["frames"][count] = found = look(tensors, count)
+        print(show(count, found))
         write_json(report, arguments.out)
     return 0
 

@@ -66,6 +66,7 @@ def test_keys_are_recorded_and_read(tmp_path, capsys):
         assert set(found) == set(keys.CHOICES) and found["exact"]["largest_error"] == 0
         assert 0 <= found["skip=1e-3"]["left_out"] <= 1e-3 and found["skip=1e-3"]["largest_error"] <= 2e-3
         assert 0 < found["top_k=16"]["left_out"] < 1
+    blocks_are_counted(file, tmp_path / "blocks.json")
     for more in (["--frames", "4"], ["--record", "nowhere.mp4"], ["--record", "nowhere.mp4", *words]):
         with pytest.raises(SystemExit, match="2"):
             keys.main([file, *more])
@@ -81,6 +82,23 @@ def test_measured_memory_leaves_stderr_empty():
     command = [sys.executable, "-c", code]
     found = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
     assert int(found.stdout) >= 4000 and found.stderr == ""
+
+
+def blocks_are_counted(file: str, out: Path) -> None:
+    pytest.importorskip("triton")
+    assert keys.main([file, "--blocks", "--frames", "3", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())["frames"]["3"]
+    # of 24 queries and 72 positions, in blocks of 64; the k best are in k groups of 16, or in all
+    assert found["products"] == 24 * 72 and found["gathered"] == {"top_k=16": 24 * 72, "top_k=32": 24 * 72}
+    for launch in found["launches"].values():
+        assert launch["blocks"] == 2 and launch["tile"] == [64, 64] and launch["splits"] == 1
+        for visited in launch["skip=0.001"], launch["skip=0.01"]:
+            assert len(visited) == 3 and all(1 <= count <= 2 for count in visited.values())
+    tensors = keys.read_tensors(file)
+    del tensors["size"]
+    keys.write_tensors(tensors, Path(file))
+    with pytest.raises(SystemExit, match="2"):
+        keys.main([file, "--blocks"])
 
 
 @linux
