@@ -1,7 +1,6 @@
 """Matrix products into reused buffers, by the faster of PyTorch's two libraries."""
 
 import functools
-import math
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,15 +107,3 @@ def key_products(query_key: Tensor, keys: Tensor, wide: torch.dtype, scratch: Sc
     products = scratch.cast("products", rounded, wide)
     lost = rounded.addmm_(query_key, keys, beta=-1)
     return products.add_(scratch.cast("widened", lost, wide))
-
-
-def grouped_products(keys: Tensor, queries: Tensor, size: int, wide: torch.dtype, scratch: Scratch) -> Tensor:
-    """`keys · queriesᵀ` in the wide dtype, in whole groups of `size` rows: those beyond the keys are -inf."""
-    P, C = keys.shape
-    if P % size or keys.dtype != queries.dtype or not keys.is_contiguous():
-        padded = scratch.take("padded keys", (-(-P // size) * size, C), queries.dtype)
-        padded[:P], padded[P:] = keys, 0
-        keys = padded
-    products = key_products(keys, queries, wide, scratch)
-    products[P:] = -math.inf
-    return products

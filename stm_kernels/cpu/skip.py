@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from stm_kernels.affinity import Affinity, wide_dtype
 from stm_kernels.cpu.chunked import LOG2_E, MIN_ROW_MAX, chunked_read, power_of_two
-from stm_kernels.cpu.gemm import Scratch, grouped_products, product_dtype, steady_slices
+from stm_kernels.cpu.gemm import Scratch, key_products, product_dtype, steady_slices
 from stm_kernels.cpu.threads import Block, blocks_of, side_by_side
 from stm_kernels.cpu.top_k import contiguous_parts
 
@@ -135,7 +135,7 @@ def _heaviest(
     # the newest positions have most of the mass: looked at first, they show that others have none
     longest = max(GROUP, min(MAX_KEYS_PER_CHUNK, PRODUCTS // m))
     for chunk in steady_slices(N, frame, longest)[::-1]:
-        products = grouped_products(memory_key[chunk], queries, GROUP, wide, scratch)
+        products = _products(memory_key[chunk], queries, wide, scratch)
         if bias is not None:
             products[: chunk.stop - chunk.start] += bias[chunk, None]
         groups = products.unflatten(0, (-1, GROUP))
@@ -165,3 +165,15 @@ def _heaviest(
         top.double() * scale + row_sum.double().log(),
         dropped / row_sum.clamp(min=torch.finfo(wide).tiny),
     )
+
+
+def _products(keys: Tensor, queries: Tensor, wide: torch.dtype, scratch: Scratch) -> Tensor:
+    """`keys · queriesᵀ` in whole groups of rows: those beyond the keys are -inf."""
+    P, C = keys.shape
+    if P % GROUP or keys.dtype != queries.dtype or not keys.is_contiguous():
+        padded = scratch.take("padded keys", (-(-P // GROUP) * GROUP, C), queries.dtype)
+        padded[:P], padded[P:] = keys, 0
+        keys = padded
+    products = key_products(keys, queries, wide, scratch)
+    products[P:] = -math.inf
+    return products

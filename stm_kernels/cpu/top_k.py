@@ -7,27 +7,27 @@ order of a stable sort: bit-equal from run to run.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from stm_kernels.affinity import Affinity, wide_dtype
-from stm_kernels.cpu.gemm import Scratch, even_slices, grouped_products, product_dtype, steady_slices
+from stm_kernels.cpu.gemm import Scratch, even_slices, key_products, product_dtype, steady_slices
 from stm_kernels.cpu.threads import Block, blocks_of, side_by_side
 
 Select = Callable[[Affinity, int], tuple[Tensor, Tensor]]
 """The chosen positions `[B, M, min(k, N)]`, int32, and their logits in `wide_dtype`, of a memory of at least one
-position: the k greatest; ties go to the lower index and keep their order. What is hidden and padding sort last: logit
--inf, any index.
+position: the k greatest; ties go to the lower index and keep their order. Padding sorts last: logit -inf, index 0.
 """
 
-# at 6 MiB of logits
-QUERIES_PER_BLOCK = 180
-KEYS_PER_CHUNK = 8192
+# long chunks, of which few positions are candidates, of as many queries as fast products have: 5 MiB of logits
+QUERIES_PER_BLOCK = 416
+KEYS_PER_CHUNK = 3328
 # the k best are sought in groups of so many neighbouring positions, by their maximum
-GROUP = 8
+GROUP = 32
+# up to this length of a chunk PyTorch's own selection is faster
+SMALL_CHUNK = 2048
 # in elements: values or keys gathered at once, and copied at once of a table whose rows are not contiguous
 GATHERED = 2**20
 COPIED = 2**22
@@ -196,88 +196,76 @@ def contiguous_parts(table: Tensor, dtype: torch.dtype | None = None) -> Iterato
 
 
 def chunked_select(affinity: Affinity, k: int) -> tuple[Tensor, Tensor]:
-    """`Select` in plain PyTorch.
-
-    Positions are looked at by groups of neighbours. The k groups of the greatest maxima hold the k best positions: of
-    any other group's members each is exceeded by k maxima, or equalled by earlier ones.
-    """
+    """`Select` in plain PyTorch: logits above the k-th best so far are merged into the k best."""
     query_key, memory_key, key_bias = affinity.query_key, affinity.memory_key, affinity.key_bias
     B, M, N = affinity.sizes
     wide, narrow = wide_dtype(query_key.dtype), product_dtype(query_key)
     indices = query_key.new_zeros(B, M, min(k, N), dtype=torch.int32)
     logits = query_key.new_full(indices.shape, -math.inf, dtype=wide)
-    size = GROUP if N > 2 * k * GROUP else 1
 
     def select(blocks: Sequence[Block], scratch: Scratch) -> None:
         for item, block in blocks:
-            queries = scratch.cast("queries", query_key[item, block], narrow)
-            best: Groups | None = None
-            for chunk in steady_slices(affinity.positions(item), M, KEYS_PER_CHUNK):
-                products = grouped_products(memory_key[item, chunk], queries, size, wide, scratch)
-                if key_bias is not None:
-                    products[: chunk.stop - chunk.start] += key_bias[item, chunk, None] / affinity.scale
-                best = _best_groups(best, products.unflatten(0, (-1, size)), chunk.start, k)
-            if best is not None:
-                values, positions = _best_of(best, k)
-                indices[item, block, : len(values)] = positions.mT
-                logits[item, block, : len(values)] = values.mul_(affinity.scale).mT
+            chunks = steady_slices(affinity.positions(item), M, KEYS_PER_CHUNK)
+            bias = None if key_bias is None else key_bias[item] / affinity.scale
+            queries = scratch.cast("query_key", query_key[item, block], narrow)
+            best = queries.new_empty(len(queries), 0, dtype=wide)
+            positions = indices.new_empty(best.shape)
+            for chunk in chunks:
+                products = key_products(queries, memory_key[item, chunk], wide, scratch)
+                if bias is not None:
+                    products.add_(bias[chunk])
+                best, positions = _merge_best(best, positions, products, chunk.start, k)
+            indices[item, block, : best.shape[1]] = positions
+            logits[item, block, : best.shape[1]] = best.mul_(affinity.scale)
 
     side_by_side(select, blocks_of(B, M, QUERIES_PER_BLOCK, query_key.device), query_key.device)
     return indices, logits
 
 
-class Groups(NamedTuple):
-    """For each of m queries at most k groups of neighbouring positions, by their maximum, the greatest first."""
+def _merge_best(best: Tensor, positions: Tensor, products: Tensor, start: int, k: int) -> tuple[Tensor, Tensor]:
+    """The k best `[M, ≤ k]`, best first, of those so far and of a chunk `[M, P]` of positions from `start` on.
 
-    maxima: Tensor
-    """`[g, m]`"""
-    starts: Tensor
-    """`[g, m]`, int64, the first position of each."""
-    products: Tensor
-    """`[g, size, m]`; -inf where there is no position."""
-
-
-def _best_groups(best: Groups | None, products: Tensor, start: int, k: int) -> Groups:
-    """The k best groups of those so far and of a chunk `[n, size, m]` of positions from `start` on."""
-    n, size, m = products.shape
-    maxima = products.amax(1)
-    starts = torch.arange(start, start + n * size, size, device=products.device)
-    old = 0
-    if best is not None:
-        old = len(best.maxima)
-        maxima = torch.cat([best.maxima, maxima])
-    maxima, chosen = _greatest(maxima, k)
-    found = (chosen - old).clamp_(min=0)
-    places = starts[found]
-    products = products.gather(0, found[:, None].expand(-1, size, -1))
-    if best is not None:
-        kept, known = chosen < old, chosen.clamp_(max=old - 1)
-        places = torch.where(kept, best.starts.gather(0, known), places)
-        known_products = best.products.gather(0, known[:, None].expand(-1, size, -1))
-        products = torch.where(kept[:, None], known_products, products)
-    return Groups(maxima, places, products)
-
-
-def _best_of(best: Groups, k: int) -> tuple[Tensor, Tensor]:
-    """The k best products `[≤ k, m]` and their positions, of groups that hold them."""
-    starts, order = best.starts.sort(0)
-    size, m = best.products.shape[1:]
-    products = best.products.gather(0, order[:, None].expand(-1, size, -1)).view(-1, m)
-    values, chosen = _greatest(products, k)
-    positions = starts.gather(0, chosen // size) + chosen % size
-    return values, positions.masked_fill_(values.isneginf(), 0)
-
-
-def _greatest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k greatest of each column `[n, m]` and where they are, the greatest first; of equal ones the earlier first.
-
-    NaN counts as the greatest, as in a sort: it must show in the read.
+    Few are sought among the groups of neighbours whose maximum reaches a bound that k products reach. NaN counts as the
+    greatest, as in a sort: it must show in the read.
     """
-    top, places = values.topk(min(k + 1, len(values)), 0)
-    # topk orders ties as it likes; NaN is less than nothing
-    sure = (top[1:] < top[:-1]).logical_or_(top[1:].isneginf()).all(0)
-    if not sure.all():
-        tied = sure.logical_not_().nonzero()[:, 0]
-        ordered, order = values[:, tied].sort(dim=0, descending=True, stable=True)
-        top[:, tied], places[:, tied] = ordered[: len(top)], order[: len(top)]
-    return top[:k], places[:k]
+    P = products.shape[1]
+    if not best.shape[1] and k < P <= SMALL_CHUNK:
+        values, columns = products.topk(k + 1, 1)
+        # topk orders ties as it likes; NaN is less than nothing
+        if (values[:, 1:] < values[:, :-1]).all():
+            return values[:, :k], columns[:, :k].to(positions.dtype).add_(start)
+    size = GROUP if P > 2 * k * GROUP else 1
+    whole = P // size * size
+    maxima = products[:, :whole].unflatten(1, (-1, size)).amax(2)
+    if whole < P:
+        maxima = torch.cat([maxima, products[:, whole:].amax(1, keepdim=True)], 1)
+    if best.shape[1] == k:
+        # ties go to the earlier one
+        least, below = best[:, -1:], torch.le
+    elif maxima.shape[1] > k:
+        least, below = maxima.topk(k, 1).values[:, -1:], torch.lt
+    else:
+        least, below = products.new_full((len(products), 1), -math.inf), torch.lt
+    rows, groups = below(maxima, least).logical_not_().nonzero(as_tuple=True)
+    columns = groups[:, None] * size + torch.arange(size, device=groups.device)
+    values = products[rows[:, None], columns.clamp_(max=P - 1)]
+    found = below(values, least[rows]).logical_not_()
+    if whole < P:
+        # the last group has fewer columns than the others
+        found[:, 1:] &= columns[:, 1:] > columns[:, :-1]
+    found, place = found.nonzero(as_tuple=True)
+    if not len(found):
+        return best, positions
+    rows, columns, values = rows[found], columns[found, place], values[found, place]
+    places = torch.arange(len(rows), device=rows.device)
+    places -= torch.searchsorted(rows, torch.arange(len(best), device=rows.device))[rows]
+    shape = (len(best), best.shape[1] + int(places.max()) + 1)
+    places += best.shape[1]
+    candidates = products.new_full(shape, -math.inf)
+    candidates[:, : best.shape[1]] = best
+    candidates[rows, places] = values
+    candidate_positions = positions.new_zeros(shape)
+    candidate_positions[:, : best.shape[1]] = positions
+    candidate_positions[rows, places] = columns.add_(start).to(positions.dtype)
+    candidates, order = candidates.sort(dim=1, descending=True, stable=True)
+    return candidates[:, :k], candidate_positions.gather(1, order[:, :k])

@@ -20,6 +20,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(cpu_top_k, "QUERIES_PER_BLOCK", 16)
     monkeypatch.setattr(cpu_top_k, "KEYS_PER_CHUNK", 48)
     monkeypatch.setattr(cpu_top_k, "GROUP", 4)
+    monkeypatch.setattr(cpu_top_k, "SMALL_CHUNK", 0)
     monkeypatch.setattr(cpu_top_k, "GATHERED", 2**10)
     monkeypatch.setattr(cpu_top_k, "COPIED", 2**11)
 
