@@ -19,7 +19,7 @@ import numpy as np
 
 from stm_model.io.damage import Break, BrokenVideo, Clock, ends_within_a_packet, lost_times, which_damaged
 from stm_model.io.images import MediaError, reason, width_by_height
-from stm_model.io.pictures import EVERY, FOLDER_FPS, Animation, FrameFolder, is_animation
+from stm_model.io.pictures import FOLDER_FPS, Animation, FrameFolder, Source, is_animation
 from stm_model.io.sound import Sound
 from stm_model.runtime import is_out_of_memory
 
@@ -61,11 +61,8 @@ def open_video(path: str | os.PathLike) -> Video:
     return Animation(path) if is_animation(path) else VideoFile(path)
 
 
-class VideoFile:
+class VideoFile(Source):
     """A video file read through FFmpeg; see `open_video`. Rotation noted in the file is applied."""
-
-    files: tuple[Path, ...] = ()
-    numbers: tuple[int, ...] = ()
 
     def __init__(self, path: Path):
         self.path, self.name = path, path.stem
@@ -85,11 +82,7 @@ class VideoFile:
             raise MediaError(f"{path}: no frame in it can be decoded")
         self.size = first[0].shape[:2]
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return self.frames(EVERY)
-
     def frames(self, numbers: range) -> Iterator[np.ndarray]:
-        """The frames of these numbers, as iterating gives them."""
         count, damaged = 0, []
         self.times, start = [], None
         frames = self._sought(numbers[0]) if numbers[0] else None
