@@ -99,9 +99,7 @@ class FolderRun:
         title: str | None = "track",
         announce: Sequence[str] = (),
         resume_file: ResumeFile | None = None,
-        saved: dict[str, Any] | None = None,
         backward_file: ResumeFile | None = None,
-        backward_saved: dict[str, Any] | None = None,
     ) -> None:
         """Track and write; `summary["stopped"]` says why it ended early, None if it did not. The masks so far always
         stay.
@@ -113,10 +111,8 @@ class FolderRun:
             exports: other formats to write.
             title: stands before the progress bar; None shows no bar.
             announce: lines to print once nothing that was given can be refused any more.
-            resume_file: written when it is due.
-            saved: what an earlier run wrote there, to go on from.
-            backward_file: track backwards too, before; written when it is due.
-            backward_saved: what an earlier run wrote there, to go on from.
+            resume_file: written when it is due; the run goes on from what was read of it.
+            backward_file: track backwards too, before; likewise.
 
         Raises:
             ValueError, OSError: the input is refused, or nothing was tracked; what else is a bug of ours.
@@ -124,12 +120,13 @@ class FolderRun:
         self.part = part
         if names := part.mask_names:
             self.summary["mask_names"] = names
+        saved = resume_file.saved if resume_file else None
         done = self._take_up(saved) if saved else 0
         backward = None
         if backward_file is not None:
             backward = Backward(self.out / BACKWARD, masks)
             if not saved:
-                self._track_backward(part, backward, backward_file, backward_saved, title)
+                self._track_backward(part, backward, backward_file, title)
         spent, started = self._seconds, time.perf_counter() - self._seconds["wall"]
         live = part.video if isinstance(part.video, LiveVideo) else None
         prefetch = live or Prefetch(timed(part.whole_frames(), spent, "decoding"))
@@ -190,11 +187,10 @@ class FolderRun:
             self.summary["live"] = live.summary()
         self._measure()
 
-    def _track_backward(
-        self, part: Part, backward: Backward, file: ResumeFile, saved: dict[str, Any] | None, title: str | None
-    ) -> None:
+    def _track_backward(self, part: Part, backward: Backward, file: ResumeFile, title: str | None) -> None:
         """Track backwards, and keep what is found for the pass forwards."""
         self.out.mkdir(parents=True, exist_ok=True)
+        saved = file.saved
         done = saved["frames"] if saved else 0
         passed = timed(
             self.tracker.track_backward(part, backward, resume=saved and saved["tracker"]), self._seconds, "tracking"
