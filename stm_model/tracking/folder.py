@@ -105,9 +105,7 @@ class FolderRun:
         stay.
 
         Args:
-            part: of the video.
             masks: those given, by the part's indices and as the tracker sees them.
-            overlay: write it.
             exports: other formats to write.
             title: stands before the progress bar; None shows no bar.
             announce: lines to print once nothing that was given can be refused any more.

@@ -63,7 +63,8 @@ def segment_rounds(
         readouts = [_read(model, *one, implementation) for one in zip(memories, query.key.split(lengths))]
         probabilities = run(model.segment, torch.cat(readouts), query, objects)
         parts = probabilities.split([len(readout) for readout in readouts])
-        predictions.append([_aggregate(part, length) for part, length in zip(parts, lengths)])
+        apart = (rearrange(part, "(t n) h w -> n t h w", t=length) for part, length in zip(parts, lengths))
+        predictions.append([soft_aggregate(part).transpose(0, 1) for part in apart])
         masks = [torch.softmax(logits.detach(), 1)[:, 1:] for logits in predictions[-1]]
     return predictions
 
@@ -158,11 +159,6 @@ def _read(model: STM, memory: tuple[Tensor, Tensor], key: Tensor, implementation
 def _labels(logits: Tensor) -> np.ndarray:
     """Labels uint8 `[T, H, W]` of logits `[T, n + 1, H, W]`."""
     return logits.argmax(1).to(torch.uint8).cpu().numpy()
-
-
-def _aggregate(probabilities: Tensor, frames: int) -> Tensor:
-    """Logits `[T, n + 1, H, W]` of the probabilities `[T·n, H, W]` of the objects by themselves."""
-    return soft_aggregate(rearrange(probabilities, "(t n) h w -> n t h w", t=frames)).transpose(0, 1)
 
 
 class RoundsLoss(nn.Module):

@@ -42,7 +42,13 @@ class TrainState:
         """
         self.config, self.path = config, config.out / "checkpoint.pt"
         torch.manual_seed(config.seed)
-        self.model = _fresh(config) if config.init is None else _started(config, config.init)
+        if config.init is not None:
+            self.model = _started(config, config.init)
+        else:
+            self.model = STM(config.network_shape)
+            initialize(self.model)
+            if config.trunk is not None:
+                load_trunk(self.model, config.trunk)
         encoder = self.model.Encoder if self.model.shares_keys else self.model.Encoder_Q
         for name in ("conv1", "bn1", "res2") if config.freeze_first_stage else ():
             encoder.get_submodule(name).requires_grad_(False)
@@ -110,15 +116,6 @@ class TrainState:
         model = STM(self.model.config).requires_grad_(False)
         model.load_state_dict(self.average)
         return model.eval().to(device, default_dtype(device), memory_format=torch.channels_last)
-
-
-def _fresh(config: TrainConfig) -> STM:
-    """A network with random weights, but for its trunk where that is given."""
-    model = STM(config.network_shape)
-    initialize(model)
-    if config.trunk is not None:
-        load_trunk(model, config.trunk)
-    return model
 
 
 def _started(config: TrainConfig, path: Path) -> STM:

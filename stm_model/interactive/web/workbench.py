@@ -67,7 +67,7 @@ class Workbench:
 
     def warm_up(self) -> None:
         """Compute and drop a preview: the first one of a process takes longer than the others."""
-        session = self._make_session(self._opened[0])
+        session = self._make_session(self.footage)
         session.add_scribbles(0, [{"path": [[0.5, 0.5]], "object_id": 1}])
         session.preview(0)
 
@@ -81,8 +81,13 @@ class Workbench:
         self._folder.cleanup()
 
     @property
+    def footage(self) -> Footage:
+        """The present video."""
+        return self._opened[0]
+
+    @property
     def session(self) -> ScribbleSession:
-        """The session of the present video."""
+        """Its session."""
         return self._opened[1]
 
     def enter(self, tab: str, take: bool = False) -> None:
@@ -211,7 +216,7 @@ class Workbench:
 
     def export(self, tab: str, formats: list[str]) -> None:
         """Start writing the masks in formats of `stm convert`, or as `overlay`."""
-        footage = self._opened[0]
+        footage = self.footage
 
         def work(progress: Progress) -> None:
             folder = Path(self._folder.name, "results")
@@ -238,10 +243,6 @@ class Workbench:
             self.session.save(path)
         return path
 
-    def download_name(self, name: str) -> str:
-        """Name for a downloaded file."""
-        return f"{safe_name(self._opened[0].name)}-{name}"
-
     @contextmanager
     def upload(self, name: str) -> Iterator[Path]:
         """Path for an uploaded file, removed when the block ends."""
@@ -261,7 +262,7 @@ class Workbench:
         with self._editing(tab) as session, _named(path, name):
             if label:
                 self._check_label(session, label, background=False)
-            if drawn := open_drawn(path, self._opened[0].source):
+            if drawn := open_drawn(path, self.footage.source):
                 session.give(drawn, drawn.names)
             else:
                 (labels,) = read_masks(path, binary=label > 0).values()
