@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -116,19 +117,13 @@ def thin_plate_field(points: Tensor, shifts: Tensor, positions: Tensor) -> Tenso
     Source: Bookstein 1989, thin-plate splines.
     """
 
-    def bending(distance: Tensor) -> Tensor:
-        return distance.square() * torch.log(distance.clamp_min(1e-12))
+    # half a second of imports
+    from scipy.interpolate import RBFInterpolator
 
-    count = len(points)
-    affine = torch.cat([torch.ones(count, 1), points], 1)
-    system = torch.zeros(count + 3, count + 3)
-    system[:count, :count] = bending(torch.cdist(points, points))
-    system[:count, count:], system[count:, :count] = affine, affine.T
-    known = torch.cat([shifts, torch.zeros(len(shifts), 3, 2)], 1)
-    weights = torch.linalg.solve(system, known)
-    flat = positions.reshape(-1, 2)
-    basis = torch.cat([bending(torch.cdist(flat, points)), torch.ones(len(flat), 1), flat], 1)
-    return (basis @ weights).view(len(shifts), *positions.shape)
+    moved = rearrange(shifts, "t n side -> n t side")
+    spline = RBFInterpolator(points.numpy(), moved.numpy(), kernel="thin_plate_spline")
+    field = torch.from_numpy(spline(positions.reshape(-1, 2).numpy())).float()
+    return rearrange(field, "(h w) t side -> t h w side", h=len(positions))
 
 
 def random_color(frames: Tensor, random: torch.Generator, strength: float = 0.3) -> Tensor:
