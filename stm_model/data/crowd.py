@@ -79,7 +79,6 @@ class CrowdClips(SeededClips):
     """Clips of one dataset, some with cut-outs on them.
 
     Args:
-        clips: the clips below.
         images: where instances are cut out; without, there are twins alone.
         share: of the clips that get cut-outs.
         most_objects: objects of a clip; further ones become background.

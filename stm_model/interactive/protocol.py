@@ -104,12 +104,10 @@ def run_rounds(
     does not count.
 
     Args:
-        session: of the video.
         truths: labels of all frames, uint8 `[H, W]`; 255 is void.
         objects: labels that are scored.
         first: frame and scribbles to begin with; None lets the robot begin, on the frame that shows the objects best.
         interactions: rounds allowed.
-        clock: the time in seconds.
 
     Yields:
         Each round and its masks, uint8 `[T, H, W]`.

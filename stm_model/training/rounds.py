@@ -39,10 +39,8 @@ def segment_rounds(
 
     Args:
         model: the network, guided by scribbles.
-        clips: B clips of the same T, H and W, multiples of 16; any number of objects each, at least one.
+        clips, implementation, recompute: as in `segment_clips`.
         rounds: how many.
-        implementation: of the memory read.
-        recompute: keep no activations of encoders and decoder, but compute them again in the backward pass.
 
     Returns:
         For each round B logit maps `[T, n + 1, H, W]`, float32, background first.

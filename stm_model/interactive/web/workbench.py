@@ -7,9 +7,12 @@ import re
 import shutil
 import tempfile
 import threading
+import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,6 @@ from stm_model.interactive.results import check_results, write_results
 from stm_model.interactive.scribbles import MAX_LABEL
 from stm_model.interactive.session import Direction, Progress, ScribbleSession
 from stm_model.interactive.state import UNCERTAIN
-from stm_model.interactive.web.jobs import Job
 from stm_model.io.formats.given import open_drawn
 from stm_model.io.images import draw_line, encode_jpeg, fill_polygons, overlay
 from stm_model.io.masks import read_masks
@@ -33,6 +35,47 @@ class Refused(ValueError):
 
 class TakenElsewhere(Refused):
     """Another tab owns the session."""
+
+
+class _Stopped(Exception):
+    pass
+
+
+@dataclass
+class Job:
+    """Work in the background."""
+
+    name: str
+    done: int = 0  # frames
+    total: int = 0  # frames; 0 until it is known
+    left: float | None = None  # seconds; None until a frame is done
+    error: str | None = None  # why it failed
+    running: bool = True
+    stopping: bool = False  # asked to stop
+    _begun: float = field(default_factory=time.monotonic)
+
+    def progress(self, done: int, total: int) -> None:
+        """Note the progress, and stop here if asked to."""
+        self.done, self.total = done, total
+        # from the start on: frames that are computed together come at once
+        self.left = (time.monotonic() - self._begun) / done * (total - done)
+        if self.stopping:
+            raise _Stopped
+
+    def run(self, work: Callable[[Progress], None]) -> None:
+        """Do the work; what goes wrong becomes `error`, as nobody else sees what a thread raises."""
+        try:
+            work(self.progress)
+        except _Stopped:
+            self.error = f"{self.name} was stopped"
+        except Exception as error:
+            self.error = f"{self.name} failed: {str(error).partition(chr(10))[0] or type(error).__name__}"
+            if not isinstance(error, (ValueError, OSError, MemoryError)):
+                traceback.print_exc()
+
+    def shown(self) -> dict[str, Any]:
+        """What the page is told."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
 
 class Workbench:

@@ -64,11 +64,6 @@ class DrawnMasks(LazyMasks[Frame]):
     Objects that are called by a label, as in what this package writes, have it; others get 1, 2, … as they come, and a
     warning says which.
 
-    Args:
-        path: of the file or folder.
-        frames: what it holds.
-        video: checks that the frames are there.
-
     Raises:
         MediaError: two are of one frame, one of no frame, or there are too many objects.
     """
