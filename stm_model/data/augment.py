@@ -193,11 +193,15 @@ def renumbered(labels: Tensor, kept: Tensor) -> Tensor:
     return table[labels.long()]
 
 
+def large_objects(labels: Tensor, least_pixels: float) -> Tensor:
+    """The objects of at least so many pixels in labels `[H, W]`, ascending."""
+    counts = torch.bincount(labels.flatten().long(), minlength=256)
+    return torch.nonzero(counts[1:VOID] >= least_pixels)[:, 0] + 1
+
+
 def visible_objects(clip: Clip, least_pixels: int = 32, most: int = 254) -> Clip:
     """Number the objects that are visible in the first frame 1…n; smaller, later and further ones become background."""
-    count = torch.bincount(clip.labels[0].flatten().long(), minlength=256)
-    kept = torch.nonzero(count[1:VOID] >= least_pixels)[:most, 0] + 1
-    return clip._replace(labels=renumbered(clip.labels, kept))
+    return clip._replace(labels=renumbered(clip.labels, large_objects(clip.labels[0], least_pixels)[:most]))
 
 
 def followed_objects(clip: Clip, share: float, random: torch.Generator, least_share: float = 0.001) -> Clip:
@@ -205,8 +209,7 @@ def followed_objects(clip: Clip, share: float, random: torch.Generator, least_sh
 
     The others become background, and the objects that are kept get their numbers in a random order.
     """
-    count = torch.bincount(clip.labels[0].flatten().long(), minlength=256)
-    large = torch.nonzero(count[1:VOID] >= least_share * clip.labels[0].numel())[:, 0] + 1
+    large = large_objects(clip.labels[0], least_share * clip.labels[0].numel())
     order = large[torch.randperm(len(large), generator=random)]
     kept = order[: max(1, int((torch.rand(len(order), generator=random) < share).sum()))]
     return clip._replace(labels=renumbered(clip.labels, kept))

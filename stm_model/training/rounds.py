@@ -16,7 +16,7 @@ from stm_model.interactive.scribbles import NONE, scribble_maps
 from stm_model.interactive.synthesis import corrective, synthesize, synthesize_background
 from stm_model.labels import VOID
 from stm_model.network import STM, Query, soft_aggregate
-from stm_model.training.loss import called, frame_loss, recomputed
+from stm_model.training.loss import caller, frame_loss
 
 BACKGROUND = 0.5
 """Share of clips in whose first round the background is scribbled on too."""
@@ -47,7 +47,7 @@ def segment_rounds(
 
     Source: Oh et al., DAVIS Challenge 2019, sections 2.4 and 3.2.
     """
-    run = recomputed if recompute else called
+    run = caller(recompute)
     annotators = [Annotator(clip) for clip in clips]
     lengths = [len(clip.frames) for clip in clips]
     objects = [clip.objects for clip in clips for _ in clip.frames]

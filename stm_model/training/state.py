@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stm_model.io.files import write_torch
 from stm_model.network import STM, STMConfig, scribble_tensors
@@ -107,8 +107,15 @@ class TrainState:
                 module.eval()
 
     def update_average(self, step: int) -> None:
-        """Move the average by one step; in the first steps it forgets where it started."""
-        update_average(self.average, self.model, min(self.config.ema, (1 + step) / (10 + step)))
+        """Move the average of weights and batch-norm statistics by one step; in the first steps it forgets where it
+        started. Weights averaged without their statistics would be normalised by those of other weights.
+        """
+        decay = min(self.config.ema, (1 + step) / (10 + step))
+        for name, value in self.model.state_dict().items():
+            if value.is_floating_point():
+                self.average[name].lerp_(value, 1 - decay)
+            else:
+                self.average[name].copy_(value)
 
     def averaged(self) -> STM:
         """A network in eval mode with the averaged weights, in the dtype that tracking uses."""
@@ -163,15 +170,3 @@ def initialize(model: STM) -> None:
     )
     for layer in undecided:
         nn.init.normal_(layer.weight, std=0.01)
-
-
-def update_average(average: dict[str, Tensor], model: STM, decay: float) -> None:
-    """Move the exponential moving average of weights and batch-norm statistics by one step.
-
-    Weights averaged without their statistics would be normalised by those of other weights.
-    """
-    for name, value in model.state_dict().items():
-        if value.is_floating_point():
-            average[name].lerp_(value, 1 - decay)
-        else:
-            average[name].copy_(value)
