@@ -340,10 +340,4 @@ def is_output_of(command: str, out: Path) -> bool:
 
 def plain_settings(settings: Any) -> dict[str, Any]:
     """The fields of a dataclass of settings as JSON has them; paths are absolute."""
-    return {name: _plain(value) for name, value in dataclasses.asdict(settings).items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value.resolve())
-    return list(value) if isinstance(value, tuple) else value
+    return json.loads(json.dumps(dataclasses.asdict(settings), default=lambda path: str(path.resolve())))
