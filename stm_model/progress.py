@@ -1,7 +1,5 @@
 """How far a command is: a bar on a terminal, a line every ten seconds in a log or a pipe; on stderr."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Iterable, Sized

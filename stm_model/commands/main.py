@@ -1,7 +1,5 @@
 """The `stm` command: arguments to a config, the config to its command, errors to exit codes."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

@@ -1,7 +1,5 @@
 """Augmentation of clips: geometry shared by frames and labels, colour shared over time, objects of other clips."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """A clip: the unit that datasets yield and training consumes; and what all datasets of clips share."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The COCO layout: images with polygons or run lengths in a json."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from pathlib import Path

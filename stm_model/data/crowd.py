@@ -5,8 +5,6 @@ of a still image. They cross others, leave the view and come back. Which are fol
 looks alike can be told apart by where it was alone.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 Layouts: Pascal VOC, and any folder of images and masks (ECSSD, MSRA10K, DUTS, HKU-IS and the like). COCO's is coco.py.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path

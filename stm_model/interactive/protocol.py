@@ -7,8 +7,6 @@
         summary = official.get_global_summary()
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Videos of pictures: folders of frames, and animated WebP and GIF files, of which Pillow knows the times."""
 
-from __future__ import annotations
-
 import math
 import sys
 from bisect import bisect_left

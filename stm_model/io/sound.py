@@ -1,7 +1,5 @@
 """The sound of a video, copied into another file as it is."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from fractions import Fraction

@@ -5,8 +5,6 @@ remembered by, so that all objects of a clip share one set of keys, as in STCN. 
 of the frame.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

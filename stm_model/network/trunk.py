@@ -1,7 +1,5 @@
 """Start both encoders from an image classifier: torchvision's ResNets, or EfficientNet-Lite0's port to PyTorch."""
 
-from __future__ import annotations
-
 import os
 import re
 

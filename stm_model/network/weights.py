@@ -1,7 +1,5 @@
 """Checkpoints as named tensors: the released `.pth`, with or without `module.`, and our safetensors."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The memories of all objects of a video, within a budget."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """One video tracked into a folder: masks, overlay, the state to resume from, and the summary of how it went."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

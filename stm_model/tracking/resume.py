@@ -1,7 +1,5 @@
 """Going on where a run was stopped: what must be the same, and the file that holds the state."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import time

@@ -1,7 +1,5 @@
 """The clips of a training run, put together as its settings say."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

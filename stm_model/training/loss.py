@@ -1,7 +1,5 @@
 """The loss of a clip: every frame after the first is segmented from the memory of the frames before it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

@@ -1,7 +1,5 @@
 """What a training run tells of itself: metrics.jsonl, TensorBoard, pictures, scores on held-out videos."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

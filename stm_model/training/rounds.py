@@ -1,7 +1,5 @@
 """Simulated rounds of scribbles: someone scribbles on a frame of each clip, all frames are segmented, and so on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

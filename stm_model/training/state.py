@@ -1,7 +1,5 @@
 """The state of a training run: what a checkpoint holds, and the average of the weights."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from pathlib import Path

@@ -3,8 +3,6 @@
 On N GPUs `torchrun --nproc-per-node N -m stm_model train --out RUN --data DAVIS`, which gives the same weights.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time

@@ -1,7 +1,5 @@
 """The page's server, over a workbench; the only file that imports the web framework."""
 
-from __future__ import annotations
-
 import ipaddress
 import json
 import socket

@@ -1,7 +1,5 @@
 """Behind the page: one session, the tab that owns it, work in the background, uploads and downloads."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Formats that are videos: with an alpha channel, or black and white."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from pathlib import Path
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """Masks that were made in other tools, of any format that is read."""
 
-from __future__ import annotations
-
 import zipfile
 from functools import partial
 from pathlib import Path

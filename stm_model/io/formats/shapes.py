@@ -1,7 +1,5 @@
 """What every format that is read gives: the objects of each frame, drawn into labels when they are asked for."""
 
-from __future__ import annotations
-
 import json
 import re
 import warnings
