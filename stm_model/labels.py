@@ -1,7 +1,5 @@
 """What the values of a label map mean: 0 is background, 255 void, every other value an object."""
 
-from __future__ import annotations
-
 import numpy as np
 
 VOID = 255

@@ -1,7 +1,5 @@
 """How far a command is: a bar on a terminal, a line every ten seconds in a log or a pipe; on stderr."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Iterable, Sized
@@ -17,15 +15,7 @@ ENDLESS = "{desc}: {n_fmt} {unit}s in {elapsed}, {rate_fmt}{postfix}"
 
 
 class Progress(tqdm):
-    """tqdm over `items`, or told of them by `update`.
-
-    Args:
-        items: what is iterated over; None where `update` counts.
-        desc: what is done with them.
-        unit: what one of them is called.
-        shown: False shows nothing.
-        options: further ones of tqdm, as `total`.
-    """
+    """tqdm over `items`, or told of them by `update`; what is done with them is `desc`, one of them a `unit`."""
 
     def __init__(self, items: Iterable | None = None, *, desc: str, unit: str, shown: bool = True, **options: Any):
         self._on_terminal, self._said = sys.stderr.isatty(), time.monotonic()

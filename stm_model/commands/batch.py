@@ -1,7 +1,5 @@
 """`stm track LIST`: many videos by one command, spread over the processes that torchrun starts."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -43,6 +43,7 @@ def convert(config: ConvertConfig) -> int:
     """Run the conversion; the exit code."""
     from stm_model.io.files import locked
     from stm_model.io.formats.export import Clip
+    from stm_model.io.formats.given import open_drawn, picture_masks
     from stm_model.io.formats.table import FORMATS, Exports, check_formats
     from stm_model.io.video import open_video
     from stm_model.progress import Progress
@@ -52,7 +53,7 @@ def convert(config: ConvertConfig) -> int:
     name = config.masks.resolve().stem if video is None else video.name
     exports = Exports(config.to, config.out, Clip(name, video))
     _check_output(config, exports.files)
-    masks = _open_masks(config, video)
+    masks = open_drawn(config.masks, video) or picture_masks(config.masks, video, binary=config.binary)
     with locked(config.out), Progress(desc="convert", unit="frame", total=len(masks)) as progress, exports:
         for index, labels, frame in _checked(masks, video, exports.needs_frames, config.masks):
             exports.write(index, labels, frame)
@@ -68,13 +69,6 @@ def _check_output(config: ConvertConfig, files: Mapping[str, str]) -> None:
             raise ValueError(f"--out {config.out}: {file.name} would replace the masks; choose another folder")
         if file.exists() and not config.overwrite:
             raise ValueError(f"{file}: is there already; choose another --out, or add --overwrite")
-
-
-def _open_masks(config: ConvertConfig, video: Video | None) -> Mapping[int, np.ndarray]:
-    """The masks by frame, read when they are asked for."""
-    from stm_model.io.formats.given import PictureMasks, open_drawn
-
-    return open_drawn(config.masks, video) or PictureMasks(config.masks, video, binary=config.binary)
 
 
 def _checked(

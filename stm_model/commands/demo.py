@@ -1,7 +1,5 @@
 """`stm demo`: track the objects of a made-up clip, and score the masks."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from dataclasses import dataclass

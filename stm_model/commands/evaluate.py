@@ -1,7 +1,5 @@
 """`stm evaluate`: the settings are in `stm_model.evaluation.config` and `stm_model.interactive.config`."""
 
-from __future__ import annotations
-
 import json
 from typing import get_args, get_type_hints
 

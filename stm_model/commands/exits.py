@@ -1,7 +1,5 @@
 """How a command ends: exit codes, signals, and the one line that says why; options that are amounts of memory."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import sys

@@ -1,7 +1,5 @@
 """`stm info`: versions, devices and what would run on them."""
 
-from __future__ import annotations
-
 import json
 import platform
 from dataclasses import dataclass

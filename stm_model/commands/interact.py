@@ -1,7 +1,5 @@
 """`stm interact`: a video in a page in the browser, scribbles in, masks out."""
 
-from __future__ import annotations
-
 import ipaddress
 import os
 import socket

@@ -1,7 +1,5 @@
 """The `stm` command: arguments to a config, the config to its command, errors to exit codes."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os
@@ -9,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib import import_module
 
 # a command's file is imported when it is asked for, and torch, PyAV and the model by what it runs: help answers at once
 from stm_model import __version__
@@ -77,11 +76,12 @@ def _run(arguments: list[str]) -> int:
         return int(stop.code or 0)
 
 
-def _demo(argv: Sequence[str]) -> Command:
-    from stm_model.commands.demo import DemoConfig, demo
+def _plain(argv: Sequence[str], name: str) -> Command:
+    """The command `name` of the file of that name."""
     from stm_model.commands.options import parse
 
-    return partial(demo, parse(DemoConfig, "stm demo", argv))
+    module = import_module(f"stm_model.commands.{name}")
+    return partial(getattr(module, name), parse(getattr(module, f"{name.capitalize()}Config"), f"stm {name}", argv))
 
 
 def _track(argv: Sequence[str]) -> Command:
@@ -117,35 +117,14 @@ def _evaluate(argv: Sequence[str]) -> Command:
     return partial(evaluate, parse(EvaluateConfig, "stm evaluate", argv))
 
 
-def _interact(argv: Sequence[str]) -> Command:
-    from stm_model.commands.interact import InteractConfig, interact
-    from stm_model.commands.options import parse
-
-    return partial(interact, parse(InteractConfig, "stm interact", argv))
-
-
-def _convert(argv: Sequence[str]) -> Command:
-    from stm_model.commands.convert import ConvertConfig, convert
-    from stm_model.commands.options import parse
-
-    return partial(convert, parse(ConvertConfig, "stm convert", argv))
-
-
-def _info(argv: Sequence[str]) -> Command:
-    from stm_model.commands.info import InfoConfig, info
-    from stm_model.commands.options import parse
-
-    return partial(info, parse(InfoConfig, "stm info", argv))
-
-
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], Command], str]] = {
-    "demo": (_demo, "track objects through a made-up clip, to see it work"),
+    "demo": (partial(_plain, name="demo"), "track objects through a made-up clip, to see it work"),
     "track": (_track, "track the objects of a mask through a video"),
     "train": (_train, "train the network"),
     "evaluate": (_evaluate, "score the tracker, or a folder of masks, on a benchmark"),
-    "interact": (_interact, "segment a video with scribbles, in the browser"),
-    "convert": (_convert, "write masks in the formats of other tools, and read theirs"),
-    "info": (_info, "versions, devices and what would run on them"),
+    "interact": (partial(_plain, name="interact"), "segment a video with scribbles, in the browser"),
+    "convert": (partial(_plain, name="convert"), "write masks in the formats of other tools, and read theirs"),
+    "info": (partial(_plain, name="info"), "versions, devices and what would run on them"),
 }
 """What reads the arguments of a command and returns it, ready to run; what it does."""
 

@@ -1,7 +1,5 @@
 """Arguments to a command's config, and its help: a frozen dataclass, whose fields' docstrings describe the options."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import dataclasses

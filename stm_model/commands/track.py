@@ -152,15 +152,15 @@ def track_video(
         tracker.budget = dataclasses.replace(tracker.budget, device=device)
     stream = MaskStream(sys.stdout.buffer, config.stream, part.fps) if config.stream else None
     run = FolderRun("track", config.out, tracker, config, config.overlay_style, stream)
-    resume_file = None
+    resume_file = backward_file = saved = None
     if not isinstance(config.video, str) and not config.stream:
         resume_file = ResumeFile(config.out / RESUME_FILE, config.save_every, config.video, part.settings)
-    saved = resume_file.read() if resume_file and config.resume else None
-    backward_file = backward_saved = None
+        saved = resume_file.read() if config.resume else None
     if config.both_ways:
         path = config.out / BACKWARD / RESUME_FILE
         backward_file = ResumeFile(path, config.save_every, Path(config.video), part.settings)
-        backward_saved = backward_file.read() if config.resume else None
+        if config.resume:
+            backward_file.read()
     # a video of unknown length is tracked all the same
     plan = None if part.frame_count is None else tracker.plan(part.size, part.frame_count, masks)
     done = saved["summary"]["frames"] if saved else 0
@@ -174,9 +174,7 @@ def track_video(
         title=title,
         announce=lines if announce and not config.json and not config.stream else (),
         resume_file=resume_file,
-        saved=saved,
         backward_file=backward_file,
-        backward_saved=backward_saved,
     )
     assert tracker.bank is not None
     planned = {"rule": str(tracker.memory), "planned": plan and str(plan)}

@@ -1,7 +1,5 @@
 """`stm train`: the settings are those of a preset, see `stm_model.training.config`."""
 
-from __future__ import annotations
-
 from stm_model.commands.exits import interrupted
 from stm_model.training.config import PRESETS, TrainConfig
 

@@ -1,7 +1,5 @@
 """The demo's clip: striped and spotted fish pass in front of each other in an aquarium; the masks are exact."""
 
-from __future__ import annotations
-
 import numpy as np
 from scipy.ndimage import gaussian_filter
 

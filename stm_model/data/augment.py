@@ -1,10 +1,9 @@
 """Augmentation of clips: geometry shared by frames and labels, colour shared over time, objects of other clips."""
 
-from __future__ import annotations
-
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -116,19 +115,13 @@ def thin_plate_field(points: Tensor, shifts: Tensor, positions: Tensor) -> Tenso
     Source: Bookstein 1989, thin-plate splines.
     """
 
-    def bending(distance: Tensor) -> Tensor:
-        return distance.square() * torch.log(distance.clamp_min(1e-12))
+    # half a second of imports
+    from scipy.interpolate import RBFInterpolator
 
-    count = len(points)
-    affine = torch.cat([torch.ones(count, 1), points], 1)
-    system = torch.zeros(count + 3, count + 3)
-    system[:count, :count] = bending(torch.cdist(points, points))
-    system[:count, count:], system[count:, :count] = affine, affine.T
-    known = torch.cat([shifts, torch.zeros(len(shifts), 3, 2)], 1)
-    weights = torch.linalg.solve(system, known)
-    flat = positions.reshape(-1, 2)
-    basis = torch.cat([bending(torch.cdist(flat, points)), torch.ones(len(flat), 1), flat], 1)
-    return (basis @ weights).view(len(shifts), *positions.shape)
+    moved = rearrange(shifts, "t n side -> n t side")
+    spline = RBFInterpolator(points.numpy(), moved.numpy(), kernel="thin_plate_spline")
+    field = torch.from_numpy(spline(positions.reshape(-1, 2).numpy())).float()
+    return rearrange(field, "(h w) t side -> t h w side", h=len(positions))
 
 
 def random_color(frames: Tensor, random: torch.Generator, strength: float = 0.3) -> Tensor:
@@ -198,11 +191,15 @@ def renumbered(labels: Tensor, kept: Tensor) -> Tensor:
     return table[labels.long()]
 
 
+def large_objects(labels: Tensor, least_pixels: float) -> Tensor:
+    """The objects of at least so many pixels in labels `[H, W]`, ascending."""
+    counts = torch.bincount(labels.flatten().long(), minlength=256)
+    return torch.nonzero(counts[1:VOID] >= least_pixels)[:, 0] + 1
+
+
 def visible_objects(clip: Clip, least_pixels: int = 32, most: int = 254) -> Clip:
     """Number the objects that are visible in the first frame 1…n; smaller, later and further ones become background."""
-    count = torch.bincount(clip.labels[0].flatten().long(), minlength=256)
-    kept = torch.nonzero(count[1:VOID] >= least_pixels)[:most, 0] + 1
-    return clip._replace(labels=renumbered(clip.labels, kept))
+    return clip._replace(labels=renumbered(clip.labels, large_objects(clip.labels[0], least_pixels)[:most]))
 
 
 def followed_objects(clip: Clip, share: float, random: torch.Generator, least_share: float = 0.001) -> Clip:
@@ -210,8 +207,7 @@ def followed_objects(clip: Clip, share: float, random: torch.Generator, least_sh
 
     The others become background, and the objects that are kept get their numbers in a random order.
     """
-    count = torch.bincount(clip.labels[0].flatten().long(), minlength=256)
-    large = torch.nonzero(count[1:VOID] >= least_share * clip.labels[0].numel())[:, 0] + 1
+    large = large_objects(clip.labels[0], least_share * clip.labels[0].numel())
     order = large[torch.randperm(len(large), generator=random)]
     kept = order[: max(1, int((torch.rand(len(order), generator=random) < share).sum()))]
     return clip._replace(labels=renumbered(clip.labels, kept))

@@ -1,7 +1,5 @@
 """A clip: the unit that datasets yield and training consumes; and what all datasets of clips share."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -57,10 +55,29 @@ class DrawnClips(SeededClips):
     ATTEMPTS = 16
     """Draws before a dataset is given up, if it has fewer sources than that."""
 
-    def __init__(self, sources: Sequence):
+    def __init__(
+        self,
+        sources: Sequence,
+        frames: int = 3,
+        size: tuple[int, int] = (192, 192),
+        most_objects: int = 4,
+        color: float = 0.3,
+    ):
+        """
+        Args:
+            sources: what to draw from.
+            frames: T, frames per clip.
+            size: height and width of the crop in pixels.
+            most_objects: objects of a clip; further ones are left unlabelled.
+            color: strength of the change of colours, see `random_color`.
+
+        Raises:
+            ValueError: there is no source.
+        """
         if not sources:
             raise ValueError(f"{type(self).__name__}: expected at least one source of clips, got none")
-        self.sources = sources
+        self.sources, self.frames, self.size = sources, frames, size
+        self.most_objects, self.color = most_objects, color
 
     def __getitem__(self, seed: int) -> Clip:
         first = int(torch.randint(len(self.sources), (), generator=generator(seed)))

@@ -1,7 +1,5 @@
 """The COCO layout: images with polygons or run lengths in a json."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -39,12 +37,11 @@ class CocoImage(NamedTuple):
         return frame, labels
 
 
-def coco_images(annotations: str | Path, folder: str | Path | None = None) -> list[CocoImage]:
+def coco_images(annotations: str | Path) -> list[CocoImage]:
     """The images of a COCO json that have an annotated object.
 
-    `folder` has the images; None looks beside the json, as COCO is unpacked: for annotations/instances_train2017.json
-    in train2017, images/train2017 and images. Raises FileNotFoundError for what is missing, ValueError for another
-    json.
+    They are looked for beside the json, as COCO is unpacked: for annotations/instances_train2017.json in train2017,
+    images/train2017 and images. Raises FileNotFoundError for what is missing, ValueError for another json.
     """
     path = Path(annotations)
     if not path.is_file():
@@ -57,7 +54,7 @@ def coco_images(annotations: str | Path, folder: str | Path | None = None) -> li
             of_image[annotation["image_id"]].append(
                 {name: annotation.get(name) for name in ("id", "segmentation", "iscrowd", "area")}
             )
-        folder = Path(folder) if folder is not None else _image_folder(path, next(iter(names.values()), ""))
+        folder = _image_folder(path, next(iter(names.values()), ""))
         found = [
             # the small ones come last, and so stay whole where they overlap a large one
             CocoImage(folder / names[key], sorted(of_image[key], key=lambda one: -(one["area"] or 0)))

@@ -5,8 +5,6 @@ of a still image. They cross others, leave the view and come back. Which are fol
 looks alike can be told apart by where it was alone.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,11 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from stm_model.data.augment import paste_objects, random_color, visible_objects
+from stm_model.data.augment import large_objects, paste_objects, random_color, visible_objects
 from stm_model.data.clips import Clip, SeededClips, generator
 from stm_model.data.images import LabelledImage
 from stm_model.io.images import MediaError
-from stm_model.labels import VOID
 
 TWIN = 0.5
 """Share of the cut-outs that are twins of a followed object; the rest are instances of images."""
@@ -79,7 +76,6 @@ class CrowdClips(SeededClips):
     """Clips of one dataset, some with cut-outs on them.
 
     Args:
-        clips: the clips below.
         images: where instances are cut out; without, there are twins alone.
         share: of the clips that get cut-outs.
         most_objects: objects of a clip; further ones become background.
@@ -140,8 +136,7 @@ def instance(image: LabelledImage, size: tuple[int, int], random: torch.Generato
     """One of the instances of an image, to be seen at a tenth to half of a view's height; None without a large one."""
     frame, drawn = image.load()
     labels = torch.from_numpy(drawn)
-    counts = torch.bincount(labels.flatten().long(), minlength=256)[1:VOID]
-    large = torch.nonzero(counts >= 0.002 * labels.numel())[:, 0] + 1
+    large = large_objects(labels, 0.002 * labels.numel())
     if len(large) == 0:
         return None
     mask = labels == large[_whole(random, 0, len(large) - 1)]

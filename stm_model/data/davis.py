@@ -1,7 +1,5 @@
 """The DAVIS layout: ImageSets/<year>/<split>.txt, JPEGImages/<resolution>/<video>/ and Annotations/ likewise."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from pathlib import Path
 from typing import Literal

@@ -1,7 +1,5 @@
 """Any folder to train on: its layout is read off what lies in it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple

@@ -3,12 +3,10 @@
 Layouts: Pascal VOC, and any folder of images and masks (ECSSD, MSRA10K, DUTS, HKU-IS and the like). COCO's is coco.py.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -136,31 +134,18 @@ def _match(images: list[Path], masks: list[Path], folder: Path) -> list[ImageFil
 class ImageClips(DrawnClips):
     """Clips of still images, in which the camera moves and everything bends."""
 
-    def __init__(
-        self,
-        images: Sequence[LabelledImage],
-        frames: int = 3,
-        size: tuple[int, int] = (192, 192),
-        most_objects: int = 4,
-        regions: bool = False,
-        color: float = 0.3,
-        follow: float = 1.0,
-    ):
+    def __init__(self, images: Sequence[LabelledImage], *, regions: bool = False, follow: float = 1.0, **options: Any):
         """
         Args:
             images: what to draw from.
-            frames: T, frames per clip.
-            size: height and width of the crop in pixels.
-            most_objects: objects of a clip; further ones are left unlabelled.
             regions: label a random region of each image instead of its objects. Pasted on another clip it is an
                 object that looks like nothing seen before.
-            color: strength of the change of colours, see `random_color`.
             follow: share of the instances in view that are followed, at least one; the others are background that
                 looks like what is followed.
+            options: see `DrawnClips`.
         """
-        super().__init__(images)
-        self.frames, self.size, self.most_objects, self.regions = frames, size, most_objects, regions
-        self.color, self.follow = color, follow
+        super().__init__(images, **options)
+        self.regions, self.follow = regions, follow
 
     def draw(self, source: LabelledImage, seed: int, random: torch.Generator) -> Clip:
         frame, mask = source.load()

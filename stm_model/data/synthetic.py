@@ -1,7 +1,5 @@
 """Procedural clips: textured shapes move, deform and occlude each other under a moving camera; the masks are exact."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -111,35 +111,29 @@ class VideoClips(DrawnClips):
     def __init__(
         self,
         videos: Sequence[Video],
-        frames: int = 3,
-        size: tuple[int, int] = (192, 192),
+        *,
         max_skip: tuple[int, int] = (8, 8),
         growth: int = 0,
-        most_objects: int = 4,
-        color: float = 0.3,
         motion: float = 0.3,
+        **options: Any,
     ):
         """
         Args:
-            videos: what to draw from; each with a mask at least.
-            frames: T, frames per clip, in the order of the video or in reverse.
-            size: height and width of the crop in pixels.
+            videos: what to draw from, in the order of the video or in reverse; each with a mask at least.
             max_skip: greatest number of video frames from one frame of the clip to the next, at the start of the
                 training and once it has grown.
             growth: number of clips over which it grows.
-            most_objects: objects of a clip; further ones are left unlabelled.
-            color: strength of the change of colours, see `random_color`.
             motion: strength of what is added to the motion of the video, see `random_view`.
+            options: see `DrawnClips`.
 
         Raises:
             ValueError: there is no video, or one has no mask.
         """
-        super().__init__(videos)
+        super().__init__(videos, **options)
         for video in videos:
             if not video.annotations:
                 raise ValueError(f"video {video.name}: expected a mask at least, got none")
-        self.frames, self.size, self.max_skip, self.growth = frames, size, max_skip, growth
-        self.most_objects, self.color, self.motion = most_objects, color, motion
+        self.max_skip, self.growth, self.motion = max_skip, growth, motion
 
     def draw(self, source: Video, seed: int, random: torch.Generator) -> Clip:
         # neighbouring frames too, as a video is tracked: a clip has its own greatest skip

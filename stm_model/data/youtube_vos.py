@@ -5,8 +5,6 @@ Not every frame has a mask: every fifth in the training split, in the validation
 <split>_all_frames/JPEGImages/ holds the frames between.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Collection

@@ -1,7 +1,5 @@
 """How a frame's new masks are combined with its scribbles and with its masks before."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

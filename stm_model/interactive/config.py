@@ -1,7 +1,5 @@
 """The settings of the interactive evaluation."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 From Python: evaluate_interactive(EvaluateInteractiveConfig(Path("DAVIS"))).
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Random access to the frames of a video, for scrubbing."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import tempfile

@@ -7,8 +7,6 @@
         summary = official.get_global_summary()
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,12 +102,10 @@ def run_rounds(
     does not count.
 
     Args:
-        session: of the video.
         truths: labels of all frames, uint8 `[H, W]`; 255 is void.
         objects: labels that are scored.
         first: frame and scribbles to begin with; None lets the robot begin, on the frame that shows the objects best.
         interactions: rounds allowed.
-        clock: the time in seconds.
 
     Yields:
         Each round and its masks, uint8 `[T, H, W]`.

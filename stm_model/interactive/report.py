@@ -1,7 +1,5 @@
 """Report of the interactive evaluation: a plot of its curves and a self-contained HTML page."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean

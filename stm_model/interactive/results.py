@@ -1,7 +1,5 @@
 """What a session gives away: its masks in other tools' formats, and the video with its masks in color."""
 
-from __future__ import annotations
-
 import shutil
 import zipfile
 from collections.abc import Collection

@@ -1,7 +1,5 @@
 """The robot, DAVIS' simulated annotator: it scribbles on the errors of a segmentation."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ A scribble is a dict as in that JSON: `path`, points [x, y] from 0 (left, top) t
 its label, 0 for background.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence

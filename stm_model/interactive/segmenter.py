@@ -1,7 +1,5 @@
 """The network in a session: it memorizes annotated frames and segments any frame; features of frames are cached."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """An interactive session: scribbles in, masks of the whole video out, in rounds; no user interface."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace

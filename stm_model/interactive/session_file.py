@@ -1,7 +1,5 @@
 """A session in one file: a zip of `session.json`, with every step, and of the masks that the steps name by checksum."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Synthetic scribbles for training: a random walk on a region's skeleton, drawn with an unsteady hand."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from scipy import ndimage

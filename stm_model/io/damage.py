@@ -1,7 +1,5 @@
 """What tells that a video file is damaged or cut off, where FFmpeg itself says nothing."""
 
-from __future__ import annotations
-
 import re
 from fractions import Fraction
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Files written whole or not at all, to a temporary name, then renamed; folders that one run at a time writes to."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Pictures in and out, overlays and contact sheets; a frame is uint8 RGB `[H, W, 3]`."""
 
-from __future__ import annotations
-
 import io
 import os
 import re

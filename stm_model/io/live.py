@@ -48,9 +48,7 @@ class LiveVideo:
     The first frame stays until it is asked for. Of those after it the newest is kept and older unread ones are dropped,
     or, where `every` is true, none: the source waits.
 
-    Args:
-        address: see `stm_model.runtime.is_live`.
-        every: lose no frame.
+    For the address see `stm_model.runtime.is_live`.
 
     Raises:
         MediaError: there is no such source, or it brings no frame.

@@ -101,17 +101,7 @@ def read_masks(
             no object in any of them.
     """
     path = Path(path)
-    files = picture_files(path) if path.is_dir() else [path]
-    if not files:
-        raise MediaError(f"{path}: no masks; expected PNG files named by frame number, like 00000.png")
-    by_index: dict[int, Path] = {}
-    if not path.is_dir():
-        check_first(path, video, first)
-    for file, index in zip(files, frame_indices(files, video) if path.is_dir() else [first]):
-        if index in by_index:
-            raise MediaError(f"{file}: frame {index} already has the mask {by_index[index].name}")
-        by_index[index] = file
-    by_index = dict(sorted(by_index.items()))
+    by_index = mask_files(path, video, first)
     if colors and any(map(_is_colored, by_index.values())):
         masks = dict(zip(by_index, _color_labels([read_image(file) for file in by_index.values()], path)))
     else:
@@ -124,6 +114,25 @@ def read_masks(
             raise MediaError(f"{path}: its only label is 255, which is void; for a black-and-white mask use --binary")
         raise MediaError(f"{path}: an empty mask, no pixel belongs to an object")
     return masks
+
+
+def mask_files(path: Path, video: Video | None = None, first: int = 0) -> dict[int, Path]:
+    """Frame → its mask, in ascending order; for the arguments see `read_masks`.
+
+    Raises:
+        MediaError: no masks, two for one frame, or one of no frame.
+    """
+    files = picture_files(path) if path.is_dir() else [path]
+    if not files:
+        raise MediaError(f"{path}: no masks; expected PNG files named by frame number, like 00000.png")
+    if not path.is_dir():
+        check_first(path, video, first)
+    by_index: dict[int, Path] = {}
+    for file, index in zip(files, frame_indices(files, video) if path.is_dir() else [first]):
+        if index in by_index:
+            raise MediaError(f"{file}: frame {index} already has the mask {by_index[index].name}")
+        by_index[index] = file
+    return dict(sorted(by_index.items()))
 
 
 def check_first(path: Path, video: Video | None, first: int) -> None:
@@ -252,16 +261,12 @@ def write_mask(path: str | os.PathLike, labels: np.ndarray) -> None:
 
 
 def _palette_picture(labels: np.ndarray) -> Image.Image:
+    """With DAVIS' 256 colors: bits 0, 3, 6 of a label make red, highest bit first; the next, green, blue."""
+    values = np.arange(256)
+    channels = [sum(((values >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(3)) for channel in range(3)]
     image = Image.fromarray(labels, mode="P")
-    image.putpalette(davis_palette())
+    image.putpalette(np.stack(channels, axis=1).astype(np.uint8).tobytes())
     return image
-
-
-def davis_palette() -> bytes:
-    """DAVIS' 256 RGB colors: bits 0, 3, 6 of a label make red, highest bit first; the next, green, blue."""
-    labels = np.arange(256)
-    channels = [sum(((labels >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(3)) for channel in range(3)]
-    return np.stack(channels, axis=1).astype(np.uint8).tobytes()
 
 
 def resize_mask(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -1,7 +1,5 @@
 """The overlay video's frames: objects in colors that stand out against the picture, outlined and numbered."""
 
-from __future__ import annotations
-
 from typing import Literal, get_args
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The part of a video that is tracked: some of its frames, and of each all or a rectangle."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from itertools import islice

@@ -1,7 +1,5 @@
 """Videos of pictures: folders of frames, and animated WebP and GIF files, of which Pillow knows the times."""
 
-from __future__ import annotations
-
 import math
 import sys
 from bisect import bisect_left
@@ -33,7 +31,25 @@ USUAL_DURATION = 100
 """Milliseconds of a frame that says none, as browsers show it."""
 
 
-class FrameFolder:
+class Source:
+    """A video of which the frames of some numbers can be had; see `open_video`."""
+
+    files: tuple[Path, ...] = ()
+    numbers: tuple[int, ...] = ()
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self.frames(EVERY)
+
+    def frames(self, numbers: range) -> Iterator[np.ndarray]:
+        """The frames of these numbers, as iterating gives them."""
+        raise NotImplementedError
+
+    def frames_from(self, start: int) -> Iterator[np.ndarray]:
+        """The frames from number `start` on."""
+        return self.frames(EVERY[start:])
+
+
+class FrameFolder(Source):
     """A folder of pictures as a video; see `open_video`."""
 
     fps = FOLDER_FPS
@@ -55,15 +71,7 @@ class FrameFolder:
         self.numbers = tuple(number for number in numbers if number is not None) if whole else ()
         """In which the frames' names end, where each has one of its own: they may count from 1, or with gaps."""
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return self.frames(EVERY)
-
-    def frames_from(self, start: int) -> Iterator[np.ndarray]:
-        """The frames from the place `start` on."""
-        return self.frames(EVERY[start:])
-
     def frames(self, numbers: range) -> Iterator[np.ndarray]:
-        """The frames at these places."""
         for index, file in enumerate(self.files):
             if index not in numbers:
                 continue
@@ -89,11 +97,9 @@ def is_animation(path: Path) -> bool:
     return False
 
 
-class Animation:
+class Animation(Source):
     """An animated WebP or GIF; see `open_video`. What is transparent has the color that is stored there."""
 
-    files: tuple[Path, ...] = ()
-    numbers: tuple[int, ...] = ()
     time_base = Fraction(1, 1000)
 
     def __init__(self, path: Path):
@@ -116,15 +122,7 @@ class Animation:
         """When each frame is shown, in milliseconds."""
         self.fps = Fraction(1000 * len(durations), sum(durations))
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return self.frames(range(self.frame_count))
-
-    def frames_from(self, start: int) -> Iterator[np.ndarray]:
-        """The frames from number `start` on."""
-        return self.frames(range(start, self.frame_count))
-
     def frames(self, numbers: range) -> Iterator[np.ndarray]:
-        """The frames of these numbers."""
         with open_picture(self.path) as image:
             for index in range(self.frame_count):
                 if index not in numbers:

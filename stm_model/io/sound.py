@@ -1,7 +1,5 @@
 """The sound of a video, copied into another file as it is."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from fractions import Fraction
@@ -15,10 +13,7 @@ from stm_model.io.images import reason
 class Sound:
     """The first sound track of a file, if there is one, to be copied into an mp4 that PyAV writes.
 
-    Args:
-        path: the file.
-        container: the mp4, before anything was written; a format of sound that it cannot hold is left out with a
-            warning.
+    Nothing must be written to the container before. A format of sound that it cannot hold is left out with a warning.
     """
 
     def __init__(self, path: str | os.PathLike, container: Any):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Generic, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
 
@@ -13,11 +15,8 @@ DEPTH = 3
 """Most items that wait in a queue."""
 
 
-class _End:
-    """Follows the last item in a queue, with what the source raised, if it did."""
-
-    def __init__(self, error: BaseException | None = None):
-        self.error = error
+_END: Any = object()
+"""Follows the last item."""
 
 
 class Prefetch(Generic[Item]):
@@ -27,37 +26,25 @@ class Prefetch(Generic[Item]):
     """
 
     def __init__(self, source: Iterable[Item]):
-        self._queue: queue.Queue = queue.Queue(DEPTH)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._fetch, args=(source,), name="prefetch", daemon=True)
+        self._items, self._thread = iter(source), ThreadPoolExecutor(1, "prefetch")
+        self._ahead: deque[Future[Item]] = deque()
 
     def __enter__(self) -> Prefetch[Item]:
-        self._thread.start()
+        self._ahead.extend(self._next() for _ in range(DEPTH))
         return self
 
     def __iter__(self) -> Iterator[Item]:
-        while not isinstance(item := self._queue.get(), _End):
+        while (item := self._ahead.popleft().result()) is not _END:
+            self._ahead.append(self._next())
             yield item
-        if item.error is not None:
-            raise item.error
 
     def __exit__(self, *_: object) -> None:
-        self._closed.set()
-        # a thread that waits for a free place finds one, sees that it is closed, and ends
-        while not self._queue.empty():
-            self._queue.get()
-        self._thread.join()
+        self._thread.shutdown(cancel_futures=True)
+        # a source that is left is closed
+        del self._items
 
-    def _fetch(self, source: Iterable[Item]) -> None:
-        end = _End()
-        try:
-            for item in source:
-                self._queue.put(item)
-                if self._closed.is_set():
-                    return
-        except BaseException as error:
-            end = _End(error)
-        self._queue.put(end)
+    def _next(self) -> Future[Item]:
+        return self._thread.submit(next, self._items, _END)
 
 
 class Writer(Generic[Item]):
@@ -99,7 +86,7 @@ class Writer(Generic[Item]):
             raise self._error
 
     def _end(self) -> None:
-        self._queue.put(_End())
+        self._queue.put(_END)
         self._thread.join()
 
     def _run(self, work: Callable[[Iterator[Item]], None]) -> None:
@@ -113,6 +100,6 @@ class Writer(Generic[Item]):
                 pass
 
     def _items(self) -> Iterator[Item]:
-        while not isinstance(item := self._queue.get(), _End):
+        while (item := self._queue.get()) is not _END:
             yield item
             self._queue.task_done()

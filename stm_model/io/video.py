@@ -12,14 +12,14 @@ from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
 
 from stm_model.io.damage import Break, BrokenVideo, Clock, ends_within_a_packet, lost_times, which_damaged
 from stm_model.io.images import MediaError, reason, width_by_height
-from stm_model.io.pictures import EVERY, FOLDER_FPS, Animation, FrameFolder, is_animation
+from stm_model.io.pictures import FOLDER_FPS, Animation, FrameFolder, Source, is_animation
 from stm_model.io.sound import Sound
 from stm_model.runtime import is_out_of_memory
 
@@ -61,11 +61,8 @@ def open_video(path: str | os.PathLike) -> Video:
     return Animation(path) if is_animation(path) else VideoFile(path)
 
 
-class VideoFile:
+class VideoFile(Source):
     """A video file read through FFmpeg; see `open_video`. Rotation noted in the file is applied."""
-
-    files: tuple[Path, ...] = ()
-    numbers: tuple[int, ...] = ()
 
     def __init__(self, path: Path):
         self.path, self.name = path, path.stem
@@ -85,11 +82,7 @@ class VideoFile:
             raise MediaError(f"{path}: no frame in it can be decoded")
         self.size = first[0].shape[:2]
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return self.frames(EVERY)
-
     def frames(self, numbers: range) -> Iterator[np.ndarray]:
-        """The frames of these numbers, as iterating gives them."""
         count, damaged = 0, []
         self.times, start = [], None
         frames = self._sought(numbers[0]) if numbers[0] else None
@@ -249,6 +242,19 @@ def upright(frame) -> np.ndarray:
     return np.ascontiguousarray(np.rot90(pixels, quarters)) if quarters else pixels
 
 
+class Encoding(NamedTuple):
+    """How a video file stores pictures."""
+
+    codec: str
+    """FFmpeg's name of an encoder."""
+    options: dict[str, str]
+    """Of the encoder."""
+    given: str = "rgb24"
+    """Pixel format of the pictures."""
+    stored: str = "yuv420p"
+    """Pixel format in the file."""
+
+
 class VideoWriter:
     """Writes uint8 RGB `[H, W, 3]` frames as an H.264 mp4 (MPEG-4 where there is no x264); a context manager.
 
@@ -258,7 +264,8 @@ class VideoWriter:
     Args:
         path: where the mp4 goes.
         fps: frames a second.
-        codec: FFmpeg's name of an encoder; None chooses.
+        codec: FFmpeg's name of an encoder; None chooses. An `Encoding` also says what frames are like, and the path's
+            suffix what the file is.
         time_base: unit in seconds of the times of frames; None is a frame's duration.
         sound: video file whose first sound track is copied, as far as the frames go; left out with a warning if an mp4
             cannot hold it.
@@ -268,14 +275,19 @@ class VideoWriter:
         self,
         path: str | os.PathLike,
         fps: Fraction | float = FOLDER_FPS,
-        codec: str | None = None,
+        codec: str | Encoding | None = None,
         time_base: Fraction | None = None,
         sound: str | os.PathLike | None = None,
     ):
         self.path, self._sound_of = Path(path), sound
         self._fps = Fraction(fps).limit_denominator(1001)
-        self._codec = codec or ("libx264" if "libx264" in av.codecs_available else "mpeg4")
-        self._partial = self.path.with_name(f".{self.path.stem}.partial.mp4")
+        self._format = None if isinstance(codec, Encoding) else "mp4"
+        codec = codec or ("libx264" if "libx264" in av.codecs_available else "mpeg4")
+        if isinstance(codec, str):
+            x264 = codec == "libx264"
+            codec = Encoding(codec, {"crf": "20", "preset": "veryfast"} if x264 else {"b": "8000000"})
+        self._encoding = codec
+        self._partial = self.path.with_name(f".{self.path.stem}.partial{self.path.suffix}")
         self._time_base = time_base or 1 / self._fps
         self._start = 0
         self._last: int | None = None
@@ -289,8 +301,8 @@ class VideoWriter:
         """
         height, width = frame.shape[:2]
         if height % 2 or width % 2:
-            frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0))[: frame.ndim], mode="edge")
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format=self._encoding.given)
         if self._last is None:
             self._start, self._last = time or 0, 0
         elif time is None:
@@ -305,15 +317,12 @@ class VideoWriter:
             self._container.mux(self._stream.encode(picture))
 
     def _open(self, frame: np.ndarray) -> None:
-        self._container = av.open(os.path.abspath(self._partial), "w", format="mp4")
-        self._stream = self._container.add_stream(self._codec, rate=self._fps)
+        codec, options, _, stored = self._encoding
+        self._container = av.open(os.path.abspath(self._partial), "w", format=self._format)
+        self._stream = self._container.add_stream(codec, rate=self._fps, options=options)
         self._stream.height, self._stream.width = frame.shape[:2]
-        self._stream.pix_fmt = "yuv420p"
+        self._stream.pix_fmt = stored
         self._stream.codec_context.time_base = self._time_base
-        if self._codec == "libx264":
-            self._stream.options = {"crf": "20", "preset": "veryfast"}
-        else:
-            self._stream.bit_rate = 8_000_000
         self._sound = Sound(self._sound_of, self._container) if self._sound_of is not None else None
 
     def close(self) -> None:

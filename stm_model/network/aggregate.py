@@ -1,7 +1,5 @@
 """Soft aggregation: independent object probabilities become one distribution over background and objects."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

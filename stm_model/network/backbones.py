@@ -1,7 +1,5 @@
 """The trunks that the encoders can have."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """The decoder: what was read from memory becomes a mask, refined with the query's finer maps."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -1,7 +1,5 @@
 """The EfficientNet-Lite trunks: inverted residuals; Lite0 has a quarter of ResNet-18's parameters."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """The two encoders: a frame with its masks becomes memory features, a frame alone becomes query features."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

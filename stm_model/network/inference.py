@@ -1,8 +1,6 @@
 """The network as it runs when it only predicts: batch norm and activations folded into the convolutions before them, in
 eight bits or compiled."""
 
-from __future__ import annotations
-
 import copy
 import os
 import shutil

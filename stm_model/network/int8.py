@@ -9,8 +9,6 @@ Source: Jacob et al., Quantization and Training of Neural Networks for Efficient
 CVPR 2018.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The ResNet trunk of both encoders, with torchvision's parameter names."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 

@@ -5,8 +5,6 @@ remembered by, so that all objects of a clip share one set of keys, as in STCN. 
 of the frame.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -85,7 +83,7 @@ class SharedDecoder(nn.Module):
 
     Args:
         read_channels: V, channels that are read.
-        width: channels at 1/16; half of them at 1/8 and a quarter at 1/4.
+        width: as of `SharedEncoder`.
         prior: whether the decoder sees the previous frame's masks.
     """
 
@@ -109,9 +107,7 @@ class SharedDecoder(nn.Module):
         """Decode `[K, V, H/16, W/16]` to float32 logits `[K, H, W]`.
 
         Args:
-            readout: what each object read.
-            query: the encoded frames.
-            objects_per_clip: objects of each frame.
+            readout, query, objects_per_clip: what each object read, the encoded frames, the objects of each.
             previous: each object's mask in the previous frame and the summed mask of the clip's others, `[K, H, W]`
                 in 0…1; None if the decoder does not see them.
         """

@@ -190,7 +190,7 @@ class STM(nn.Module):
         # in the dtype that computes: float16 may not hold what float32 does
         check_finite(model.state_dict(), path)
         model.int8 = int8
-        return _channels_last(model)
+        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's types lack it
 
     @property
     def dtype_name(self) -> str:
@@ -332,10 +332,6 @@ def scribble_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
     started = {name: value.clone() for name, value in tensors.items() if name != "Encoder_M.conv1_o.weight"}
     return started | {names[name]: value.clone() for name, value in tensors.items() if name in names}
-
-
-def _channels_last(model: STM) -> STM:
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's types leave it out
 
 
 def as_positions(feature_map: Tensor) -> Tensor:

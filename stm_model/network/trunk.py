@@ -1,7 +1,5 @@
 """Start both encoders from an image classifier: torchvision's ResNets, or EfficientNet-Lite0's port to PyTorch."""
 
-from __future__ import annotations
-
 import os
 import re
 
@@ -37,7 +35,7 @@ def load_trunk(model: STM, path: str | os.PathLike) -> None:
         FileNotFoundError: there is no such file.
         CheckpointError: its tensors are not those of the network's backbone.
     """
-    encoders = _encoders(model)
+    encoders = [model.Encoder] if model.shares_keys else [model.Encoder_Q, model.Encoder_M]
     # an EfficientNet counts its blocks through, whatever the stage
     stages = [name for name, _ in encoders[0].named_children() if name.startswith("res")]
     blocks = [f"{stage}.{name}" for stage in stages for name, _ in encoders[0].get_submodule(stage).named_children()]
@@ -59,10 +57,6 @@ def load_trunk(model: STM, path: str | os.PathLike) -> None:
     for name in model.Encoder_M.guides:
         guide = model.Encoder_M.get_parameter(f"{name}.weight")
         nn.init.kaiming_normal_(guide, nonlinearity="linear").mul_(spread.view(-1, 1, 1, 1))
-
-
-def _encoders(model: STM) -> list[nn.Module]:
-    return [model.Encoder] if model.shares_keys else [model.Encoder_Q, model.Encoder_M]
 
 
 def _behind(model: STM) -> list[str]:

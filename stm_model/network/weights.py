@@ -1,7 +1,5 @@
 """Checkpoints as named tensors: the released `.pth`, with or without `module.`, and our safetensors."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,8 +75,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, dtype:
     """Write named tensors as safetensors, to a temporary name first.
 
     Args:
-        tensors: what to write.
-        path: where to, ending in `.safetensors`.
+        tensors, path: what to write, and where to, ending in `.safetensors`.
         dtype: floating-point type in the file; None keeps each tensor's own.
 
     Raises:

@@ -67,8 +67,7 @@ class TrackingFunction:
     All shapes of one request are objects of one tracker, so a picture is encoded once for all of them.
 
     Args:
-        tracker: the tracker.
-        checkpoint: where its weights are from.
+        tracker, checkpoint: the tracker, and where its weights are from.
         size: shorter side in pixels at which the network runs; None is that of the weights.
     """
 

@@ -1,7 +1,5 @@
 """The memories of all objects of a video, within a budget."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -29,12 +27,8 @@ class Entry(NamedTuple):
 class MemoryBank:
     """The memories of all objects of a video, kept within a budget.
 
-    Objects that entered at the same frame share a memory, until one of them is corrected.
-
-    Args:
-        rule: which frames are remembered.
-        budget: how much, and what is forgotten for it.
-        read_options: those of `PagedMemory.read`.
+    Objects that entered at the same frame share a memory, until one of them is corrected. `read_options` are those of
+    `PagedMemory.read`.
     """
 
     def __init__(self, rule: MemoryRule, budget: MemoryBudget, **read_options: Any) -> None:
@@ -129,7 +123,6 @@ class MemoryBank:
         """Put a frame into the memories that want it.
 
         Args:
-            frame_index: of the frame.
             entries: what `wanted` returned.
             key: `[n, C, h, w]` of all n objects, or `[1, C, h, w]` if they share it.
             value: `[n, V, h, w]`.

@@ -1,7 +1,5 @@
 """What is tracked backwards, from the masks of later frames towards the start, kept for the pass forwards."""
 
-from __future__ import annotations
-
 import itertools
 import zipfile
 import zlib

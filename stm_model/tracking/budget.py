@@ -205,10 +205,7 @@ def plan_memory(
     """Plan the memory of a video.
 
     Args:
-        rule: which frames are remembered.
-        budget: how much.
         masks: frame index → labels.
-        frame_count: of the video.
         size: height and width at which the network sees a frame, multiples of its stride.
         position_bytes: of the keys and values at one position of so many objects that entered together.
 

@@ -1,7 +1,5 @@
 """One video tracked into a folder: masks, overlay, the state to resume from, and the summary of how it went."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json
@@ -99,24 +97,18 @@ class FolderRun:
         title: str | None = "track",
         announce: Sequence[str] = (),
         resume_file: ResumeFile | None = None,
-        saved: dict[str, Any] | None = None,
         backward_file: ResumeFile | None = None,
-        backward_saved: dict[str, Any] | None = None,
     ) -> None:
         """Track and write; `summary["stopped"]` says why it ended early, None if it did not. The masks so far always
         stay.
 
         Args:
-            part: of the video.
             masks: those given, by the part's indices and as the tracker sees them.
-            overlay: write it.
             exports: other formats to write.
             title: stands before the progress bar; None shows no bar.
             announce: lines to print once nothing that was given can be refused any more.
-            resume_file: written when it is due.
-            saved: what an earlier run wrote there, to go on from.
-            backward_file: track backwards too, before; written when it is due.
-            backward_saved: what an earlier run wrote there, to go on from.
+            resume_file: written when it is due; the run goes on from what was read of it.
+            backward_file: track backwards too, before; likewise.
 
         Raises:
             ValueError, OSError: the input is refused, or nothing was tracked; what else is a bug of ours.
@@ -124,12 +116,13 @@ class FolderRun:
         self.part = part
         if names := part.mask_names:
             self.summary["mask_names"] = names
+        saved = resume_file.saved if resume_file else None
         done = self._take_up(saved) if saved else 0
         backward = None
         if backward_file is not None:
             backward = Backward(self.out / BACKWARD, masks)
             if not saved:
-                self._track_backward(part, backward, backward_file, backward_saved, title)
+                self._track_backward(part, backward, backward_file, title)
         spent, started = self._seconds, time.perf_counter() - self._seconds["wall"]
         live = part.video if isinstance(part.video, LiveVideo) else None
         prefetch = live or Prefetch(timed(part.whole_frames(), spent, "decoding"))
@@ -190,11 +183,10 @@ class FolderRun:
             self.summary["live"] = live.summary()
         self._measure()
 
-    def _track_backward(
-        self, part: Part, backward: Backward, file: ResumeFile, saved: dict[str, Any] | None, title: str | None
-    ) -> None:
+    def _track_backward(self, part: Part, backward: Backward, file: ResumeFile, title: str | None) -> None:
         """Track backwards, and keep what is found for the pass forwards."""
         self.out.mkdir(parents=True, exist_ok=True)
+        saved = file.saved
         done = saved["frames"] if saved else 0
         passed = timed(
             self.tracker.track_backward(part, backward, resume=saved and saved["tracker"]), self._seconds, "tracking"
@@ -346,10 +338,4 @@ def is_output_of(command: str, out: Path) -> bool:
 
 def plain_settings(settings: Any) -> dict[str, Any]:
     """The fields of a dataclass of settings as JSON has them; paths are absolute."""
-    return {name: _plain(value) for name, value in dataclasses.asdict(settings).items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value.resolve())
-    return list(value) if isinstance(value, tuple) else value
+    return json.loads(json.dumps(dataclasses.asdict(settings), default=lambda path: str(path.resolve())))

@@ -1,7 +1,5 @@
 """Frames and masks as they are given: checked, and brought to the network's size, format and device."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

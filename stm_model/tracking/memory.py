@@ -33,8 +33,7 @@ class SpaceTimeMemory:
     A frame is appended without touching what is already held. At most one frame, the newest, is temporary.
 
     Args:
-        rule: which frames are remembered.
-        objects: n, how many objects there are.
+        rule, objects: which frames are remembered, and n, of how many objects.
         limit: bytes on the device within which positions have to stay, by which pages are measured; None is no limit.
         weighed: whether to note how much every position is used.
         read_options: those of `PagedMemory.read`.
@@ -63,13 +62,11 @@ class SpaceTimeMemory:
         """The frames of which positions are held, in order."""
         return self.notes[:, FRAME].unique().long().tolist()
 
-    def pages_with(self, more: int) -> int:
-        """Pages held when so many more positions are."""
-        return 0 if self.pages is None else -(-(len(self.notes) + more) // self.pages.page_size)
-
     def nbytes_with(self, more: int) -> int:
         """Bytes held when so many more positions are."""
-        return 0 if self.pages is None else self.pages_with(more) * self.pages.page_nbytes
+        if self.pages is None:
+            return 0
+        return -(-(len(self.notes) + more) // self.pages.page_size) * self.pages.page_nbytes
 
     def prepare(self, key: Tensor, value: Tensor) -> PagedMemory:
         """The pages, for frames with such keys and values, see `remember`, in their dtype and on their device."""
@@ -91,12 +88,9 @@ class SpaceTimeMemory:
     def remember(
         self, frame_index: int, given: bool, kept: bool, key: Tensor, value: Tensor, cells: Tensor | None = None
     ) -> None:
-        """Add a frame, a temporary one unless it is `kept`.
+        """Add a frame, a temporary one unless it is `kept`; `given` if the user gave a mask of it.
 
         Args:
-            frame_index: of the frame.
-            given: whether the user gave a mask of it.
-            kept: whether it stays for good.
             key: `[n, C, h, w]`, or `[1, C, h, w]` where the n objects share it.
             value: `[n, V, h, w]`.
             cells: `[n, h, w]`, how certainly each object is at each position; None is not known.

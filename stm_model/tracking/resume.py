@@ -1,7 +1,5 @@
 """Going on where a run was stopped: what must be the same, and the file that holds the state."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import time
@@ -42,6 +40,8 @@ class ResumeFile:
         if not every >= 0:
             raise ValueError(f"save_every: expected at least 0 seconds, got {every}")
         self.path, self.every, self.made_with = path, every, {"video": source_digest(video), **part}
+        self.saved: dict[str, Any] | None = None
+        """What an earlier run wrote there, once it is read."""
         self._written, self._took = time.monotonic(), 0.0
 
     def due(self) -> bool:
@@ -64,7 +64,7 @@ class ResumeFile:
         self._took = self._written - started
 
     def read(self) -> dict[str, Any] | None:
-        """What it holds; None if there is none. Tensors stay in the file until they are used.
+        """What it holds, from now on in `saved`; None if there is none. Tensors stay in the file until they are used.
 
         Raises:
             ValueError: it can't be read, is of another version, was changed since, or is of another video.
@@ -88,6 +88,7 @@ class ResumeFile:
                 f"{self.path.parent / 'masks'} are as they were"
             )
         check_same(content["made_with"], self.made_with)
+        self.saved = content
         return content
 
 

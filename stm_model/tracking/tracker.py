@@ -1,7 +1,5 @@
 """Semi-supervised tracking: frames stream in, masks stream out; only the memory is kept."""
 
-from __future__ import annotations
-
 import math
 import tempfile
 import warnings

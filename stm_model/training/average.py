@@ -4,8 +4,6 @@ FILE gets the mean of our .safetensors files A, B, …, each taken as often as t
 training writes it. Source: Wortsman et al., Model soups, ICML 2022.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

@@ -218,42 +218,41 @@ class SmallConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
-class LiteConfig(TrainConfig):
+class PretrainedConfig(TrainConfig):
+    """What the presets share that start from weights."""
+
+    split: str = "fit"
+    validation_split: str | None = "held"
+    freeze_first_stage: bool = True
+    trunk_rate: float = 0.5
+    freeze_batch_norm: float = 0.0
+    batch: int = 4
+    max_skip: tuple[int, int] = (25, 25)
+
+
+@dataclass(frozen=True)
+class LiteConfig(PretrainedConfig):
     """Train the network of the package's weights, from an image classifier's trunk that `--trunk` names.
 
     Source: Tan & Le, EfficientNet, ICML 2019; its lite variants are without squeeze and excitation.
     """
 
-    split: str = "fit"
-    validation_split: str | None = "held"
     network: Literal["shared", "lite", "small", "released"] = "lite"
-    freeze_first_stage: bool = True
-    trunk_rate: float = 0.5
-    freeze_batch_norm: float = 0.0
-    batch: int = 4
     crop: int = 176
     crop_width: int | None = 288
-    max_skip: tuple[int, int] = (25, 25)
     warmup: int = 200
 
 
 @dataclass(frozen=True)
-class SharedConfig(TrainConfig):
+class SharedConfig(PretrainedConfig):
     """Train the network that encodes a frame once, for several objects at 480 pixels, from an image classifier's trunk.
 
     Sources: Cheng et al., STCN, NeurIPS 2021 (shared keys); Tan & Le, EfficientNet, ICML 2019.
     """
 
-    split: str = "fit"
-    validation_split: str | None = "held"
     network: Literal["shared", "lite", "small", "released"] = "shared"
-    freeze_first_stage: bool = True
-    trunk_rate: float = 0.5
-    freeze_batch_norm: float = 0.0
-    batch: int = 4
     crop: int = 256
     crop_width: int | None = 384
-    max_skip: tuple[int, int] = (25, 25)
     warmup: int = 200
     stills: float = 0.25
     procedural: float = 0.05
@@ -296,24 +295,17 @@ class PaperConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
-class InteractiveConfig(TrainConfig):
+class InteractiveConfig(PretrainedConfig):
     """Train a network guided by scribbles, for `stm interact`, from the weights of one that tracks.
 
     Source: Oh et al., DAVIS Challenge 2019, sections 2.4 and 3.2.
     """
 
-    split: str = "fit"
-    validation_split: str | None = "held"
     init: Path | None = DEFAULT_WEIGHTS
-    freeze_first_stage: bool = True
-    trunk_rate: float = 0.5
-    freeze_batch_norm: float = 0.0
     rounds: int = 3
     steps: int = 4000
-    batch: int = 4
     crop: int = 224
     crop_width: int | None = 384
-    max_skip: tuple[int, int] = (25, 25)
     crowd: float = 0.4
     follow: float = 0.6
     most_objects: int = 3

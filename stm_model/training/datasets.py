@@ -1,8 +1,7 @@
 """The clips of a training run, put together as its settings say."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
+from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -47,14 +46,14 @@ def _crowded(clips: Dataset, images: list[LabelledImage], config: TrainConfig) -
 def _clips_of(data: TrainingData, config: TrainConfig) -> tuple[Dataset, Dataset]:
     """The clips of one folder, and clips to cut objects out of."""
     size = (config.crop, config.crop_width or config.crop)
-    most = {"most_objects": config.most_objects}
-    stills = ImageClips(data.images, config.frames, size, color=config.color, follow=config.follow, **most)
-    regions = ImageClips(data.images, config.frames, size, regions=True, color=config.color)
+    options: dict[str, Any] = {"frames": config.frames, "size": size, "color": config.color}
+    regions = ImageClips(data.images, regions=True, **options)
+    options["most_objects"] = config.most_objects
+    stills = ImageClips(data.images, follow=config.follow, **options)
     if not data.videos:
         return stills, MixedClips([stills, regions], [1 - config.regions, config.regions])
     growth = round(config.skip_growth * config.steps * config.batch)
-    looks = {"color": config.color, "motion": config.motion} | most
-    videos = VideoClips(data.videos, config.frames, size, config.max_skip, growth, **looks)
+    videos = VideoClips(data.videos, max_skip=config.max_skip, growth=growth, motion=config.motion, **options)
     # a cut-out's own motion matters more than that of its video: most come from stills
     objects = MixedClips([videos, stills], [0.4, 0.6])
     return (

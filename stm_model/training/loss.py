@@ -1,8 +1,7 @@
 """The loss of a clip: every frame after the first is segmented from the memory of the frames before it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -39,7 +38,7 @@ def segment_clips(
     Returns:
         T − 1 lists of B logit maps `[n + 1, H, W]`, float32, background first.
     """
-    run = recomputed if recompute else called
+    run = caller(recompute)
     objects = [clip.objects for clip in clips]
     frames = torch.stack([clip.frames for clip in clips])
     # where keys are shared, a frame is remembered as it was encoded to be segmented
@@ -97,14 +96,11 @@ def disturbed(masks: Tensor, clip: Clip, time: int, share: float) -> Tensor:
     return torch.stack(disturbed)
 
 
-def called(function: Callable, *arguments):
-    """Call a function; the other way to is `recomputed`."""
-    return function(*arguments)
-
-
-def recomputed(function: Callable, *arguments):
-    """Call a function without keeping its activations: they are computed again in the backward pass."""
-    return checkpoint(function, *arguments, use_reentrant=False)
+def caller(recompute: bool) -> Callable:
+    """Calls a function with arguments; to `recompute`, without keeping its activations: the backward pass computes them
+    again.
+    """
+    return partial(checkpoint, use_reentrant=False) if recompute else lambda function, *arguments: function(*arguments)
 
 
 class ClipLoss(nn.Module):
@@ -183,7 +179,7 @@ def _encode_queries(model: STM, frames: Tensor, recompute: bool) -> list[Query]:
     """The queries of frames `[B, T, 3, H, W]`, for each point in time those of all clips."""
     if recompute:
         # one after the other: what is computed again together is held together
-        return [Query(*recomputed(model.encode_query, frame)) for frame in frames.unbind(1)]
+        return [Query(*caller(recompute)(model.encode_query, frame)) for frame in frames.unbind(1)]
     query = model.encode_query(rearrange(frames, "b t c h w -> (t b) c h w"))
     size = len(frames)
     features = zip(*(maps.split(size) for maps in query.features), strict=True)

@@ -1,7 +1,5 @@
 """What a training run tells of itself: metrics.jsonl, TensorBoard, pictures, scores on held-out videos."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -30,11 +28,7 @@ class Report:
     """Writes down how a run goes, in `config.out`; the first of several processes alone does."""
 
     def __init__(self, config: TrainConfig, step: int = 0, first_process: bool = True):
-        """
-        Args:
-            config: the run's settings.
-            step: where the run goes on. What was written of later steps, after the checkpoint, is forgotten.
-            first_process: whether anything is written.
+        """The report of a run that goes on at `step`: what was written of later ones is forgotten.
 
         Raises:
             ValueError: TensorBoard is asked for but not installed.
@@ -68,8 +62,7 @@ class Report:
         """Draw a clip: the truth above, the first frame's and the predicted labels of the others below.
 
         Args:
-            step: number in the picture's name.
-            clip: of T frames.
+            step, clip: number in the picture's name, and what it shows.
             predictions: logit maps `[n + 1, H, W]` of its last frames; frames before them are shown with the truth.
         """
         if not self.active:

@@ -1,7 +1,5 @@
 """Simulated rounds of scribbles: someone scribbles on a frame of each clip, all frames are segmented, and so on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np
@@ -16,7 +14,7 @@ from stm_model.interactive.scribbles import NONE, scribble_maps
 from stm_model.interactive.synthesis import corrective, synthesize, synthesize_background
 from stm_model.labels import VOID
 from stm_model.network import STM, Query, soft_aggregate
-from stm_model.training.loss import called, frame_loss, recomputed
+from stm_model.training.loss import caller, frame_loss
 
 BACKGROUND = 0.5
 """Share of clips in whose first round the background is scribbled on too."""
@@ -39,17 +37,15 @@ def segment_rounds(
 
     Args:
         model: the network, guided by scribbles.
-        clips: B clips of the same T, H and W, multiples of 16; any number of objects each, at least one.
+        clips, implementation, recompute: as in `segment_clips`.
         rounds: how many.
-        implementation: of the memory read.
-        recompute: keep no activations of encoders and decoder, but compute them again in the backward pass.
 
     Returns:
         For each round B logit maps `[T, n + 1, H, W]`, float32, background first.
 
     Source: Oh et al., DAVIS Challenge 2019, sections 2.4 and 3.2.
     """
-    run = recomputed if recompute else called
+    run = caller(recompute)
     annotators = [Annotator(clip) for clip in clips]
     lengths = [len(clip.frames) for clip in clips]
     objects = [clip.objects for clip in clips for _ in clip.frames]
@@ -63,7 +59,8 @@ def segment_rounds(
         readouts = [_read(model, *one, implementation) for one in zip(memories, query.key.split(lengths))]
         probabilities = run(model.segment, torch.cat(readouts), query, objects)
         parts = probabilities.split([len(readout) for readout in readouts])
-        predictions.append([_aggregate(part, length) for part, length in zip(parts, lengths)])
+        apart = (rearrange(part, "(t n) h w -> n t h w", t=length) for part, length in zip(parts, lengths))
+        predictions.append([soft_aggregate(part).transpose(0, 1) for part in apart])
         masks = [torch.softmax(logits.detach(), 1)[:, 1:] for logits in predictions[-1]]
     return predictions
 
@@ -158,11 +155,6 @@ def _read(model: STM, memory: tuple[Tensor, Tensor], key: Tensor, implementation
 def _labels(logits: Tensor) -> np.ndarray:
     """Labels uint8 `[T, H, W]` of logits `[T, n + 1, H, W]`."""
     return logits.argmax(1).to(torch.uint8).cpu().numpy()
-
-
-def _aggregate(probabilities: Tensor, frames: int) -> Tensor:
-    """Logits `[T, n + 1, H, W]` of the probabilities `[T·n, H, W]` of the objects by themselves."""
-    return soft_aggregate(rearrange(probabilities, "(t n) h w -> n t h w", t=frames)).transpose(0, 1)
 
 
 class RoundsLoss(nn.Module):

@@ -1,13 +1,11 @@
 """The state of a training run: what a checkpoint holds, and the average of the weights."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stm_model.io.files import write_torch
 from stm_model.network import STM, STMConfig, scribble_tensors
@@ -42,7 +40,13 @@ class TrainState:
         """
         self.config, self.path = config, config.out / "checkpoint.pt"
         torch.manual_seed(config.seed)
-        self.model = _fresh(config) if config.init is None else _started(config, config.init)
+        if config.init is not None:
+            self.model = _started(config, config.init)
+        else:
+            self.model = STM(config.network_shape)
+            initialize(self.model)
+            if config.trunk is not None:
+                load_trunk(self.model, config.trunk)
         encoder = self.model.Encoder if self.model.shares_keys else self.model.Encoder_Q
         for name in ("conv1", "bn1", "res2") if config.freeze_first_stage else ():
             encoder.get_submodule(name).requires_grad_(False)
@@ -101,8 +105,15 @@ class TrainState:
                 module.eval()
 
     def update_average(self, step: int) -> None:
-        """Move the average by one step; in the first steps it forgets where it started."""
-        update_average(self.average, self.model, min(self.config.ema, (1 + step) / (10 + step)))
+        """Move the average of weights and batch-norm statistics by one step; in the first steps it forgets where it
+        started. Weights averaged without their statistics would be normalised by those of other weights.
+        """
+        decay = min(self.config.ema, (1 + step) / (10 + step))
+        for name, value in self.model.state_dict().items():
+            if value.is_floating_point():
+                self.average[name].lerp_(value, 1 - decay)
+            else:
+                self.average[name].copy_(value)
 
     def averaged(self) -> STM:
         """A network in eval mode with the averaged weights, in the dtype that tracking uses."""
@@ -110,15 +121,6 @@ class TrainState:
         model = STM(self.model.config).requires_grad_(False)
         model.load_state_dict(self.average)
         return model.eval().to(device, default_dtype(device), memory_format=torch.channels_last)
-
-
-def _fresh(config: TrainConfig) -> STM:
-    """A network with random weights, but for its trunk where that is given."""
-    model = STM(config.network_shape)
-    initialize(model)
-    if config.trunk is not None:
-        load_trunk(model, config.trunk)
-    return model
 
 
 def _started(config: TrainConfig, path: Path) -> STM:
@@ -166,15 +168,3 @@ def initialize(model: STM) -> None:
     )
     for layer in undecided:
         nn.init.normal_(layer.weight, std=0.01)
-
-
-def update_average(average: dict[str, Tensor], model: STM, decay: float) -> None:
-    """Move the exponential moving average of weights and batch-norm statistics by one step.
-
-    Weights averaged without their statistics would be normalised by those of other weights.
-    """
-    for name, value in model.state_dict().items():
-        if value.is_floating_point():
-            average[name].lerp_(value, 1 - decay)
-        else:
-            average[name].copy_(value)

@@ -8,8 +8,6 @@ What stands behind `--` are the options of `stm train` that all runs share; each
 trained again, one that was stopped goes on. Differences are means over the seeds, against the reference of that seed.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import shlex

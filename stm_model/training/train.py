@@ -3,8 +3,6 @@
 On N GPUs `torchrun --nproc-per-node N -m stm_model train --out RUN --data DAVIS`, which gives the same weights.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time
@@ -48,13 +46,15 @@ def train(config: TrainConfig) -> Path:
     with Ranks("nccl" if on_gpu else "gloo", timeout=None) as ranks:
         if on_gpu:
             torch.cuda.set_device(device)
-        _check_shares(config, ranks.count)
+        if config.batch % (ranks.count * config.accumulate):
+            parts = f"{ranks.count} processes × {config.accumulate} parts"
+            raise ValueError(f"batch: expected a multiple of {parts}, got {config.batch}")
         dataset, held_out = training_clips(config), validation_sequences(config)
         config.out.mkdir(parents=True, exist_ok=True)
         state = TrainState(config, device)
         report = Report(config, state.step, first_process=ranks.first)
         _Training(config, state, report, ranks.index, ranks.count).run(dataset, held_out)
-    return config.out / "weights.safetensors"
+    return state.weights_path
 
 
 class _Training:
@@ -115,7 +115,9 @@ class _Training:
             clips = next(parts)
             waited += time.perf_counter() - asked
             self.report.passed_over(clips)
-            clips = [_on(self.device, clip) for clip in clips]
+            clips = [
+                clip._replace(frames=clip.frames.to(self.device), labels=clip.labels.to(self.device)) for clip in clips
+            ]
             total += self._gradients(clips, last=part == config.accumulate - 1)
         if self.processes > 1:
             dist.all_reduce(total)
@@ -173,14 +175,3 @@ def schedule(step: int, config: TrainConfig) -> float:
         "poly": left**0.9,
     }[config.schedule]
     return min(1.0, rising, falling)
-
-
-def _on(device: torch.device, clip: Clip) -> Clip:
-    return clip._replace(frames=clip.frames.to(device), labels=clip.labels.to(device))
-
-
-def _check_shares(config: TrainConfig, processes: int) -> None:
-    if config.batch % (processes * config.accumulate):
-        raise ValueError(
-            f"batch: expected a multiple of {processes} processes × {config.accumulate} parts, got {config.batch}"
-        )

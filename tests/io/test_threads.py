@@ -8,6 +8,10 @@ import pytest
 from stm_model.io.threads import DEPTH, Prefetch, Writer
 
 
+def is_fetching():
+    return any(thread.name.startswith("prefetch") for thread in threading.enumerate())
+
+
 def test_items_come_in_order_and_few_are_held():
     fetched = []
 
@@ -22,7 +26,7 @@ def test_items_come_in_order_and_few_are_held():
             time.sleep(0.01)  # long enough for a source without a bound to run to its end
             # those in the queue, the one in use and the one that waits for room
             assert len(fetched) <= count + DEPTH + 2
-    assert fetched == list(range(20)) and not items._thread.is_alive()
+    assert fetched == list(range(20)) and not is_fetching()
 
 
 def test_what_a_source_raises_comes_after_its_items():
@@ -34,7 +38,7 @@ def test_what_a_source_raises_comes_after_its_items():
     with pytest.raises(ValueError, match="broken"), Prefetch(source()) as items:
         for item in items:
             seen.append(item)
-    assert seen == ["a", "b"] and not items._thread.is_alive()
+    assert seen == ["a", "b"] and not is_fetching()
 
 
 def test_a_source_that_is_left_is_closed():
@@ -49,7 +53,7 @@ def test_a_source_that_is_left_is_closed():
 
     with Prefetch(source()) as items:
         next(iter(items))
-    assert closed.is_set() and not items._thread.is_alive()
+    assert closed.is_set() and not is_fetching()
 
 
 def test_the_source_runs_while_its_items_are_used():
@@ -61,6 +65,7 @@ def test_the_source_runs_while_its_items_are_used():
         yield 2
 
     with Prefetch(source()) as items:
+        assert is_fetching()
         next(iter(items))
         assert second.wait(30), "the source goes on only when it is asked"
 

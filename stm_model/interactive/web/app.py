@@ -1,7 +1,5 @@
 """The page's server, over a workbench; the only file that imports the web framework."""
 
-from __future__ import annotations
-
 import ipaddress
 import json
 import socket
@@ -16,7 +14,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from stm_model.interactive.web.workbench import Refused, TakenElsewhere, Workbench
+from stm_model.interactive.web.workbench import Refused, TakenElsewhere, Workbench, safe_name
 
 PAGE = Path(__file__).parent / "page"
 SCRIPTS = ["page.js", "server.js", "stage.js", "timeline.js"]
@@ -126,7 +124,7 @@ def _add_files(app: FastAPI, workbench: Workbench) -> None:
         path = workbench.saved_session() if name == "session.stm" else workbench.files.get(name)
         if path is None:
             return JSONResponse({"error": f"no file of that name; export first, then {name!r}"}, status_code=404)
-        return FileResponse(path, filename=workbench.download_name(name))
+        return FileResponse(path, filename=f"{safe_name(workbench.footage.name)}-{name}")
 
     @app.post("/stm/upload/{kind}")
     async def upload(kind: str, name: str, request: Request, frame: int = 0, label: int = 0) -> JSONResponse:

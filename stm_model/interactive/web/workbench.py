@@ -1,15 +1,16 @@
 """Behind the page: one session, the tab that owns it, work in the background, uploads and downloads."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
 import tempfile
 import threading
+import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from stm_model.interactive.results import check_results, write_results
 from stm_model.interactive.scribbles import MAX_LABEL
 from stm_model.interactive.session import Direction, Progress, ScribbleSession
 from stm_model.interactive.state import UNCERTAIN
-from stm_model.interactive.web.jobs import Job
 from stm_model.io.formats.given import open_drawn
 from stm_model.io.images import draw_line, encode_jpeg, fill_polygons, overlay
 from stm_model.io.masks import read_masks
@@ -33,6 +33,47 @@ class Refused(ValueError):
 
 class TakenElsewhere(Refused):
     """Another tab owns the session."""
+
+
+class _Stopped(Exception):
+    pass
+
+
+@dataclass
+class Job:
+    """Work in the background."""
+
+    name: str
+    done: int = 0  # frames
+    total: int = 0  # frames; 0 until it is known
+    left: float | None = None  # seconds; None until a frame is done
+    error: str | None = None  # why it failed
+    running: bool = True
+    stopping: bool = False  # asked to stop
+    _begun: float = field(default_factory=time.monotonic)
+
+    def progress(self, done: int, total: int) -> None:
+        """Note the progress, and stop here if asked to."""
+        self.done, self.total = done, total
+        # from the start on: frames that are computed together come at once
+        self.left = (time.monotonic() - self._begun) / done * (total - done)
+        if self.stopping:
+            raise _Stopped
+
+    def run(self, work: Callable[[Progress], None]) -> None:
+        """Do the work; what goes wrong becomes `error`, as nobody else sees what a thread raises."""
+        try:
+            work(self.progress)
+        except _Stopped:
+            self.error = f"{self.name} was stopped"
+        except Exception as error:
+            self.error = f"{self.name} failed: {str(error).partition(chr(10))[0] or type(error).__name__}"
+            if not isinstance(error, (ValueError, OSError, MemoryError)):
+                traceback.print_exc()
+
+    def shown(self) -> dict[str, Any]:
+        """What the page is told."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
 
 class Workbench:
@@ -67,7 +108,7 @@ class Workbench:
 
     def warm_up(self) -> None:
         """Compute and drop a preview: the first one of a process takes longer than the others."""
-        session = self._make_session(self._opened[0])
+        session = self._make_session(self.footage)
         session.add_scribbles(0, [{"path": [[0.5, 0.5]], "object_id": 1}])
         session.preview(0)
 
@@ -81,8 +122,13 @@ class Workbench:
         self._folder.cleanup()
 
     @property
+    def footage(self) -> Footage:
+        """The present video."""
+        return self._opened[0]
+
+    @property
     def session(self) -> ScribbleSession:
-        """The session of the present video."""
+        """Its session."""
         return self._opened[1]
 
     def enter(self, tab: str, take: bool = False) -> None:
@@ -211,7 +257,7 @@ class Workbench:
 
     def export(self, tab: str, formats: list[str]) -> None:
         """Start writing the masks in formats of `stm convert`, or as `overlay`."""
-        footage = self._opened[0]
+        footage = self.footage
 
         def work(progress: Progress) -> None:
             folder = Path(self._folder.name, "results")
@@ -238,10 +284,6 @@ class Workbench:
             self.session.save(path)
         return path
 
-    def download_name(self, name: str) -> str:
-        """Name for a downloaded file."""
-        return f"{safe_name(self._opened[0].name)}-{name}"
-
     @contextmanager
     def upload(self, name: str) -> Iterator[Path]:
         """Path for an uploaded file, removed when the block ends."""
@@ -261,7 +303,7 @@ class Workbench:
         with self._editing(tab) as session, _named(path, name):
             if label:
                 self._check_label(session, label, background=False)
-            if drawn := open_drawn(path, self._opened[0].source):
+            if drawn := open_drawn(path, self.footage.source):
                 session.give(drawn, drawn.names)
             else:
                 (labels,) = read_masks(path, binary=label > 0).values()

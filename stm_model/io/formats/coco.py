@@ -1,7 +1,5 @@
 """COCO: images and annotations, or videos as YouTube-VIS has them; run lengths that pycocotools reads."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from functools import partial

@@ -1,7 +1,5 @@
 """CVAT for video 1.1: an XML file with a track an object, whose masks are run lengths in rows."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Collection

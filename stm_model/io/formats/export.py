@@ -1,7 +1,5 @@
 """What every written format is: label maps one after the other into a file or folder."""
 
-from __future__ import annotations
-
 from array import array
 from collections.abc import Collection, Iterator, Mapping
 from fractions import Fraction

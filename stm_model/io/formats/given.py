@@ -1,9 +1,7 @@
 """Masks that were made in other tools, of any format that is read."""
 
-from __future__ import annotations
-
 import zipfile
-from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +10,9 @@ from stm_model.io.formats.coco import read_coco, read_youtube_vis
 from stm_model.io.formats.cvat import read_cvat
 from stm_model.io.formats.labelme import read_labelme
 from stm_model.io.formats.sam import read_sam
-from stm_model.io.formats.shapes import DrawnMasks, Frame, read_json, reading
+from stm_model.io.formats.shapes import DrawnMasks, Frame, LazyMasks, read_json, reading
 from stm_model.io.images import MediaError, picture_files
-from stm_model.io.masks import check_first, frame_indices, read_mask, read_masks
+from stm_model.io.masks import check_first, mask_files, read_mask, read_masks
 from stm_model.io.video import Video
 from stm_model.labels import objects_in
 
@@ -90,33 +88,6 @@ def _from_cvat(path: Path, video: Video | None) -> list[Frame]:
         raise MediaError(f"{path}: can't be read as CVAT's export ({error})") from error
 
 
-class PictureMasks(Mapping[int, np.ndarray]):
-    """Frame index → labels uint8 `[H, W]` of mask pictures, read when they are asked for.
-
-    Args:
-        path: one mask, of frame 0, or a folder of masks named by frame number or as the video's frames.
-        video: checks that the frames are there.
-        binary: see `read_mask`.
-
-    Raises:
-        MediaError: there are no masks, two are of one frame, or one of no frame; on access, as `read_mask`.
-    """
-
-    def __init__(self, path: Path, video: Video | None = None, *, binary: bool = False):
-        files = picture_files(path) if path.is_dir() else [path]
-        if not files:
-            raise MediaError(f"{path}: no masks; expected PNG files named by frame number, like 00000.png")
-        self.binary, self._files = binary, dict[int, Path]()
-        for file, index in zip(files, frame_indices(files, video) if path.is_dir() else [0]):
-            if index in self._files:
-                raise MediaError(f"{file}: frame {index} already has the mask {self._files[index].name}")
-            self._files[index] = file
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return read_mask(self._files[index], binary=self.binary)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
+def picture_masks(path: Path, video: Video | None = None, *, binary: bool = False) -> LazyMasks[Path]:
+    """The masks in pictures; for the arguments and errors see `read_masks`, on access `read_mask`."""
+    return LazyMasks(mask_files(path, video), partial(read_mask, binary=binary))

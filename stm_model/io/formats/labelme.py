@@ -1,7 +1,5 @@
 """LabelMe: a JSON file a frame, whose polygons of one object share a `group_id`."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json

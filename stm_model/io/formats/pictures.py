@@ -1,7 +1,5 @@
 """Formats of one picture a frame: palette masks, MOTS, cut-outs with alpha, layers of OpenEXR."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Collection
 from fractions import Fraction

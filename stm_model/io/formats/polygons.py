@@ -1,7 +1,5 @@
 """Masks as polygons through the centres of their border pixels: drawn with their outline, they give the mask again."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

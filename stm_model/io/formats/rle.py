@@ -1,7 +1,5 @@
 """Masks as COCO's run lengths and polygons, by pycocotools."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

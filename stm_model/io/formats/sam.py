@@ -1,7 +1,5 @@
 """SAM 2's masks as run lengths in JSON: of its generator, of SA-1B and SA-V, and by frame and object."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -1,14 +1,12 @@
 """What every format that is read gives: the objects of each frame, drawn into labels when they are asked for."""
 
-from __future__ import annotations
-
 import json
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -16,6 +14,8 @@ from stm_model.io.images import MediaError
 from stm_model.io.masks import frame_indices
 from stm_model.io.video import Video
 from stm_model.labels import VOID
+
+Source = TypeVar("Source")
 
 MAX_LABEL = VOID - 1
 
@@ -40,49 +40,51 @@ class Frame(NamedTuple):
     """Later ones lie on those before."""
 
 
-class DrawnMasks(Mapping[int, np.ndarray]):
-    """Frame index → labels uint8 `[H, W]`, drawn when they are asked for.
+class LazyMasks(Mapping[int, np.ndarray], Generic[Source]):
+    """Frame index → labels uint8 `[H, W]`, which `read` makes of the frame's source when they are asked for."""
+
+    def __init__(self, sources: dict[int, Source], read: Callable[[Source], np.ndarray]):
+        self._sources, self._read = sources, read
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self._read(self._sources[index])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+
+class DrawnMasks(LazyMasks[Frame]):
+    """The masks of a file, drawn when they are asked for.
 
     Objects that are called by a label, as in what this package writes, have it; others get 1, 2, … as they come, and a
     warning says which.
-
-    Args:
-        path: of the file or folder.
-        frames: what it holds.
-        video: checks that the frames are there.
 
     Raises:
         MediaError: two are of one frame, one of no frame, or there are too many objects.
     """
 
     def __init__(self, path: Path, frames: Sequence[Frame], video: Video | None):
-        self.path = path
-        self._frames: dict[int, Frame] = {}
+        by_index: dict[int, Frame] = {}
         for index, frame in sorted(zip(_indices(path, frames, video), frames), key=lambda each: each[0]):
-            if index in self._frames:
-                raise MediaError(f"{path}: two pictures of frame {index}: {self._frames[index].at} and {frame.at}")
-            self._frames[index] = frame
-        names = dict.fromkeys(shape.name for frame in self._frames.values() for shape in frame.shapes)
+            if index in by_index:
+                raise MediaError(f"{path}: two pictures of frame {index}: {by_index[index].at} and {frame.at}")
+            by_index[index] = frame
+        super().__init__(by_index, self._drawn)
+        self.path = path
+        names = dict.fromkeys(shape.name for frame in by_index.values() for shape in frame.shapes)
         self._labels = _label_table(path, [name for name in names if name is not None])
+        self.names = {label: name for name, label in self._labels.items()}
+        """What the file calls the object of each label."""
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        frame = self._frames[index]
+    def _drawn(self, frame: Frame) -> np.ndarray:
         labels = np.zeros(frame.size, dtype=np.uint8)
         with reading(self.path):
             for shape in frame.shapes:
                 labels[shape.draw()] = VOID if shape.name is None else self._labels[shape.name]
         return labels
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._frames)
-
-    def __len__(self) -> int:
-        return len(self._frames)
-
-    @property
-    def names(self) -> dict[int, str]:
-        """What the file calls the object of each label."""
-        return {label: name for name, label in self._labels.items()}
 
 
 @contextmanager

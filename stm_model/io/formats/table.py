@@ -54,13 +54,7 @@ def check_formats(names: Collection[str], option: str, known: Collection[str], *
 
 class Exports:
     """Formats being written to a folder, from the first frame on; a context manager. After an exception too, what
-    came before it is whole.
-
-    Args:
-        names: of the formats, as in `FORMATS`.
-        out: the folder.
-        clip: what is known of the video.
-        keep: the frames whose files of an earlier run stay.
+    came before it is whole. The names are those of `FORMATS`; for the other arguments see `Export`.
     """
 
     def __init__(self, names: Collection[str], out: Path, clip: Clip, keep: Collection[int] = ()):

@@ -1,7 +1,5 @@
 """YOLO: a text file a frame, a class and one polygon an object in shares of width and height."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection
 from pathlib import Path

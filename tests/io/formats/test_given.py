@@ -58,7 +58,7 @@ def test_what_is_written_comes_back(name, export, labels):
 
 def test_the_masks_come_when_they_are_asked_for(export, labels):
     masks = open_drawn(export("coco"))
-    masks._frames = {3: masks._frames[3]}
+    masks._sources = {3: masks._sources[3]}
     np.testing.assert_array_equal(masks[3], labels[3])
     with pytest.raises(KeyError):
         masks[4]
