@@ -38,12 +38,16 @@ def first_checks(device: str, dtype: torch.dtype, tiny: bool) -> dict[str, Calla
 
     `tiny` where a kernel is interpreted or sanitized.
     """
-    # a scale that is no power of two, as here with 24 channels: one would spare plain PyTorch a rounding
+    # a scale that is no power of two: one would spare plain PyTorch a rounding
     sizes = [(2, 66, 150, 24, 48), (1, 33, 70, 16, 32)] if tiny else [(2, 1620, 3300, 128, 512), (1, 131, 517, 64, 128)]
     kind: dict[str, Any] = {"dtype": dtype, "device": device}
     checks: dict[str, Callable[[], Ratios]] = {}
+
+    def draw(*size: int, **more: Any) -> Problem:
+        return replace(make_problem(*size, **kind, **more), scale=0.9 * size[3] ** -0.5)
+
     for size in sizes:
-        make, title = partial(make_problem, *size, **kind), "B={} M={} N={} C={} V={}".format(*size)
+        make, title = partial(draw, *size), "B={} M={} N={} C={} V={}".format(*size)
         checks |= {
             f"read and backward, {title}": lambda make=make: error_ratios(make(), read_by("triton")),
             f"squared distance, {title}": lambda make=make: error_ratios(make(similarity="l2"), read_by("triton")),

@@ -26,19 +26,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.harness import MIB, alternate, at_least, describe, options, table, write_json
+from bench.read import CHOICES
 from stm_kernels import memory_read
 from stm_kernels.testing import extra_memory
 from stm_model import STM, Tracker
 from stm_model.io.masks import read_masks
 from stm_model.io.video import open_video
 from stm_model.network.weights import read_tensors, write_tensors
-
-CHOICES: dict[str, dict[str, Any]] = {
-    "exact": {},
-    "skip=1e-3": {"skip": 1e-3},
-    "top_k=16": {"top_k": 16},
-    "top_k=32": {"top_k": 32},
-}
 
 
 def record(video: Path, mask: Path, frames: int, checkpoint: Path | None) -> dict[str, Tensor]:

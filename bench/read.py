@@ -23,6 +23,13 @@ from stm_kernels import memory_read, merge_reads
 from stm_kernels.testing import Problem, allowed_error_shares, error_ratios, extra_memory, read_by, results
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CHOICES: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "skip=1e-3": {"skip": 1e-3},
+    "skip=1e-2": {"skip": 1e-2},
+    "top_k=16": {"top_k": 16},
+    "top_k=32": {"top_k": 32},
+}
 CHECKED_QUERIES = 48
 WIDE_POSITIONS = 2**17
 """Memory positions that are held in float64 at once."""
