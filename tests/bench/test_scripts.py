@@ -1,12 +1,16 @@
 """The benchmarks of the read, training and the page, run dry: what they write, and what they refuse."""
 
+import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
+import bench.choices as choices
 import bench.interactive as interactive
 import bench.keys as keys
 import bench.read as read
@@ -73,6 +77,37 @@ def test_keys_are_recorded_and_read(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         keys.main([file, "--record", str(tmp_path / "video.mp4"), *words[:2], "--frames", "30"])
     assert "expected at least 32 frames, got 9" in capsys.readouterr().err
+
+
+def test_choices_are_scored_as_the_memory_grows(tmp_path, capsys):
+    frames, labels = procedural_clip(12, (64, 96), 1, seed=3)
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    for index, (frame, mask) in enumerate(zip(frames, labels)):
+        Image.fromarray(frame).save(tmp_path / "images" / f"{index:05d}.png")
+        write_mask(tmp_path / "masks" / f"{index:05d}.png", mask)
+    folders, out = [str(tmp_path / "images"), str(tmp_path / "masks")], tmp_path / "choices.json"
+    # beyond the nine frames there are, they come again
+    assert choices.main([*folders, "--frames", "2", "12", "--scored", "2", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())["frames"]
+    assert list(found) == ["2", "12"] and set(found["12"]) == set(read.CHOICES)
+    assert found["12"]["exact"]["memory_bytes"] == 6 * found["2"]["exact"]["memory_bytes"]
+    for cells in found.values():
+        assert cells["exact"]["J"] > 0.5 and cells["exact"]["F"] > 0.5 and cells["exact"]["seconds"] > 0
+        assert cells["skip=1e-3"]["J"] == pytest.approx(cells["exact"]["J"], abs=0.01)
+    (tmp_path / "masks" / "00003.png").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        choices.main(folders)
+    assert "expected a mask of each of 12 or more frames, got 11 of 12" in capsys.readouterr().err
+
+
+def test_what_is_shown_again_is_changed_with_its_mask():
+    image = torch.arange(600.0).reshape(1, 1, 20, 30).expand(1, 3, 20, 30) / 1200
+    mask = (image[:, 0] > 0.25).float()
+    first, second = itertools.islice(choices.again([(image, mask)]), 2)
+    assert first[0].equal(image) and first[1].equal(mask)
+    # the mask went where the pixels went: what is dark in one is 0 in the other
+    assert not second[1].equal(mask) and second[0][:, 0][second[1] > 0].min() > second[0][:, 0][second[1] == 0].max()
 
 
 def test_measured_memory_leaves_stderr_empty():
