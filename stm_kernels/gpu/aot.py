@@ -164,6 +164,7 @@ def default_launches(
         "affinity and gradient": affinity_launch(affinity, lse, empty(B, M, N), written, gradient),
         "the same, skipping": affinity_launch(full, lse, empty(B, M, N), written_skipping, gradient, kept),
         "usage": usage_launch(affinity, lse, delta, usage_tiles(architecture, dtype, C)),
+        "usage, bias and lengths": usage_launch(full, lse, delta, usage_tiles(architecture, dtype, C)),
     }
     if engine_tiles.kind != "portable":
         specialized = replace(engine_tiles, kind="warp-specialized", num_warps=4, num_stages=2)

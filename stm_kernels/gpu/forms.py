@@ -166,7 +166,8 @@ class Usage:
         return usage_tiles(architecture, DTYPE, C)
 
     def choices(self, architecture: str, C: int, V: int) -> list[UsageTiles]:
-        sizes = product((32, 64, 128), (64, 128, 256), (4, 8), (STAGES,))
+        # an H100's warp-groups multiply 64 rows; fewer leave it to warps, which the model takes to be as fast
+        sizes = product((64, 128), (64, 128, 256), (4, 8), (STAGES,))
         tiles = [UsageTiles(*size) for size in sizes]
         return [one for one in tiles if _fits(one.block_m * one.block_n, one.num_warps)]
 
