@@ -55,7 +55,7 @@ OTHERS = ((64, 512), (64, 128), (256, 256))
 FORMS_OF_OTHERS = (
     "read", "read, bias and lengths", "read, l2", "read, skipping", "read, skipping, bias and lengths",
     "read, skipping, l2", "read, descriptors", "read, descriptors, l2", "affinity and gradient", "the same, skipping",
-    "usage", "maxima", "chosen"
+    "usage", "usage, bias and lengths", "maxima", "chosen"
 )  # fmt: skip
 # float16 needs what bfloat16 does: it compiles to the same products
 FORMS_OF_FLOAT16 = ("read", "affinity and gradient", "chosen")
