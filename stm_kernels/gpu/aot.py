@@ -7,8 +7,8 @@
 The last one compiles what the standard model's reads launch into Triton's cache, $TRITON_CACHE_DIR or ~/.triton/cache:
 processes that share it, with the same versions, do not compile at their first read.
 
-Triton keeps what it has compiled, by its source, so that a second run is short. Needs triton, no GPU, and no
-TRITON_INTERPRET in the environment.
+Triton's cache keeps what is compiled, by its source, and beside it its machine code as text: a second run compiles and
+disassembles what has changed. Needs triton, no GPU, and no TRITON_INTERPRET in the environment.
 """
 
 import argparse
@@ -18,8 +18,10 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,8 @@ import triton
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
+from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -46,18 +49,22 @@ from stm_kernels.gpu.usage import usage_launch
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# C and V: the standard model's, in every dtype; STCN's, the small model's and SAM 2's in one
+# C and V: the standard model's, STCN's, the small model's and SAM 2's; all but the first in bfloat16 alone
 STANDARD = (128, 512)
 OTHERS = ((64, 512), (64, 128), (256, 256))
 FORMS_OF_OTHERS = (
     "read", "read, bias and lengths", "read, l2", "read, skipping", "read, skipping, bias and lengths",
     "read, skipping, l2", "read, descriptors", "read, descriptors, l2", "affinity and gradient", "the same, skipping",
-    "usage", "maxima", "chosen"
+    "usage", "usage, bias and lengths", "maxima", "chosen"
 )  # fmt: skip
+# float16 needs what bfloat16 does: it compiles to the same products
+FORMS_OF_FLOAT16 = ("read", "affinity and gradient", "chosen")
 SHARED_MEMORY_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 SPILL_INSTRUCTIONS = ("STL", "LDL", "scratch_store", "scratch_load")
 OTHER_INSTRUCTIONS = ("FFMA", "MUFU.EX2", "LDGSTS", "LDSM", "UTMALDG", "BAR.SYNC")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+# of resources and of machine code; branches are direct, so that nothing is gained by following the flow of data
+DISASSEMBLERS = (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c", "-ndf"))
 
 
 @dataclass(frozen=True)
@@ -102,8 +109,9 @@ class Resources:
         return sum(self.instructions.get(name, 0) for name in MATRIX_INSTRUCTIONS)
 
 
+@cache
 def default_launches(
-    dtype: torch.dtype, architecture: str, B: int = 2, M: int = 1620, N: int = 32400, C: int = 128, V: int = 512
+    dtype: torch.dtype, architecture: str, C: int = 128, V: int = 512, B: int = 2, M: int = 1620, N: int = 32400
 ) -> dict[str, Launch]:
     """Every kernel in its forms, with its default tiles, for token-major inputs on the meta device."""
 
@@ -156,6 +164,7 @@ def default_launches(
         "affinity and gradient": affinity_launch(affinity, lse, empty(B, M, N), written, gradient),
         "the same, skipping": affinity_launch(full, lse, empty(B, M, N), written_skipping, gradient, kept),
         "usage": usage_launch(affinity, lse, delta, usage_tiles(architecture, dtype, C)),
+        "usage, bias and lengths": usage_launch(full, lse, delta, usage_tiles(architecture, dtype, C)),
     }
     if engine_tiles.kind != "portable":
         specialized = replace(engine_tiles, kind="warp-specialized", num_warps=4, num_stages=2)
@@ -213,7 +222,7 @@ def machine_code(launch: Launch, architecture: str) -> tuple[str, int, int, floa
         usage = code
     else:
         registers, stack = r"REG:(\d+)", r"STACK:(\d+)"
-        usage, code = _disassemble(compiled.asm["cubin"])
+        usage, code = (_disassemble(compiled, *tool) for tool in DISASSEMBLERS)
     return code, _number(registers, usage), _number(stack, usage), compiled.metadata.shared / 1024
 
 
@@ -256,11 +265,17 @@ def _number(pattern: str, text: str) -> int:
     return int(number)
 
 
-def _disassemble(cubin: bytes) -> tuple[str, str]:
-    """Resource usage and machine code of a kernel compiled for an NVIDIA GPU."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(cubin)
-        return _run("cuobjdump", "--dump-resource-usage", file.name), _run("nvdisasm", "-c", file.name)
+def _disassemble(compiled: CompiledKernel, tool: str, *options: str) -> str:
+    """What a tool prints of a kernel compiled for an NVIDIA GPU; kept beside it in Triton's cache."""
+    kept = get_cache_manager(compiled.hash)
+    name = " ".join((tool, *options))
+    if (path := kept.get_file(name)) is None:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(compiled.asm["cubin"])
+            command = [str(TOOLS / tool), *options, file.name]
+            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        path = kept.put(text, name, binary=False)
+    return Path(path).read_text()
 
 
 def _specialise(launch: Launch, on_amd: bool) -> tuple[dict[str, str], dict[str, object], dict[tuple[int], list]]:
@@ -290,17 +305,28 @@ _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", 
 _TYPES |= {torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"}
 
 
-def _run(tool: str, *arguments: str) -> str:
-    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+def table_of(architectures: Sequence[str]) -> list[Resources]:
+    """Compile every default kernel for these architectures, one a core at a time."""
+    cases = []
+    for architecture in architectures:
+        for dtype, channels in [*((dtype, STANDARD) for dtype in DTYPES), *((DTYPES[0], other) for other in OTHERS)]:
+            # built before processes fork, which thus have them
+            forms = default_launches(dtype, architecture, *channels)
+            cases += [(form, dtype, channels, architecture) for form in forms if _is_in_table(form, dtype, channels)]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(_compile, cases))
 
 
-def _compile_all(case: tuple[str, torch.dtype, tuple[int, int]]) -> list[Resources]:
-    architecture, dtype, (C, V) = case
-    return [
-        compile_launch(form, dtype, (C, V), launch, architecture)
-        for form, launch in default_launches(dtype, architecture, C=C, V=V).items()
-        if (C, V) == STANDARD or form in FORMS_OF_OTHERS
-    ]
+def _is_in_table(form: str, dtype: torch.dtype, channels: tuple[int, int]) -> bool:
+    if dtype == torch.float16:
+        return form in FORMS_OF_FLOAT16
+    return channels == STANDARD or form in FORMS_OF_OTHERS
+
+
+def _compile(case: tuple[str, torch.dtype, tuple[int, int], str]) -> Resources:
+    form, dtype, channels, architecture = case
+    launch = default_launches(dtype, architecture, *channels)[form]
+    return compile_launch(form, dtype, channels, launch, architecture)
 
 
 def main() -> None:
@@ -318,12 +344,7 @@ def main() -> None:
             print(f"{architecture}: {count} kernels in {knobs.cache.dir}")
         return
     arguments.architecture = arguments.architecture or ARCHITECTURES
-    cases = []
-    for architecture in arguments.architecture:
-        cases += [(architecture, dtype, STANDARD) for dtype in DTYPES]
-        cases += [(architecture, torch.bfloat16, channels) for channels in OTHERS]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        table = [resources for batch in pool.map(_compile_all, cases) for resources in batch]
+    table = table_of(arguments.architecture)
     columns = "{:26}{:>4}{:>5}  {:10}{:8}{:>10}{:>9}{:>8}{:>12}  {}"
     print(columns.format("form", "C", "V", "dtype", "for", "registers", "stack B", "spills", "shared KiB", "MMA"))
     for row in table:

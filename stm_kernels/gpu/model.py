@@ -1,23 +1,26 @@
 """Predict a kernel's speed from its machine code, on a GPU that is not here: python -m stm_kernels.gpu.model
 
-    python -m stm_kernels.gpu.model [--architecture sm_80 sm_90] [--tiles 128 64 256 8 3] [--kind descriptor]
-    python -m stm_kernels.gpu.model --sweep FILE [--architecture sm_80] [--channels 128 512]
+    python -m stm_kernels.gpu.model [--architecture sm_80 sm_90] [--form usage] [--channels 128 512]
+    python -m stm_kernels.gpu.model --tiles 128 64 256 8 3 [--kind descriptor] [--form "read, l2"]
+    python -m stm_kernels.gpu.model --sweep FILE [--form "read, l2"] [--architecture sm_80] [--channels 128 512]
 
-First kernels whose speed is published, then the read, by default or with other tiles (queries, positions, value
-channels, warps, stages). Counts what one iteration of the main loop asks of each unit of a multiprocessor, and divides
-by what the unit does in a cycle, as NVIDIA's white papers have it. The busiest multiprocessor's iterations are the
-time, their products and other arithmetic at once ("together") or one after the other ("apart"), while data moves; or
-what the L2 cache and the memory need. Starts and ends are free. No number is fitted: what "apart" misses of the
-published speed is the error of the model. --sweep predicts the read with every choice of tiles and writes them as JSON,
-best first, in minutes. Needs triton, no GPU, and no TRITON_INTERPRET in the environment.
+First kernels whose speed is published, then every form, by default or one with other tiles (the fields of its class
+in `tuning`, in their order). Counts what one iteration of the main loop asks of each unit of a multiprocessor, and
+divides by what the unit does in a cycle, as NVIDIA's white papers have it. The busiest multiprocessor's iterations are
+the time, their products and other arithmetic at once ("together") or one after the other ("apart"), while data moves;
+or what the L2 cache and the memory need. Starts and ends are free. No number is fitted: what "apart" misses of the
+published speed is the error of the model. --sweep predicts a form with every choice of tiles and writes them as JSON,
+best first, in minutes; a second time by what Triton's cache keeps. Needs triton, no GPU, and no TRITON_INTERPRET in the
+environment.
 """
 
 import argparse
-import itertools
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +29,11 @@ import torch
 import triton
 import triton.language as tl
 
-from stm_kernels.affinity import Affinity
 from stm_kernels.gpu.aot import machine_code
-from stm_kernels.gpu.forward import forward_launch
+from stm_kernels.gpu.forms import FORMS, Work
 from stm_kernels.gpu.launch import Launch
 from stm_kernels.gpu.machine_code import main_loop
-from stm_kernels.gpu.tma import descriptor_launch
-from stm_kernels.gpu.tuning import TMA_ARCHITECTURES, ForwardTiles, forward_splits, forward_tiles
+from stm_kernels.gpu.tuning import ForwardTiles
 
 
 @dataclass(frozen=True)
@@ -76,22 +77,6 @@ ALU_NAMES = (
     "MOV",
     "PLOP",
 )
-
-
-@dataclass(frozen=True)
-class Work:
-    """A launch, and what it does on a problem."""
-
-    launch: Launch
-    operations: float
-    """Useful ones of one iteration of one program."""
-    read_bytes: int
-    """What that iteration reads from beyond the multiprocessor."""
-    programs: int
-    iterations: int
-    """Of the main loop of one program."""
-    moved_bytes: int
-    """All inputs and results, once."""
 
 
 @dataclass(frozen=True)
@@ -244,49 +229,27 @@ def calibrations(architecture: str) -> list[tuple[str, Work, int]]:
     ]
 
 
-def read(architecture: str, tiles: ForwardTiles | None = None, C: int = 128, V: int = 512) -> Work:
-    """The read of the standard model at 480p, two objects and 20 remembered frames, by default with TMA where there is
-    one.
-    """
-    dtype, B, M, N = torch.bfloat16, 2, 1620, 32400
-    tiles = tiles or forward_tiles(architecture, dtype, C, V, descriptors=True)
-    splits, part = forward_splits(tiles, B, M, N, V, GPUS[architecture].multiprocessors)
-    query, key, value = (torch.empty(B, n, c, dtype=dtype, device="meta") for n, c in ((M, C), (N, C), (N, V)))
-    out = torch.empty(splits, B, M, V, dtype=dtype if splits == 1 else torch.float32, device="meta")
-    lse = torch.empty(splits, B, M, dtype=torch.float64, device="meta")
-    affinity = Affinity(query, key, C**-0.5)
-    if tiles.kind == "portable":
-        launch = forward_launch(affinity, value, out, lse, lse, lse, 0.0, tiles, part)
-    else:
-        launch = descriptor_launch(affinity, value, out, lse, tiles, part)
-    programs = launch.grid[0] * splits
-    iterations = triton.cdiv(part, tiles.block_n)
-    # what is useful of rows beyond the last query, and of a part beyond the memory, is nothing
-    operations = 2 * B * M * N * (C + V) / (programs * iterations)
-    read_bytes = dtype.itemsize * tiles.block_n * (C + tiles.block_v)
-    moved_bytes = query.nbytes + key.nbytes + value.nbytes + out.nbytes
-    return Work(launch, operations, read_bytes, programs, iterations, moved_bytes)
+def rates(case: tuple[str, str, int, int, Any]) -> dict[str, Any] | None:
+    """Predict a form for an architecture with these tiles; None where `predict` has none."""
+    form, architecture, C, V, tiles = case
+    prediction = predict(FORMS[form].work(architecture, tiles, C, V), architecture)
+    if prediction is None:
+        return None
+    found = {"apart": prediction.tflops(False), "together": prediction.tflops(True), "bound": prediction.bound}
+    return asdict(tiles) | found | {"default": tiles == FORMS[form].default(architecture, C, V)}
 
 
-def choices(architecture: str, V: int) -> list[ForwardTiles]:
-    """Tiles whose accumulators leave registers for all else."""
-    kinds = ("portable", "descriptor") if architecture in TMA_ARCHITECTURES else ("portable",)
-    sizes = itertools.product((64, 128), (32, 64, 128), (128, 256, 512), (4, 8), (2, 3, 4), kinds)
-    tiles = [ForwardTiles(*size) for size in sizes]
-    return [one for one in tiles if one.block_v <= V and one.block_m * one.block_v <= one.num_warps * 32 * 128]
-
-
-def sweep(architectures: Sequence[str], file: Path, C: int, V: int) -> None:
-    """Predict the read with every choice of tiles, and write what fits, the best by "apart" first."""
-    report: dict[str, Any] = {"all of it is": "predicted", "C": C, "V": V}
+def sweep(form: str, architectures: Sequence[str], file: Path, C: int, V: int) -> None:
+    """Predict a form with every choice of tiles, and write what fits, the best by "apart" first."""
+    report: dict[str, Any] = {"all of it is": "predicted", "form": form, "C": C, "V": V}
     for architecture in architectures:
-        default = forward_tiles(architecture, torch.bfloat16, C, V, descriptors=True)
-        found = []
-        for index, tiles in enumerate(candidates := choices(architecture, V)):
-            print(f"{architecture}: {index} of {len(candidates)} kernels", file=sys.stderr, flush=True)
-            if prediction := predict(read(architecture, tiles, C, V), architecture):
-                rates = {"apart": prediction.tflops(False), "together": prediction.tflops(True)}
-                found.append(asdict(tiles) | rates | {"bound": prediction.bound, "default": tiles == default})
+        default = FORMS[form].default(architecture, C, V)
+        tiles = dict.fromkeys([default, *FORMS[form].choices(architecture, C, V)])
+        with ProcessPoolExecutor(os.cpu_count()) as pool:
+            found = []
+            for index, rate in enumerate(pool.map(rates, [(form, architecture, C, V, one) for one in tiles])):
+                print(f"{form}, {architecture}: {index + 1} of {len(tiles)} kernels", file=sys.stderr, flush=True)
+                found += [rate] if rate else []
         report[architecture] = sorted(found, key=lambda one: -one["apart"])
         partial = file.with_name(f"{file.name}.partial")
         partial.write_text(json.dumps(report, indent=1) + "\n")
@@ -296,24 +259,29 @@ def sweep(architectures: Sequence[str], file: Path, C: int, V: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", nargs="+", choices=GPUS, default=list(GPUS))
-    parser.add_argument("--tiles", nargs=5, type=int, metavar="N", help="queries positions channels warps stages")
-    parser.add_argument("--kind", choices=("portable", "descriptor"), default="portable", help="how --tiles are loaded")
+    parser.add_argument("--form", choices=FORMS, help="only this one; of a sweep, by default the read")
+    parser.add_argument("--tiles", nargs="+", type=int, metavar="N", help="of the form, by default of the read")
+    parser.add_argument(
+        "--kind", choices=("portable", "descriptor"), default="portable", help="how a read's --tiles load"
+    )
     parser.add_argument("--sweep", type=Path, metavar="FILE", help="predict all tiles, into this file")
-    parser.add_argument("--channels", nargs=2, type=int, metavar=("C", "V"), default=(128, 512), help="of the read")
+    parser.add_argument("--channels", nargs=2, type=int, metavar=("C", "V"), default=(128, 512))
     arguments = parser.parse_args()
+    C, V = arguments.channels
     if arguments.sweep:
-        return sweep(arguments.architecture, arguments.sweep, *arguments.channels)
-    tiles = None
-    if arguments.tiles:
-        m, n, v, warps, stages = arguments.tiles
-        tiles = ForwardTiles(m, n, v, warps, stages, arguments.kind)
+        return sweep(arguments.form or "read", arguments.architecture, arguments.sweep, C, V)
     columns = "{:7}{:26}{:>10}{:>10}{:>12}{:>8}  {}"
     print(columns.format("", "TFLOP/s", "together", "apart", "published", "error", "predicted cycles of an iteration"))
     for architecture in arguments.architecture:
-        for name, work, published in [
-            *calibrations(architecture),
-            ("read", read(architecture, tiles, *arguments.channels), 0),
-        ]:
+        works = [] if arguments.form else calibrations(architecture)
+        forms = ["read"] if arguments.tiles else list(FORMS)
+        for name in [arguments.form] if arguments.form else forms:
+            tiles = FORMS[name].default(architecture, C, V)
+            if arguments.tiles:
+                kind = {"kind": arguments.kind} if isinstance(tiles, ForwardTiles) else {}
+                tiles = type(tiles)(*arguments.tiles, **kind)
+            works.append((name, FORMS[name].work(architecture, tiles, C, V), 0))
+        for name, work, published in works:
             found = predict(work, architecture)
             if not found:
                 print(columns.format(GPUS[architecture].name, name, "", "", "", "", "spills, or does not fit"))

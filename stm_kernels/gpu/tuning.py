@@ -169,6 +169,8 @@ def forward_tiles(
         return ForwardTiles(64, 128, min(256, block_v), 8, 2)
     if architecture == "sm_80" and not skips and not biased:
         return ForwardTiles(128, 64, block_v, 8, 2)
+    if architecture == "sm_90" and skips and block_v > 128:
+        return ForwardTiles(128, 32, 256, 8, 2)
     return ForwardTiles(64, 64, min(256, block_v), 8, 2)
 
 
@@ -191,6 +193,8 @@ def usage_tiles(architecture: str, dtype: torch.dtype, C: int) -> UsageTiles:
         return UsageTiles(32, 32, 4, 1)
     if dtype == torch.float32 or padded(C) > 128:
         return UsageTiles(32, 32, 4, 1)
+    if architecture in ("sm_80", "sm_90") and padded(C) <= 64:
+        return UsageTiles(128, 64, 4, 2)
     return UsageTiles(64, 128, 8, 3)
 
 

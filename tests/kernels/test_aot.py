@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("triton")
 
+import stm_kernels.gpu.aot as aot
 from stm_kernels.gpu.aot import differences
 from stm_kernels.gpu.machine_code import main_loop
 
@@ -38,9 +40,11 @@ def test_every_kernel_is_there(table):
     fetched = {form for form in forms if "descriptor" in form or "warp" in form}
     assert len(fetched) == 4
     for architecture in architectures:
-        for dtype in ("bfloat16", "float16", "float32"):
+        for dtype in ("bfloat16", "float32"):
             found = {form for form, *case in cases if case == [architecture, dtype, 128, 512]}
             assert found == (forms if architecture == "sm_90" and dtype != "float32" else forms - fetched)
+        halves = {form for form, *case in cases if case[:2] == [architecture, "float16"]}
+        assert halves == {"read", "affinity and gradient", "chosen"}
     for channels in ((64, 512), (64, 128), (256, 256)):
         assert sum(tuple(case[3:]) == channels for case in cases) >= 4 * len(architectures)
 
@@ -76,6 +80,23 @@ def test_what_differs_is_named():
         "sm_90 bfloat16 128 512 c: only in the recorded table",
         "sm_90 bfloat16 128 512 d: not in the recorded table",
     ]
+
+
+def test_a_kernel_is_disassembled_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    seen = []
+
+    def run(command, **_):
+        seen.append(command[:-1])
+        return SimpleNamespace(stdout=f"{Path(command[0]).name} of {Path(command[-1]).read_text()}")
+
+    monkeypatch.setattr(aot.subprocess, "run", run)
+    first, second = (SimpleNamespace(hash=32 * code, asm={"cubin": code.encode()}) for code in ("ab", "cd"))
+    for _ in range(2):
+        assert aot._disassemble(first, "nvdisasm", "-c") == "nvdisasm of ab"
+    assert aot._disassemble(second, "nvdisasm", "-c") == "nvdisasm of cd"
+    assert aot._disassemble(first, "cuobjdump") == "cuobjdump of ab"
+    assert len(seen) == 3
 
 
 SASS = """

@@ -1,14 +1,20 @@
 """What the predictions count, on machine code whose counts are known."""
 
 import json
+import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 import stm_kernels.gpu.model as model
+from stm_kernels.gpu.aot import default_launches
+from stm_kernels.gpu.forms import FORMS, Work
 from stm_kernels.gpu.launch import Launch
-from stm_kernels.gpu.model import Work
+from stm_kernels.gpu.tuning import ForwardTiles
 
 LOOP = """
 .L_x_0:
@@ -87,21 +93,74 @@ def test_programs_at_once(monkeypatch, registers, shared, programs):
     assert predicted(monkeypatch, LOOP, "sm_80", registers, shared).at_once == programs
 
 
-def test_the_read_is_all_that_is_useful():
-    work = model.read("sm_80")
-    assert work.operations * work.programs * work.iterations == pytest.approx(2 * 2 * 1620 * 32400 * (128 + 512))
-    # each program's part of the memory, for each of its slices
-    tiles = model.ForwardTiles(64, 64, 128, 4, 2)
-    narrow = model.read("sm_80", tiles)
+@pytest.mark.parametrize("architecture", model.GPUS)
+@pytest.mark.parametrize("form", FORMS)
+def test_no_more_than_the_useful_operations_count(form, architecture):
+    for C, V in ((128, 512), (64, 128)):
+        tiles = FORMS[form].default(architecture, C, V)
+        work = FORMS[form].work(architecture, tiles, C, V)
+        positions = 10240 if "BLOCK_K" in work.launch.arguments else 32400
+        channels = C if form in ("usage", "maxima") else C + V
+        useful = 2 * 2 * 1620 * positions * channels
+        assert work.operations * work.programs * work.iterations == pytest.approx(useful)
+        # what its tiles multiply, which is rarely less than a program's share of that
+        assert work.operations <= multiplied(form, tiles, C)
+
+
+def multiplied(form, tiles, C):
+    """What one iteration multiplies, useful or not."""
+    channels = getattr(tiles, "block_k", C) + (tiles.block_v if form.startswith("read") else 0)
+    return 2 * tiles.block_m * tiles.block_n * channels
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_main_loop_is_one_iteration(form):
+    """Of each form the products in the machine code are those of its tiles: 4096 operations an instruction and warp."""
+    tiles = FORMS[form].default("sm_80", 128, 512)
+    table = json.loads((Path(__file__).parents[2] / "bench/results/aot.json").read_text())
+    case = ("sm_80", "bfloat16", 128, 512, form)
+    names = ("architecture", "dtype", "key_channels", "value_channels", "form")
+    (row,) = (row for row in table if tuple(row[name] for name in names) == case)
+    assert row["loop"]["HMMA"] * row["warps"] * 4096 == multiplied(form, tiles, 128)
+
+
+@pytest.mark.parametrize("architecture", model.GPUS)
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_predicted_is_what_is_compiled(form, architecture):
+    tiles = FORMS[form].default(architecture, 128, 512)
+    ours = FORMS[form].work(architecture, tiles, 128, 512).launch
+    by_descriptors = getattr(tiles, "kind", "portable") == "descriptor"
+    name = form.replace("read", "read, descriptors") if by_descriptors else form
+    theirs = default_launches(torch.bfloat16, architecture)[name]
+    assert (ours.kernel, ours.num_warps, ours.num_stages) == (theirs.kernel, theirs.num_warps, theirs.num_stages)
+    # constants of the kernel are in capitals; so are sizes, of which a chunk has fewer
+    constants = {name for name in ours.arguments if name.isupper() and name not in ("B", "M", "N")}
+    assert "BLOCK_M" in constants
+    assert {name: ours.arguments[name] for name in constants} == {name: theirs.arguments[name] for name in constants}
+    given = {name for name, value in ours.arguments.items() if name.endswith("_ptr") and value is not None}
+    if form != "the same, skipping":
+        assert given == {
+            name for name, value in theirs.arguments.items() if name.endswith("_ptr") and value is not None
+        }
+
+
+def test_each_program_of_a_read_has_a_part_of_the_memory():
+    narrow = FORMS["read"].work("sm_80", ForwardTiles(64, 64, 128, 4, 2), 128, 512)
+    assert narrow.programs == math.prod(narrow.launch.grid)
     assert narrow.programs % (4 * 26 * 2) == 0 and narrow.read_bytes == 2 * 64 * 256
     assert narrow.programs // (4 * 26 * 2) * narrow.iterations * 64 >= 32400
 
 
-def test_a_sweep_is_written_best_first(monkeypatch, tmp_path):
+@pytest.mark.parametrize("form, more", [("read", 0), ("usage", 1)])
+def test_a_sweep_is_written_best_first(monkeypatch, tmp_path, form, more):
     monkeypatch.setattr(model, "machine_code", lambda launch, _: (LOOP, 32 * launch.num_warps, 0, 80.0))
-    model.sweep(["sm_80"], tmp_path / "tiles.json", 128, 512)
+    monkeypatch.setattr(model, "ProcessPoolExecutor", ThreadPoolExecutor)
+    model.sweep(form, ["sm_80"], tmp_path / "tiles.json", 128, 512)
     found = json.loads((tmp_path / "tiles.json").read_text())
+    assert found["form"] == form
     rates = [one["apart"] for one in found["sm_80"]]
-    assert rates == sorted(rates, reverse=True) and len(rates) == len(model.choices("sm_80", 512))
+    # the default is predicted even where its stages are none of the choices'
+    assert rates == sorted(rates, reverse=True)
+    assert len(rates) == len(FORMS[form].choices("sm_80", 128, 512)) + more
     assert sum(one["default"] for one in found["sm_80"]) == 1
     assert [file.name for file in tmp_path.iterdir()] == ["tiles.json"]
