@@ -29,8 +29,8 @@ from stm_model.runtime import is_out_of_memory, one_line, peak_process_memory, t
 from stm_model.tracking.both_ways import Backward
 from stm_model.tracking.resume import FORMAT, ResumeFile
 from stm_model.tracking.session import FrameResult
-from stm_model.tracking.trust import UNTRUSTED
 from stm_model.tracking.tracker import Tracker
+from stm_model.tracking.trust import UNTRUSTED
 
 Written = tuple[int, np.ndarray, "np.ndarray | None", tuple[int, ...]]
 """Index, frame, labels and objects."""

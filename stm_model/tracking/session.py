@@ -27,7 +27,7 @@ from stm_model.tracking.frames import (
     prepare_mask,
     scaled_size,
 )
-from stm_model.tracking.trust import UNTRUSTED, GivenMasks, agreement_of, cells_of, certainty_of
+from stm_model.tracking.trust import UNTRUSTED, GivenMasks, agreement_of, certainty_of
 
 if TYPE_CHECKING:
     from supervision import Detections
@@ -144,7 +144,7 @@ class TrackingSession:
         if self.backward is not None and (hints := self.backward.hints(index, self.device)):
             probabilities = self._mix(probabilities, hints)
             familiarity += [-math.inf] * (len(self.objects) - len(familiarity))
-        agreement: list[float] = []
+        agreement = [1.0] * len(self.objects)
         if query is not None and self.previous is not None:
             before = self.previous.probabilities
             agreement = agreement_of(query.key, self.given_masks, self.objects, before, probabilities)
@@ -329,12 +329,9 @@ class TrackingSession:
             return
         frame = pad_to_stride(previous.image)[0] if previous.query is None else previous.query
         key, value = self.model.memorize(frame, masks, others, [len(masks)])
-        places = [place for place, count in enumerate(given) if count]
-        if places:
+        if places := [place for place, count in enumerate(given) if count]:
             keys = key if len(key) == 1 else key[places]
-            self.given_masks.add(
-                [self.objects[place] for place in places], keys, cells_of(previous.probabilities[1:])[places]
-            )
+            self.given_masks.add([self.objects[place] for place in places], keys, F.avg_pool2d(masks[places], STRIDE))
         self.bank.remember(previous.index, entries, key, value, cells)
 
     def _forget_wrong(self, labels: Tensor, given: frozenset[int]) -> set[int]:
