@@ -74,7 +74,7 @@ class GivenMasks:
         Returns:
             Label → soft J, of the objects that are in `found` and had a mask given.
         """
-        agreements = {}
+        agreements: dict[int, float] = {}
         for given in self._frames:
             groups = len(given.key)
             value = torch.stack([found.get(label, torch.zeros_like(given.cells[0])) for label in given.labels])
