@@ -51,7 +51,7 @@ def saved(tracker, path):
 def test_it_goes_on_from_any_frame(small_model, clip, tmp_path, monkeypatch, case):
     (frames, labels), options = clip, SETTINGS[case]
     # between what this network is certain of, so that some frames are kept and some are not
-    monkeypatch.setattr(session_module, "UNTRUSTED", 0.2)
+    monkeypatch.setattr(session_module, "UNTRUSTED", 0.15)
     masks, unbroken, states = masks_of(labels), [], []
     tracker = Tracker(small_model, **options)
     for result in tracker.track(frames, masks):
