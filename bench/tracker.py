@@ -164,15 +164,16 @@ def read_flops(query_key: Sequence[int], memory_key: Sequence[int], memory_value
     return 2 * query_key[0] * query_key[1] * memory_key[1] * (memory_key[2] + memory_value[2])
 
 
-def convolution_flops(place: int) -> Callable[..., int]:
-    """Counts the operations of a convolution whose weights are the argument at that place, from shapes."""
-    return lambda *shapes, out_shape, **_: conv_flop_count(shapes[0], shapes[place], out_shape)
+def convolution_flops(maps: int, weights: int) -> Callable[..., int]:
+    """Counts the operations of a convolution, from shapes; the arguments at these places are its input and weights."""
+    return lambda *shapes, out_shape, **_: conv_flop_count(shapes[maps], shapes[weights], out_shape)
 
 
 FLOPS = {
     torch.ops.stm_kernels.memory_read: read_flops,
-    torch.ops.mkldnn._convolution_pointwise: convolution_flops(1),
-    torch.ops.onednn.qconv2d_pointwise: convolution_flops(3),
+    torch.ops.mkldnn._convolution_pointwise: convolution_flops(0, 1),
+    torch.ops.mkldnn._convolution_pointwise_: convolution_flops(1, 2),
+    torch.ops.onednn.qconv2d_pointwise: convolution_flops(0, 3),
 }
 """How the operations are counted that PyTorch itself does not count."""
 

@@ -1,4 +1,4 @@
-"""How well the tracker's certainty tells which masks are wrong."""
+"""How well the tracker's trust in its masks tells which masks are wrong."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import mannwhitneyu
 
 from stm_model.evaluation.scoring import ObjectScore
-from stm_model.tracking.session import UNCERTAIN
+from stm_model.tracking.trust import UNTRUSTED
 
 WRONG = 0.5
 """J below which a mask is wrong."""
@@ -20,11 +20,11 @@ FALL = 0.2
 
 
 def certainty_scores(scores: Sequence[ObjectScore], folder: Path) -> dict[str, Any]:
-    """Area under ROC of the certainty, and precision and recall of what is flagged as lost, over masks of all frames.
+    """Area under ROC of the trust, and precision and recall of what is flagged as lost, over masks of all frames.
 
     Args:
         scores: of the objects.
-        folder: holds VIDEO.json: label → frame → certainty, as `track_videos` writes it.
+        folder: holds VIDEO.json: label → frame → trust, as `track_videos` writes it.
 
     Returns:
         For masks with a J below 0.5 (`wrong`), and 0.2 below the object's mean until then (`fallen`), each a dict of
@@ -38,14 +38,14 @@ def certainty_scores(scores: Sequence[ObjectScore], folder: Path) -> dict[str, A
             if str(frame) in known:
                 before = np.mean(score.region[:place]) if place else region
                 found.append((known[str(frame)], region < WRONG, region <= before - FALL))
-    certainty, *kinds = np.array(found, dtype=float).reshape(-1, 3).T
+    trust, *kinds = np.array(found, dtype=float).reshape(-1, 3).T
     named = zip(("wrong", "fallen"), (kind > 0 for kind in kinds))
-    return {"masks": len(found), **{name: _told(certainty, positive) for name, positive in named}}
+    return {"masks": len(found), **{name: _told(trust, positive) for name, positive in named}}
 
 
-def _told(certainty: np.ndarray, positive: np.ndarray) -> dict[str, float | int | None]:
-    low, high, flagged = certainty[positive], certainty[~positive], certainty < UNCERTAIN
-    # the chance that a right mask is surer than a wrong one
+def _told(trust: np.ndarray, positive: np.ndarray) -> dict[str, float | int | None]:
+    low, high, flagged = trust[positive], trust[~positive], trust < UNTRUSTED
+    # the chance that a right mask is trusted more than a wrong one
     area = mannwhitneyu(high, low).statistic / (len(high) * len(low)) if len(high) and len(low) else None
     both = int((positive & flagged).sum())
     return {

@@ -147,9 +147,7 @@ def describe(summary: dict[str, Any]) -> str:
     if (lost := summary["certainty"]["wrong"])["auc"] is not None:
         parts = ("auc", "precision", "recall")
         told = ", ".join(f"{part} {lost[part]:.3f}" for part in parts if lost[part] is not None)
-        lines.append(
-            f"certainty tells {lost['count']} of {summary['certainty']['masks']} masks with J below 0.5: {told}"
-        )
+        lines.append(f"trust tells {lost['count']} of {summary['certainty']['masks']} masks with J below 0.5: {told}")
     if corrections := summary.get("corrections"):
         names = ("J-Mean", "F-Mean", "before", "after")
         table = {str(row["corrections"]): {name: row[name] for name in names if name in row} for row in corrections}

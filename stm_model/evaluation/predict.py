@@ -69,7 +69,7 @@ def track_videos(
         options: further arguments of the `Tracker`, as its memory rule.
         out: folder that gets a folder of masks for each video.
         quiet: show no progress.
-        certainty: folder that gets VIDEO.json with how sure the tracker is: label → frame → certainty.
+        certainty: folder that gets VIDEO.json with how far each mask can be trusted: label → frame → trust.
         both_ways: track backwards too, from the masks of later frames.
 
     Raises:
@@ -92,7 +92,7 @@ def track_videos(
             progress.set_postfix_str(video.name, refresh=False)
             sure: dict[int, dict[int, float]] = {}
             for result in _write(video, _results(trackers[size], video, spent, both_ways), out / video.name):
-                for label, value in zip(result.objects, result.certainty):
+                for label, value in zip(result.objects, result.trust):
                     sure.setdefault(label, {})[result.index] = round(value, 4)
                 frames += 1
                 progress.update()

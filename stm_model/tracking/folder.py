@@ -26,8 +26,9 @@ from stm_model.progress import Progress
 from stm_model.runtime import is_out_of_memory, one_line, peak_process_memory, timed
 from stm_model.tracking.both_ways import Backward
 from stm_model.tracking.resume import FORMAT, ResumeFile
-from stm_model.tracking.session import UNCERTAIN, FrameResult
+from stm_model.tracking.session import FrameResult
 from stm_model.tracking.tracker import Tracker
+from stm_model.tracking.trust import UNTRUSTED
 
 Written = tuple[int, np.ndarray, "np.ndarray | None", tuple[int, ...]]
 """Index, frame, labels and objects."""
@@ -257,19 +258,21 @@ class FolderRun:
             return []
 
     def _note(self, result: FrameResult, labels: np.ndarray) -> None:
-        """Note the area, certainty and familiarity of each object in a frame, and where it is likely lost."""
+        """Note the area, certainty, familiarity and trust of each object in a frame, and where it is likely lost."""
         self.summary["size"] = list(labels.shape)
         number = self.part.number(result.index)
         is_live, found = isinstance(self.part.video, LiveVideo), {}
-        for label, certainty, familiarity in zip(result.objects, result.certainty, result.familiarity, strict=True):
+        each = zip(result.objects, result.certainty, result.familiarity, result.trust, strict=True)
+        for label, certainty, familiarity, trust in each:
             noted = self.summary["signals"].setdefault(str(label), {"from": number, "uncertain": [], "lost": 0})
             found[str(label)] = signals = {
                 "area": round(float((labels == label).mean()), 6),
                 "certainty": round(certainty, 4),
                 # JSON has no infinity
                 "familiarity": round(familiarity, 4) if math.isfinite(familiarity) else None,
+                "trust": round(trust, 4),
             }
-            if certainty < UNCERTAIN:
+            if trust < UNTRUSTED:
                 noted["lost"] += 1
                 if not is_live or len(noted["uncertain"]) < MOST_UNCERTAIN:
                     noted["uncertain"].append(number)

@@ -129,3 +129,10 @@ def pad_to_stride(maps: Tensor) -> tuple[Tensor, tuple[int, int]]:
     rows, columns = (-maps.shape[-2]) % STRIDE, (-maps.shape[-1]) % STRIDE
     top, left = rows // 2, columns // 2
     return F.pad(maps, (left, columns - left, top, rows - top)), (top, left)
+
+
+def check_size(mask: np.ndarray, frame: Frame, index: int) -> None:
+    """Raise a ValueError unless a mask has the size of its frame."""
+    if mask.shape != frame.shape[:2]:
+        size, found = list(frame.shape[:2]), list(mask.shape)
+        raise ValueError(f"mask of frame {index}: expected [H, W] = {size} like its frame, got {found}")

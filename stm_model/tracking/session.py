@@ -21,25 +21,21 @@ from stm_model.tracking.frames import (
     as_array,
     check_frame,
     check_mask,
+    check_size,
     pad_to_stride,
     prepare_frame,
     prepare_mask,
     scaled_size,
 )
+from stm_model.tracking.trust import UNTRUSTED, GivenMasks, agreement_of, certainty_of
 
 if TYPE_CHECKING:
     from supervision import Detections
 
-UNCERTAIN = 0.7
-"""A certainty below which an object counts as lost: on held-out videos most of such masks have a J below 0.5, and most
-masks that have are such.
-"""
 WRONG = 0.5
 """A given mask corrects an object, and is not just one more, if J of what was found is lower."""
 CORRECTION_WEIGHT = 4
 """How many frames a correction counts for: it says what the network gets wrong."""
-FAINT = 0.02
-"""Smaller probabilities are no sign of an object."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +52,13 @@ class FrameResult:
     """Label value of each object, in the order they entered (ascending within a mask)."""
     certainty: tuple[float, ...] = ()
     """How sure the network is of each object: the mean of its probabilities weighted by themselves, which what it half
-    believes lowers, wherever that is; 0 where it labels no pixel so. Below `UNCERTAIN` the object is likely lost."""
+    believes lowers, wherever that is; 0 where it labels no pixel so."""
     familiarity: tuple[float, ...] = ()
     """How like what is remembered the picture looks where each object is: the logarithm of the mean exponential
     similarity that the memory read finds there; -inf before anything is remembered."""
+    trust: tuple[float, ...] = ()
+    """How far each mask can be trusted, 0 to 1: its certainty times how well it agrees with those before, see
+    `stm_model.tracking.trust.agreement_of`. Below `UNTRUSTED` the object is likely lost; a given mask is certain."""
 
     def detections(self) -> Detections:
         """The objects in the frame as supervision's `Detections`: masks, boxes, the certainty as `confidence`, labels
@@ -86,8 +85,15 @@ class _Previous:
     query: Query | None
     """What was computed of the frame alone, if it was segmented and its key is shared."""
     certainty: list[float] = field(default_factory=list)
+    agreement: list[float] = field(default_factory=list)
+    """Of each object with the masks before, see `agreement_of`; 1 for a mask that the user gave."""
     given: dict[int, int] = field(default_factory=dict)
     """Label of an object whose mask the user gave → how many frames it counts for."""
+
+    @property
+    def trust(self) -> list[float]:
+        """Of each object, see `FrameResult`."""
+        return [certainty * agreement for certainty, agreement in zip(self.certainty, self.agreement)]
 
 
 class TrackingSession:
@@ -116,6 +122,7 @@ class TrackingSession:
         self.model, self.bank, self.masks, self.skip_uncertain = model, bank, masks, skip_uncertain
         self.backward = backward
         self.shorter_side, self.device = shorter_side, next(model.parameters()).device
+        self.given_masks = GivenMasks(**bank.read_options)
         self.objects: list[int] = []
         """Label of each object, in the order they entered."""
         self.previous: _Previous | None = None
@@ -131,14 +138,19 @@ class TrackingSession:
         pixels = check_frame(frame, index, self._frame_size)
         mask = self.masks.get(index)
         if mask is not None:
-            _check_size(mask, pixels, index)
+            check_size(mask, pixels, index)
         image = prepare_frame(pixels, scaled_size(pixels.shape[:2], self.shorter_side), self.device)
         query, probabilities, familiarity = self._segment(image)
         if self.backward is not None and (hints := self.backward.hints(index, self.device)):
             probabilities = self._mix(probabilities, hints)
             familiarity += [-math.inf] * (len(self.objects) - len(familiarity))
+        agreement = [1.0] * len(self.objects)
+        if query is not None and self.previous is not None:
+            before = self.previous.probabilities
+            agreement = agreement_of(query.key, self.given_masks, self.objects, before, probabilities)
         encoded = query if self.model.shares_keys else None
         self.previous = _Previous(index, pixels, image, probabilities, familiarity, encoded)
+        self.previous.agreement = agreement
         return self._apply(mask)
 
     @torch.inference_mode()
@@ -154,7 +166,7 @@ class TrackingSession:
         """
         previous = self._last()
         checked = check_mask(mask, previous.index)
-        _check_size(checked, previous.frame, previous.index)
+        check_size(checked, previous.frame, previous.index)
         if (given := self.masks.get(previous.index)) is not None:
             rest = np.where(np.isin(given, sorted(objects_in(checked))), 0, given)
             checked = np.where(checked == 0, rest, checked)
@@ -195,10 +207,12 @@ class TrackingSession:
         probabilities[0] += probabilities[1 + place]
         staying = [channel for channel in range(len(probabilities)) if channel != 1 + place]
         self.bank.remove(place)
+        self.given_masks.remove(label)
         del self.objects[place]
         previous.probabilities = probabilities[staying]
         previous.given.pop(label, None)
         previous.familiarity = previous.familiarity[:place] + previous.familiarity[place + 1 :]
+        previous.agreement = previous.agreement[:place] + previous.agreement[place + 1 :]
         mask = self.masks.get(previous.index)
         if mask is not None:
             mask = self.masks[previous.index] = np.where(mask == label, 0, mask)
@@ -217,6 +231,8 @@ class TrackingSession:
             "probabilities": previous.probabilities,
             "given": previous.given,
             "certainty": previous.certainty,
+            "agreement": previous.agreement,
+            "given masks": self.given_masks.state(),
             "objects": list(self.objects),
             "bank": self.bank.state(),
         }
@@ -230,6 +246,8 @@ class TrackingSession:
         unknown = [-math.inf] * len(self.objects)
         self.previous = _Previous(state["index"], frame, image, probabilities, unknown, None)
         self.previous.given, self.previous.certainty = dict(state["given"]), list(state["certainty"])
+        self.previous.agreement = list(state["agreement"])
+        self.given_masks.load_state(state["given masks"], self.device)
         self.bank.load_state(state["bank"], self.device)
 
     @property
@@ -256,6 +274,9 @@ class TrackingSession:
                 counts = CORRECTION_WEIGHT if label in wrong else 1
                 previous.given[label] = max(previous.given.get(label, 0), counts)
             previous.familiarity += [-math.inf] * (len(self.objects) - len(previous.familiarity))
+            previous.agreement += [1.0] * (len(self.objects) - len(previous.agreement))
+            for label in given:
+                previous.agreement[self.objects.index(label)] = 1.0
         return self._result(mask)
 
     def _result(self, mask: np.ndarray | None) -> FrameResult:
@@ -264,7 +285,7 @@ class TrackingSession:
         probabilities = full = previous.probabilities
         # max, not argmax, which takes ten times as long over a strided axis on a CPU
         winners = probabilities.max(0).indices
-        previous.certainty = _certainty(probabilities, winners)
+        previous.certainty = certainty_of(probabilities, winners)
         frame_size = previous.frame.shape[:2]
         resized = previous.image.shape[-2:] != frame_size
         if resized:
@@ -277,7 +298,7 @@ class TrackingSession:
             objects = sorted(objects_in(mask))
             labels = np.where(np.isin(labels, objects) & (mask != VOID), 0, labels)
             labels = np.where(np.isin(mask, objects), mask, labels)
-        signals = tuple(previous.certainty), tuple(previous.familiarity)
+        signals = tuple(previous.certainty), tuple(previous.familiarity), tuple(previous.trust)
         return FrameResult(previous.index, labels, full, tuple(self.objects), *signals)
 
     def _segment(self, image: Tensor) -> tuple[Query | None, Tensor, list[float]]:
@@ -302,12 +323,15 @@ class TrackingSession:
     def _remember(self, previous: _Previous, masks: Tensor, others: Tensor, cells: Tensor) -> None:
         """Put the previous frame with its soft masks `[n, H, W]` and cells `[n, h, w]` where memories want it."""
         given = [previous.given.get(label, 0) for label in self.objects]
-        certain = [not self.skip_uncertain or value >= UNCERTAIN for value in previous.certainty]
+        certain = [not self.skip_uncertain or value >= UNTRUSTED for value in previous.trust]
         entries = self.bank.wanted(previous.index, given, certain)
         if not entries:
             return
         frame = pad_to_stride(previous.image)[0] if previous.query is None else previous.query
         key, value = self.model.memorize(frame, masks, others, [len(masks)])
+        if places := [place for place, count in enumerate(given) if count]:
+            keys = key if len(key) == 1 else key[places]
+            self.given_masks.add([self.objects[place] for place in places], keys, F.avg_pool2d(masks[places], STRIDE))
         self.bank.remember(previous.index, entries, key, value, cells)
 
     def _forget_wrong(self, labels: Tensor, given: frozenset[int]) -> set[int]:
@@ -362,7 +386,7 @@ class TrackingSession:
     def _mix(self, probabilities: Tensor, hints: list[Hint]) -> Tensor:
         """Mix in what was tracked backwards; the other objects and the background share what that leaves."""
         probabilities = self._take_in([hint.label for hint in hints], probabilities)
-        certainty = _certainty(probabilities, probabilities.max(0).indices)
+        certainty = certainty_of(probabilities, probabilities.max(0).indices)
         places = [self.objects.index(hint.label) for hint in hints]
         channels = [1 + place for place in places]
         each = [hint.weight(certainty[place]) for hint, place in zip(hints, places)]
@@ -374,22 +398,3 @@ class TrackingSession:
         rest[channels] = mixed
         rest[0] += 1 - rest.sum(0)
         return rest.clamp_(min=0)
-
-
-def _check_size(mask: np.ndarray, frame: Frame, index: int) -> None:
-    if mask.shape != frame.shape[:2]:
-        size, found = list(frame.shape[:2]), list(mask.shape)
-        raise ValueError(f"mask of frame {index}: expected [H, W] = {size} like its frame, got {found}")
-
-
-def _certainty(probabilities: Tensor, winners: Tensor) -> list[float]:
-    """The mean of each object's probabilities weighted by themselves, 0 for one that wins no pixel.
-
-    Args:
-        probabilities: `[n + 1, h, w]`, background first.
-        winners: `[h, w]`, the channel of the largest one of each pixel.
-    """
-    seen = F.threshold(probabilities[1:].float(), FAINT, 0.0)
-    means = seen.square().sum((1, 2)) / seen.sum((1, 2)).clamp_min(FAINT)
-    shown = torch.bincount(winners.flatten(), minlength=len(probabilities))[1:] > 0
-    return (means * shown).tolist()

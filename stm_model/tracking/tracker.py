@@ -34,7 +34,7 @@ class Tracker:
         size: length in pixels of the shorter side that frames are resized to for the network; None keeps their own.
             Results always come at the frames' own size.
         budget: how much may be remembered; None keeps everything, on the host where the device is full.
-        skip_uncertain: don't keep frames for good in which an object of the memory is `UNCERTAIN`.
+        skip_uncertain: don't keep frames for good in which an object of the memory is `UNTRUSTED`.
         compiled: compile encoders and decoder: some minutes before the first results, then less time a frame.
         top_k, skip, implementation: how the memory is read, see `stm_kernels.memory_read`.
 

@@ -165,7 +165,9 @@ def test_the_summary_says_where_an_object_is_likely_lost(track, clip, tmp_path, 
     import stm_model.tracking.session
 
     certainties = iter([[1.0, 1.0], [0.9, 0.6]] + [[0.85, 0.7]] * (FRAMES - 3) + [[0.0, 0.9]])
-    monkeypatch.setattr(stm_model.tracking.session, "_certainty", lambda *_: next(certainties))
+    monkeypatch.setattr(stm_model.tracking.session, "certainty_of", lambda *_: next(certainties))
+    monkeypatch.setattr(stm_model.tracking.session, "agreement_of", lambda *_: [1.0, 1.0])
+    monkeypatch.setattr(stm_model.tracking.folder, "UNTRUSTED", 0.7)
     code, out, _ = track("--skip-uncertain")
     assert code == 0 and f"object 7 in 1 frames from {FRAMES - 1} on" in out and "object 9 in 1 frames from 1 on" in out
     signals = json.loads((tmp_path / "out" / "summary.json").read_text())["signals"]
@@ -173,7 +175,7 @@ def test_the_summary_says_where_an_object_is_likely_lost(track, clip, tmp_path, 
     for label, noted in signals.items():
         masks = [read_mask(tmp_path / "out" / "masks" / f"{index:05d}.png") for index in range(FRAMES)]
         assert noted["area"] == [round(float((mask == int(label)).mean()), 6) for mask in masks]
-        assert noted["from"] == 0 and len(noted["certainty"]) == FRAMES
+        assert noted["from"] == 0 and len(noted["certainty"]) == FRAMES and noted["trust"] == noted["certainty"]
         assert noted["familiarity"][0] is None and all(value is not None for value in noted["familiarity"][1:])
 
 

@@ -1,4 +1,4 @@
-"""What the certainty tells of wrong masks, by numbers made up so that they can be counted by hand."""
+"""What trust tells of wrong masks, by numbers made up so that they can be counted by hand."""
 
 import json
 

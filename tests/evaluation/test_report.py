@@ -72,5 +72,5 @@ def test_the_report_has_certainty_and_corrections(evaluate, tmp_path):
     page = (tmp_path / "out" / "report.html").read_text()
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     lost, row = written["certainty"]["wrong"], written["corrections"][1]
-    assert "What the certainty tells" in page and f"<td>{lost['count']}</td><td>{lost['auc']:.3f}</td>" in page
+    assert "What the trust tells" in page and f"<td>{lost['count']}</td><td>{lost['auc']:.3f}</td>" in page
     assert f"<td>{row['before']:.3f}</td><td>{row['after']:.3f}</td>" in page

@@ -107,7 +107,7 @@ def test_masks_have_the_numbers_of_their_frames_and_the_summary_does_not_grow(
     frames, clip, track, fed, out, monkeypatch
 ):
     monkeypatch.setattr("stm_model.tracking.folder.MOST_UNCERTAIN", 1)
-    monkeypatch.setattr("stm_model.tracking.folder.UNCERTAIN", 1.1)
+    monkeypatch.setattr("stm_model.tracking.folder.UNTRUSTED", 1.1)
     monkeypatch.setattr("stm_model.io.live.LiveVideo._put", dropping(LiveVideo._put, {2, 3, 6}))
     fed(encoded(frames, "y4m"))
     assert track("--live", "every", video="-")[0] == 0
@@ -119,7 +119,7 @@ def test_masks_have_the_numbers_of_their_frames_and_the_summary_does_not_grow(
     summary = json.loads((out / "summary.json").read_text())
     for label, noted in summary["signals"].items():
         assert noted == {"from": 0, "uncertain": [0], "lost": 7}
-        assert {"area", "certainty", "familiarity"} == set(lines[3]["objects"][label])
+        assert {"area", "certainty", "familiarity", "trust"} == set(lines[3]["objects"][label])
     assert summary["files"]["signals"] == str(out / "signals.jsonl")
     # another run replaces it
     fed(encoded(frames, "y4m"))

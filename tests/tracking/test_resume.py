@@ -35,8 +35,8 @@ SETTINGS = {
 
 def same(one, other) -> bool:
     return (
-        (one.index, one.objects, one.certainty, one.familiarity)
-        == (other.index, other.objects, other.certainty, other.familiarity)
+        (one.index, one.objects, one.certainty, one.familiarity, one.trust)
+        == (other.index, other.objects, other.certainty, other.familiarity, other.trust)
         and np.array_equal(one.labels, other.labels)
         and torch.equal(one.probabilities, other.probabilities)
     )
@@ -51,7 +51,7 @@ def saved(tracker, path):
 def test_it_goes_on_from_any_frame(small_model, clip, tmp_path, monkeypatch, case):
     (frames, labels), options = clip, SETTINGS[case]
     # between what this network is certain of, so that some frames are kept and some are not
-    monkeypatch.setattr(session_module, "UNCERTAIN", 0.395)
+    monkeypatch.setattr(session_module, "UNTRUSTED", 0.15)
     masks, unbroken, states = masks_of(labels), [], []
     tracker = Tracker(small_model, **options)
     for result in tracker.track(frames, masks):

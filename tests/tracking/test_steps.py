@@ -25,7 +25,12 @@ def model(request, small_model, shared_model):
 
 
 def same(one, other):
-    assert (one.index, one.objects, one.certainty) == (other.index, other.objects, other.certainty)
+    assert (one.index, one.objects, one.certainty, one.trust) == (
+        other.index,
+        other.objects,
+        other.certainty,
+        other.trust,
+    )
     assert one.familiarity == other.familiarity and np.array_equal(one.labels, other.labels)
     assert torch.equal(one.probabilities, other.probabilities)
 
@@ -97,7 +102,7 @@ def test_a_removed_object_leaves_the_others_their_memory(model, clip, place):
     torch.testing.assert_close(still, familiar[staying])
     assert session.bank.memories[0].pages.nbytes < held
     result = session.step(frames[4])
-    assert len(result.certainty) == len(result.familiarity) == 2
+    assert len(result.certainty) == len(result.familiarity) == len(result.trust) == 2
     torch.testing.assert_close(result.probabilities.sum(0), torch.ones(70, 90))
 
 

@@ -10,8 +10,8 @@ import stm_model.tracking.session as session_module
 from stm_kernels import PagedMemory
 from stm_model.tracking.budget import MemoryRule
 from stm_model.tracking.frames import pad_to_stride, scaled_size
-from stm_model.tracking.session import FAINT
 from stm_model.tracking.tracker import Tracker
+from stm_model.tracking.trust import FAINT
 
 
 def track(model, frames, masks, **options):
@@ -285,7 +285,9 @@ def test_familiarity_is_the_similarity_that_the_read_finds(small_model, clip):
 def test_uncertain_frames_are_kept_out_of_the_memory(small_model, clip, monkeypatch, skip_uncertain):
     frames, labels = clip
     certainties = iter([[1.0, 1.0], [0.9, 0.6], [0.6, 0.1], [0.9, 0.7], [0.1, 0.1], [0.9, 0.9], [1.0, 1.0], [1.0, 1.0]])
-    monkeypatch.setattr(session_module, "_certainty", lambda *_: next(certainties))
+    monkeypatch.setattr(session_module, "certainty_of", lambda *_: next(certainties))
+    monkeypatch.setattr(session_module, "agreement_of", lambda *_: [1.0, 1.0])
+    monkeypatch.setattr(session_module, "UNTRUSTED", 0.7)
     # the mask of frame 2 is no correction
     monkeypatch.setattr(session_module, "WRONG", 0.0)
     tracker = Tracker(small_model, memory="every:1", skip_uncertain=skip_uncertain)

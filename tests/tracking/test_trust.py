@@ -1,0 +1,92 @@
+"""How well found masks agree with the masks before them, and what the tracker trusts."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from stm_model import STM, STMConfig, Tracker
+from stm_model.tracking.trust import GivenMasks, agreement_of, cells_of, soft_overlap
+
+GENERATOR = torch.Generator().manual_seed(0)
+KEY = 8 * torch.randn(1, 16, 4, 4, generator=GENERATOR)
+"""Cells so unlike each other that each one reads itself."""
+CELLS = torch.zeros(2, 4, 4)
+CELLS[0, :2], CELLS[1, 2, :3] = 1, 1
+
+
+@pytest.fixture(scope="module")
+def shared_model():
+    torch.manual_seed(0)
+    config = replace(STMConfig.shared(), key_channels=16, value_channels=32, decoder_channels=32)
+    return STM(config).eval().requires_grad_(False)
+
+
+def given_masks(key=KEY, labels=(3, 5), cells=CELLS):
+    given = GivenMasks(similarity="l2")
+    given.add(list(labels), key, cells)
+    return given
+
+
+def test_overlap_is_soft_j():
+    one, other = torch.tensor([[[0.5, 1.0]]]), torch.tensor([[[1.0, 0.25]]])
+    assert soft_overlap(one, other) == pytest.approx([0.75 / 2.0])
+    assert soft_overlap(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2)) == [0.0]
+
+
+@pytest.mark.parametrize("keys", [1, 2])
+def test_the_same_masks_agree_with_those_given_wherever_they_moved(keys):
+    given = given_masks(KEY.expand(keys, -1, -1, -1))
+    moved = [torch.roll(maps, (1, 2), (-2, -1)) for maps in (KEY, CELLS)]
+    assert given.agreement(moved[0], {3: moved[1][0], 5: moved[1][1]}) == pytest.approx({3: 1.0, 5: 1.0}, abs=1e-4)
+
+
+@pytest.mark.parametrize("keys", [1, 2])
+def test_a_mask_on_another_object_disagrees(keys):
+    found = given_masks(KEY.expand(keys, -1, -1, -1)).agreement(KEY, {3: CELLS[1], 5: CELLS[1]})
+    assert found == pytest.approx({3: 0.0, 5: 1.0}, abs=1e-4)
+
+
+def test_what_is_not_found_now_is_not_compared():
+    assert given_masks().agreement(KEY, {5: CELLS[1], 7: CELLS[0]}).keys() == {5}
+
+
+def test_the_last_given_mask_counts_until_the_object_is_removed():
+    given = given_masks()
+    given.add([3], KEY, CELLS[1:])
+    assert given.agreement(KEY, {3: CELLS[0], 5: CELLS[1]}) == pytest.approx({3: 0.0, 5: 1.0}, abs=1e-4)
+    assert sorted(label for labels, _, _ in given.state() for label in labels) == [3, 5]
+    given.remove(3)
+    assert given.agreement(KEY, {3: CELLS[0], 5: CELLS[1]}).keys() == {5}
+    again = GivenMasks(similarity="l2")
+    again.load_state(given.state(), torch.device("cpu"))
+    soft = {5: torch.rand(4, 4, generator=GENERATOR)}
+    assert again.agreement(KEY, soft) == given.agreement(KEY, soft)
+
+
+def test_agreement_is_the_root_of_the_geometric_mean_of_both():
+    before, now = torch.zeros(3, 64, 64), torch.zeros(4, 64, 64)
+    # half of what is found was there before; with the given mask it agrees whole
+    before[1, :16], now[1, :32] = 1, 1
+    # the second has no given mask; the third was not there before
+    before[2, 48:], now[2, 48:, :32], now[3, 40:48] = 1, 1, 1
+    assert torch.equal(cells_of(now[1:2])[0], CELLS[0])
+    found = agreement_of(KEY, given_masks(labels=[3], cells=CELLS[:1]), [3, 8, 9], before, now)
+    assert found == pytest.approx([0.5**0.25, 0.5**0.5, 1.0], abs=1e-4)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_trust_is_certainty_times_agreement_and_a_given_mask_is_trusted(small_model, shared_model, clip, shared):
+    frames, labels = clip
+    session = Tracker(shared_model if shared else small_model).start({0: np.where(labels[0] == 1, 1, 0)})
+    assert session.step(frames[0]).trust == (1.0,)
+    found = session.step(frames[1])
+    assert 0 < found.trust[0] < found.certainty[0]
+    assert session.correct(labels[1]).trust == (1.0, 1.0)
+    for frame in frames[2:4]:
+        found = session.step(frame)
+        assert all(0 < trust < certainty for trust, certainty in zip(found.trust, found.certainty, strict=True))
+    staying = session.previous.agreement[1:]
+    left = session.remove(1)
+    assert left.trust == (left.certainty[0] * staying[0],)
