@@ -78,8 +78,7 @@ def measure(
     first = len(pictures) * 3 // 4
     asked = pictures[first : first + scored]
     queries = [model.encode_query(image) for image, _ in asked]
-    positions = queries[0].key[0, 0].numel()
-    memory = PagedMemory(1, model.config.key_channels, model.config.value_channels, page_size=positions)
+    memory = PagedMemory(1, model.config.key_channels, model.config.value_channels)
     remembered = itertools.islice(again(pictures[:first]), max(counts))
     for count, (image, mask) in enumerate(tqdm(remembered, "remember", max(counts), unit="frame", delay=1), 1):
         query = model.encode_query(image)

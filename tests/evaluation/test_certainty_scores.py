@@ -22,11 +22,11 @@ def scores_of(tmp_path, region, certainty):
 
 
 def test_area_precision_and_recall_of_wrong_masks(tmp_path):
-    # three wrong ones: at 0.3, 0.6 and 0.8; 4, 3 and 2 of the right ones are surer, one as sure
-    found = scores_of(tmp_path, [0.9, 0.4, 0.8, 0.3, 0.6, 0.2, 0.7], [0.95, 0.3, 0.8, 0.6, 0.5, 0.8, 0.9])
+    # three wrong ones: at 0.05, 0.35 and 0.55; 4, 3 and 2 of the right ones are surer, one as sure
+    found = scores_of(tmp_path, [0.9, 0.4, 0.8, 0.3, 0.6, 0.2, 0.7], [0.7, 0.05, 0.55, 0.35, 0.25, 0.55, 0.65])
     assert found["masks"] == 7
     assert found["wrong"]["count"] == 3 and found["wrong"]["auc"] == pytest.approx((4 + 3 + 2.5) / 12)
-    # below 0.7: frames 2, 4 and 5
+    # below 0.4: frames 2, 4 and 5
     assert found["wrong"]["precision"] == pytest.approx(2 / 3) and found["wrong"]["recall"] == pytest.approx(2 / 3)
 
 
@@ -39,5 +39,5 @@ def test_a_fall_is_from_the_mean_until_then(tmp_path):
 def test_what_has_no_value_is_none(tmp_path):
     empty = certainty_scores([], tmp_path)
     assert empty["masks"] == 0 and empty["wrong"] == {"count": 0, "auc": None, "precision": None, "recall": None}
-    right = scores_of(tmp_path, [0.9, 0.8], [0.9, 0.5])
+    right = scores_of(tmp_path, [0.9, 0.8], [0.9, 0.3])
     assert right["wrong"] == {"count": 0, "auc": None, "precision": 0.0, "recall": None}

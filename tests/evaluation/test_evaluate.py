@@ -57,7 +57,7 @@ def test_a_split_is_tracked_scored_and_reported(evaluate, davis, weights, clips,
     assert summary["scores"]["J-Mean"] == pytest.approx(np.mean([region for region, _ in expected.values()]))
     assert summary["speed"]["frames"] == sum(len(frames) for frames, _ in clips.values())
     assert summary["speed"]["FPS"] == pytest.approx(summary["speed"]["frames"] / summary["speed"]["seconds"])
-    assert summary["speed"]["peak_bytes"] > summary["speed"]["loaded_bytes"] > 2**20
+    assert summary["speed"]["peak_bytes"] >= summary["speed"]["loaded_bytes"] > 2**20
     assert len(summary["objects"]) == 6 and len(summary["objects"][0]["J_by_frame"]) == 7
     for word in ("J&F-Mean", "tracked", "first mask repeated", "frames a second over 22 frames", "peak memory"):
         assert word in out
