@@ -46,7 +46,10 @@ def test_a_thousand_frames_are_exact(device_share, dtype):
         memory.append(key, value)
     held = {"device": memory.device_nbytes // memory.page_nbytes, "host": memory.host_nbytes // memory.page_nbytes}
     assert held == {"device": (on_device := 100 if on_device is None else on_device), "host": 100 - on_device}
-    read = lambda query_key, *_, scale: memory.read(query_key, scale=scale, return_lse=True)  # noqa: E731
+
+    def read(query_key, *_, scale):
+        return memory.read(query_key, scale=scale, return_lse=True)
+
     assert_exact(problem, read, gradients=False)
 
 
