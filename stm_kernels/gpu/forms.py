@@ -201,7 +201,7 @@ class Maxima:
         return _work(launch, affinity, C, read_bytes, triton.cdiv(tiles.positions, tiles.block_n), maxima)
 
 
-# by the names of `aot.default_launches`
+# by the names of `defaults.default_launches`
 FORMS: dict[str, Form] = {
     "read": Read(),
     "read, l2": Read(biased=True),

@@ -74,10 +74,11 @@ def fuse_activations(model: STM) -> STM:
     activation, and the shortcut's sum.
 
     PyTorch by itself takes other ways for some of them, and an activation or a sum of its own reads and writes a whole
-    map. The network is changed in place.
+    map. The network is changed in place; its maps become channels-last, in which alone sums are fused in bfloat16.
     """
     if not _by_onednn(next(model.parameters())):
         return model
+    model.to(memory_format=torch.channels_last)
     for module in [*model.modules()]:
         if isinstance(module, InvertedResidual):
             if module.expand is not None:

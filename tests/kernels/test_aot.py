@@ -17,17 +17,25 @@ from stm_kernels.gpu.machine_code import main_loop
 
 # kernels that multiply matrices, and those that do not
 MULTIPLYING = {"read_kernel", "descriptor_read_kernel", "affinity_kernel", "usage_kernel", "group_max_kernel"}
+NAMES = ("form", "dtype", "key_channels", "value_channels", "architecture")
 OTHERS = {"merge_kernel", "group_products_kernel", "select_kernel"}
+
+
+RECORDED = Path(__file__).parents[2] / "bench/results/aot.json"
+
+
+def check(recorded: Path, out: Path, *more: str) -> list[dict]:
+    # the interpreter compiles nothing
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "stm_kernels.gpu.aot", "--check", str(recorded), "--json", str(out), *more]
+    checked = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert checked.returncode in (0, 1), checked.stderr
+    return json.loads(out.read_text())
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    path = tmp_path_factory.mktemp("aot") / "aot.json"
-    # the interpreter compiles nothing
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "stm_kernels.gpu.aot", "--json", str(path)]
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-    return json.loads(path.read_text())
+    return check(RECORDED, tmp_path_factory.mktemp("aot") / "aot.json")
 
 
 def test_every_kernel_is_there(table):
@@ -66,7 +74,30 @@ def test_half_precision_runs_on_tensor_cores(table):
 
 def test_the_table_in_the_repository_is_this_one(table):
     """It shows what a change costs; renew it by `python -m stm_kernels.gpu.aot --json bench/results/aot.json`."""
-    assert differences(json.loads((Path(__file__).parents[2] / "bench/results/aot.json").read_text()), table) == []
+    assert differences(json.loads(RECORDED.read_text()), table) == []
+
+
+def test_kernels_whose_source_is_not_the_recorded_one_are_compiled(tmp_path):
+    rows = [row for row in json.loads(RECORDED.read_text()) if row["architecture"] == "sm_80"]
+    (merge,) = (row for row in rows if (row["form"], row["dtype"]) == ("merge", "bfloat16"))
+    (usage,) = (row for row in rows if row["form"] == "usage" and row["dtype"] == "float32")
+    changed, recorded = [merge, usage], tmp_path / "recorded.json"
+    wrong = [row | {"registers": 1, "source": "of another version"} if row in changed else row for row in rows]
+    recorded.write_text(json.dumps(wrong))
+    assert check(recorded, tmp_path / "found.json", "--architecture", "sm_80") == rows
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("form", ["read, l2", "usage"])
+def test_compiling_gives_what_the_table_has(architecture, form, tmp_path, monkeypatch):
+    case = (form, "bfloat16", 64, 128, architecture)
+    (row,) = (row for row in json.loads(RECORDED.read_text()) if tuple(row[name] for name in NAMES) == case)
+    code = f"from stm_kernels.gpu.aot import _compile; print(repr(_compile({case})))"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    compiled = eval(found.stdout, {"Resources": aot.Resources})
+    assert aot.as_row(compiled) == row
 
 
 def test_what_differs_is_named():

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 import stm_kernels.gpu.model as model
-from stm_kernels.gpu.aot import default_launches
+from stm_kernels.gpu.defaults import default_launches
 from stm_kernels.gpu.forms import FORMS, Work
 from stm_kernels.gpu.launch import Launch
 from stm_kernels.gpu.tuning import ForwardTiles

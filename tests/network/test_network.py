@@ -1,12 +1,14 @@
 """The network against the numbers of the released model, and its own promises."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from stm_kernels import SpaceTimeMemoryRead, space_time_memory_read
 from stm_model import STM, STMConfig
-from stm_model.network import fold_batch_norm, other_object_masks, soft_aggregate
+from stm_model.network import fold_batch_norm, for_inference, other_object_masks, soft_aggregate
 from stm_model.tracking.tracker import Tracker
 
 TOLERANCE = 1e-4
@@ -129,3 +131,26 @@ def test_one_object_has_no_others():
 def test_an_unknown_backbone_is_named():
     with pytest.raises(ValueError, match="backbone: expected one of .*resnet18, resnet50, got 'vgg'"):
         STMConfig(backbone="vgg")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [STMConfig(), STMConfig.small()], ids=["released", "small"])
+def test_a_network_that_only_predicts_is_as_exact_however_its_weights_lie(config, dtype):
+    torch.manual_seed(0)
+    model = STM(config).eval().requires_grad_(False)
+    frames, masks = torch.rand(1, 3, 32, 48), torch.rand(2, 32, 48)
+
+    def outputs(network, dtype):
+        query = network.encode_query(frames.to(dtype))
+        key, value = network.memorize(frames.to(dtype), masks.to(dtype), 1 - masks.to(dtype), [2])
+        return query.key, key, value, network.segment(value, query, [2])
+
+    with torch.inference_mode():
+        truth = outputs(fold_batch_norm(copy.deepcopy(model).double()), torch.float64)
+        unfused = outputs(fold_batch_norm(copy.deepcopy(model).to(dtype)), torch.float32)
+        # of a network as `STM()` and `load_state_dict` leave it, not channels-last
+        fused = outputs(for_inference(copy.deepcopy(model).to(dtype)), torch.float32)
+    for true, before, after in zip(truth, unfused, fused):
+        spread, allowed = (after - true).square().mean().sqrt(), (before - true).square().mean().sqrt()
+        # it rounds less often, and sums in another order
+        assert spread <= 1.25 * allowed + 64 * torch.finfo(torch.float32).eps * true.square().mean().sqrt()

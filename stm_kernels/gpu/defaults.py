@@ -1,0 +1,107 @@
+"""Every kernel in its forms, with its default tiles, for GPUs that need not be here."""
+
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from stm_kernels.affinity import SKIP_POSITIONS, SKIP_QUERIES, Affinity
+from stm_kernels.gpu.affinity import affinity_launch
+from stm_kernels.gpu.forward import PageTable, forward_launch
+from stm_kernels.gpu.launch import Launch
+from stm_kernels.gpu.merge import merge_launch
+from stm_kernels.gpu.tma import descriptor_launch
+from stm_kernels.gpu.top_k import GROUP, group_max_launch, group_products_launch, select_launch
+from stm_kernels.gpu.tuning import MAX_GROUPS, affinity_tiles, forward_tiles, group_tiles, usage_tiles
+from stm_kernels.gpu.usage import usage_launch
+
+
+@cache
+def default_launches(
+    dtype: torch.dtype, architecture: str, C: int = 128, V: int = 512, B: int = 2, M: int = 1620, N: int = 32400
+) -> dict[str, Launch]:
+    """Every kernel in its forms, with its default tiles, for token-major inputs on the meta device."""
+
+    def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    affinity = Affinity(empty(B, M, C), empty(B, N, C), C**-0.5)
+    value, out = empty(B, N, V), empty(B, M, V)
+    lse, delta, nothing = empty(B, M, of=torch.float64), empty(B, M, of=torch.float32), empty(B, 0, of=torch.uint8)
+    # every argument that a kernel may go without
+    full = replace(affinity, key_bias=empty(B, N, of=torch.float32), lengths=empty(B, of=torch.int32))
+    kept = empty(B, M // SKIP_QUERIES + 1, N // SKIP_POSITIONS + 1, of=torch.uint8)
+    partial = empty(8, B, M, V, of=torch.float32), empty(8, B, M, of=torch.float64)
+    # as of squared distances
+    plain_bias = replace(full, lengths=None, may_hide=False)
+    (tiles, skip_tiles), (l2_tiles, l2_skip_tiles), (bias_tiles, full_skip_tiles) = (
+        [
+            forward_tiles(architecture, dtype, C, V, skips=skips, biased=biased, may_hide=may_hide)
+            for skips in (False, True)
+        ]
+        for biased, may_hide in ((False, False), (True, False), (True, True))
+    )
+    engine_tiles = forward_tiles(architecture, dtype, C, V, descriptors=True)
+    written, written_skipping = (affinity_tiles(architecture, dtype, C, skips=skips) for skips in (False, True))
+    gradient = (value, out, delta, empty(B, M, N))
+    table = empty(N // 1280, of=torch.int64)
+    pages = PageTable(table, table, 1280, N)
+    launches = {
+        "read": forward_launch(affinity, value, out[None], lse[None], delta[None], nothing, 0.0, tiles, N),
+        "read, split": forward_launch(affinity, value, *partial, empty(8, B, M), nothing, 0.0, tiles, N // 8),
+        "read, bias and lengths": forward_launch(
+            full, value, out[None], lse[None], delta[None], nothing, 0.0, bias_tiles, N
+        ),
+        "read, l2": forward_launch(plain_bias, value, out[None], lse[None], delta[None], nothing, 0.0, l2_tiles, N),
+        "read, skipping, l2": forward_launch(
+            plain_bias, value, out[None], lse[None], delta[None], kept, 1e-3, l2_skip_tiles, N
+        ),
+        "read, skipping": forward_launch(affinity, value, out[None], lse[None], delta[None], kept, 1e-3, skip_tiles, N),
+        "read, skipping, bias and lengths": forward_launch(
+            full, value, out[None], lse[None], delta[None], kept, 1e-3, full_skip_tiles, N
+        ),
+        "read, paged": forward_launch(
+            affinity, value, out[None], lse[None], delta[None], nothing, 0.0, tiles, N, pages
+        ),
+        "read, paged, l2": forward_launch(
+            plain_bias, value, out[None], lse[None], delta[None], nothing, 0.0, l2_tiles, N, pages
+        ),
+        "merge": merge_launch(*partial, out, lse, architecture),
+        "affinity": affinity_launch(affinity, lse, empty(B, M, N), written),
+        "affinity and gradient": affinity_launch(affinity, lse, empty(B, M, N), written, gradient),
+        "the same, skipping": affinity_launch(full, lse, empty(B, M, N), written_skipping, gradient, kept),
+        "usage": usage_launch(affinity, lse, delta, usage_tiles(architecture, dtype, C)),
+        "usage, bias and lengths": usage_launch(full, lse, delta, usage_tiles(architecture, dtype, C)),
+    }
+    if engine_tiles.kind != "portable":
+        specialized = replace(engine_tiles, kind="warp-specialized", num_warps=4, num_stages=2)
+        launches |= {
+            "read, descriptors": descriptor_launch(affinity, value, out[None], lse[None], engine_tiles, N),
+            "read, descriptors, l2": descriptor_launch(plain_bias, value, out[None], lse[None], engine_tiles, N),
+            "read, descriptors, split": descriptor_launch(affinity, value, *partial, engine_tiles, N // 8),
+            "read, warp-specialized": descriptor_launch(affinity, value, out[None], lse[None], specialized, N),
+        }
+    return launches | _top_k_launches(affinity, full, architecture)
+
+
+def _top_k_launches(affinity: Affinity, full: Affinity, architecture: str, k: int = 30) -> dict[str, Launch]:
+    """The kernels that choose the `k` best positions; `full` has all that an affinity may go without."""
+    (B, M, N), query_key = affinity.sizes, affinity.query_key
+    tiles = group_tiles(architecture, query_key.dtype, query_key.shape[2])
+
+    def empty(columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(B * M, columns, dtype=dtype, device="meta")
+
+    maxima, best, chosen = empty(N // GROUP), empty(k), empty(k, torch.int32)
+    products, positions = empty(k + k * GROUP), empty(k + k * GROUP, torch.int32)
+    gathered = (products[:, k:], positions[:, k:], tiles)
+    return {
+        "maxima": group_max_launch(affinity, maxima, tiles),
+        "maxima, bias and lengths": group_max_launch(full, maxima, tiles),
+        "chosen": group_products_launch(affinity, chosen, best, None, 0, *gathered),
+        "chosen, bias and lengths": group_products_launch(full, chosen, best, empty(1), 0, *gathered),
+        "selection": select_launch(products, positions, best, chosen, architecture),
+        "selection, a whole tile": select_launch(empty(MAX_GROUPS), None, best, chosen, architecture),
+        "selection, long rows": select_launch(empty(2 * MAX_GROUPS), None, best, chosen, architecture),
+    }
