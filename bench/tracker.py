@@ -49,7 +49,7 @@ from stm_model.io.video import VideoWriter, open_video
 from stm_model.network import Query
 from stm_model.runtime import chosen_side, default_dtype, dtype_name
 from stm_model.tracking.budget import MemoryRule
-from stm_model.tracking.session import FrameResult
+from stm_model.tracking.result import FrameResult
 from stm_model.training.state import initialize
 
 VERSIONS = ("naive", "default")

@@ -22,7 +22,7 @@ from stm_model.labels import VOID
 from stm_model.network import STM
 from stm_model.progress import Progress
 from stm_model.runtime import NetworkOptions, chosen_side, held_process_memory, peak_process_memory, timed
-from stm_model.tracking.session import FrameResult
+from stm_model.tracking.result import FrameResult
 from stm_model.tracking.tracker import Tracker
 
 WARM_UP = 5
@@ -101,6 +101,9 @@ def track_videos(
                 write_json(certainty / f"{video.name}.json", sure)
     on_gpu = device.type == "cuda"
     peak = torch.cuda.max_memory_allocated(device) if on_gpu else peak_process_memory()
+    if peak is not None and loaded is not None:
+        # Linux notes the peak less exactly than what is held
+        peak = max(peak, loaded)
     return Speed(frames, spent["tracking"], peak, loaded)
 
 

@@ -22,7 +22,8 @@ from stm_model.io.formats.rle import decode_segmentation
 from stm_model.network import STM
 from stm_model.runtime import chosen_side
 from stm_model.tracking.budget import MemoryBudget
-from stm_model.tracking.session import FrameResult, TrackingSession
+from stm_model.tracking.result import FrameResult
+from stm_model.tracking.session import TrackingSession
 from stm_model.tracking.tracker import Tracker
 
 if TYPE_CHECKING:

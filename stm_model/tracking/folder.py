@@ -25,8 +25,8 @@ from stm_model.io.video import VideoFile, VideoWriter
 from stm_model.progress import Progress
 from stm_model.runtime import is_out_of_memory, one_line, peak_process_memory, timed
 from stm_model.tracking.both_ways import Backward
+from stm_model.tracking.result import FrameResult
 from stm_model.tracking.resume import FORMAT, ResumeFile
-from stm_model.tracking.session import FrameResult
 from stm_model.tracking.tracker import Tracker
 from stm_model.tracking.trust import UNTRUSTED
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,46 +27,13 @@ from stm_model.tracking.frames import (
     prepare_mask,
     scaled_size,
 )
-from stm_model.tracking.trust import UNTRUSTED, GivenMasks, agreement_of, certainty_of
-
-if TYPE_CHECKING:
-    from supervision import Detections
+from stm_model.tracking.result import FrameResult
+from stm_model.tracking.trust import UNTRUSTED, GivenMasks, agreement_of, cells_of, certainty_of
 
 WRONG = 0.5
 """A given mask corrects an object, and is not just one more, if J of what was found is lower."""
 CORRECTION_WEIGHT = 4
 """How many frames a correction counts for: it says what the network gets wrong."""
-
-
-@dataclass(frozen=True)
-class FrameResult:
-    """One segmented frame."""
-
-    index: int
-    """Position of the frame in the video, from 0."""
-    labels: np.ndarray
-    """`[H, W]` uint8, the caller's own label values; 0 is background."""
-    probabilities: Tensor
-    """`[n + 1, H, W]` float32 on the model's device, background first, then `objects` in order; sums to one."""
-    objects: tuple[int, ...]
-    """Label value of each object, in the order they entered (ascending within a mask)."""
-    certainty: tuple[float, ...] = ()
-    """How sure the network is of each object: the mean of its probabilities weighted by themselves, which what it half
-    believes lowers, wherever that is; 0 where it labels no pixel so."""
-    familiarity: tuple[float, ...] = ()
-    """How like what is remembered the picture looks where each object is: the logarithm of the mean exponential
-    similarity that the memory read finds there; -inf before anything is remembered."""
-    trust: tuple[float, ...] = ()
-    """How far each mask can be trusted, 0 to 1: its certainty times how well it agrees with those before, see
-    `stm_model.tracking.trust.agreement_of`. Below `UNTRUSTED` the object is likely lost; a given mask is certain."""
-
-    def detections(self) -> Detections:
-        """The objects in the frame as supervision's `Detections`: masks, boxes, the certainty as `confidence`, labels
-        as `class_id` and `tracker_id`. Raises ImportError without the extra `[supervision]`.
-        """
-        from stm_model.io.formats.detections import detections_of
-
-        return detections_of(self.labels, dict(zip(self.objects, self.certainty)))
 
 
 @dataclass
@@ -89,6 +56,15 @@ class _Previous:
     """Of each object with the masks before, see `agreement_of`; 1 for a mask that the user gave."""
     given: dict[int, int] = field(default_factory=dict)
     """Label of an object whose mask the user gave → how many frames it counts for."""
+    _cells: tuple[Tensor, Tensor] | None = None
+    """Probabilities, and their cells."""
+
+    @property
+    def cells(self) -> Tensor:
+        """`cells_of` the objects."""
+        if self._cells is None or self._cells[0] is not self.probabilities:
+            self._cells = self.probabilities, cells_of(self.probabilities[1:])
+        return self._cells[1]
 
     @property
     def trust(self) -> list[float]:
@@ -144,13 +120,12 @@ class TrackingSession:
         if self.backward is not None and (hints := self.backward.hints(index, self.device)):
             probabilities = self._mix(probabilities, hints)
             familiarity += [-math.inf] * (len(self.objects) - len(familiarity))
-        agreement = [1.0] * len(self.objects)
-        if query is not None and self.previous is not None:
-            before = self.previous.probabilities
-            agreement = agreement_of(query.key, self.given_masks, self.objects, before, probabilities)
         encoded = query if self.model.shares_keys else None
-        self.previous = _Previous(index, pixels, image, probabilities, familiarity, encoded)
-        self.previous.agreement = agreement
+        before, self.previous = self.previous, _Previous(index, pixels, image, probabilities, familiarity, encoded)
+        self.previous.agreement = [1.0] * len(self.objects)
+        if query is not None and before is not None:
+            cells = before.cells, self.previous.cells
+            self.previous.agreement = agreement_of(query.key, self.given_masks, self.objects, *cells)
         return self._apply(mask)
 
     @torch.inference_mode()

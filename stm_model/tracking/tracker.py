@@ -19,8 +19,9 @@ from stm_model.tracking.bank import MemoryBank
 from stm_model.tracking.both_ways import Backward, backwards
 from stm_model.tracking.budget import MemoryBudget, MemoryPlan, MemoryRule, plan_memory
 from stm_model.tracking.frames import Frame, as_array, check_frame, check_index, check_mask, check_side, scaled_size
+from stm_model.tracking.result import FrameResult
 from stm_model.tracking.resume import array_digest, check_same
-from stm_model.tracking.session import FrameResult, TrackingSession
+from stm_model.tracking.session import TrackingSession
 
 
 class Tracker:

@@ -17,6 +17,10 @@ from stm_model.tracking.frames import pad_to_stride
 
 UNTRUSTED = 0.4
 """A trust below which an object counts as lost: on held-out videos most masks with a J below 0.5 are such."""
+SPACING = 2
+"""Of the cells outside the given masks, those in every such row and column are compared, and count for the others."""
+DECODED = 4
+"""Pixels from one value of the decoder to the next."""
 FAINT = 0.02
 """Smaller probabilities are no sign of an object."""
 
@@ -27,9 +31,11 @@ class _Given:
 
     labels: list[int]
     key: Tensor
-    """`[n, C, h, w]`, or `[1, C, h, w]` where they share it."""
+    """`[n, P, C]` of the P cells that are compared, or `[1, P, C]` where the objects share it."""
     cells: Tensor
-    """`[n, h, w]`, the share of each cell that each object covers."""
+    """`[n, P]`, the share of each cell that each object covers."""
+    counts: Tensor
+    """`[P]`, how many cells each one stands for."""
 
 
 class GivenMasks:
@@ -48,8 +54,13 @@ class GivenMasks:
         for label in labels:
             self.remove(label)
         if labels:
-            # of a view the whole storage would be kept, and saved
-            self._frames.append(_Given(list(labels), key.clone(), cells.clone()))
+            inside, lattice = cells.amax(0) > 0, torch.zeros_like(cells[0], dtype=torch.bool)
+            lattice[::SPACING, ::SPACING] = True
+            counts = torch.where(inside, 1.0, SPACING**2)[inside | lattice]
+            compared = (inside | lattice).flatten().nonzero()[:, 0]
+            self._frames.append(
+                _Given(list(labels), as_positions(key)[:, compared], cells.flatten(1)[:, compared], counts)
+            )
 
     def remove(self, label: int) -> None:
         """Forget an object, if there is a mask of it."""
@@ -77,26 +88,25 @@ class GivenMasks:
         agreements: dict[int, float] = {}
         for given in self._frames:
             groups = len(given.key)
-            value = torch.stack([found.get(label, torch.zeros_like(given.cells[0])) for label in given.labels])
+            nothing = torch.zeros(query_key.shape[-2:], device=query_key.device)
+            value = torch.stack([found.get(label, nothing) for label in given.labels])
             value = rearrange(value, "(g n) h w -> g (h w) n", g=groups).to(query_key.dtype)
             memory_key = as_positions(query_key).expand(groups, -1, -1)
-            back = memory_read(as_positions(given.key), memory_key, value, **self.read_options)
-            back = rearrange(back, "g (h w) n -> (g n) h w", h=given.cells.shape[-2])
-            agreements |= dict(zip(given.labels, soft_overlap(back.float(), given.cells.float())))
+            back = memory_read(given.key, memory_key, value, **self.read_options)
+            back = rearrange(back, "g p n -> (g n) p").float()
+            agreements |= dict(zip(given.labels, soft_overlap(back, given.cells, given.counts)))
         return {label: value for label, value in agreements.items() if label in found}
 
-    def state(self) -> list[tuple[list[int], Tensor, Tensor]]:
+    def state(self) -> list[tuple[list[int], Tensor, Tensor, Tensor]]:
         """All it holds."""
-        return [(given.labels, given.key, given.cells) for given in self._frames]
+        return [(given.labels, given.key, given.cells, given.counts) for given in self._frames]
 
-    def load_state(self, state: Sequence[tuple[list[int], Tensor, Tensor]], device: torch.device) -> None:
+    def load_state(self, state: Sequence[tuple[list[int], Tensor, Tensor, Tensor]], device: torch.device) -> None:
         """Hold what another one held at its `state`, on a device."""
-        self._frames = [_Given(list(labels), key.to(device), cells.to(device)) for labels, key, cells in state]
+        self._frames = [_Given(list(labels), *(each.to(device) for each in tensors)) for labels, *tensors in state]
 
 
-def agreement_of(
-    query_key: Tensor, given: GivenMasks, objects: Sequence[int], before: Tensor, probabilities: Tensor
-) -> list[float]:
+def agreement_of(query_key: Tensor, given: GivenMasks, objects: Sequence[int], old: Tensor, new: Tensor) -> list[float]:
     """How well each object agrees with the masks before: the root of the geometric mean of two soft J, 0 to 1.
 
     One is with its mask in the previous frame, the other with its last given mask, see `GivenMasks.agreement`; without
@@ -106,25 +116,30 @@ def agreement_of(
         query_key: `[1, C, h, w]` of the frame.
         given: the given masks.
         objects: label of each object.
-        before: `[m + 1, H, W]`, probabilities of the previous frame, background first, of the first m objects.
-        probabilities: `[n + 1, H, W]`, those of the frame; an object beyond the m agrees.
+        old: `[m, h, w]`, the first m objects in the previous frame, see `cells_of`.
+        new: `[n, h, w]`, the objects in the frame; one beyond the m agrees.
     """
-    old, new = cells_of(before[1:]), cells_of(probabilities[1:])
-    still = soft_overlap(new[: len(old)], old)
+    still = soft_overlap(new[: len(old)].flatten(1), old.flatten(1))
     back = given.agreement(query_key, dict(zip(objects[: len(old)], new)))
     known = [(value * back.get(label, value)) ** 0.25 for label, value in zip(objects, still)]
     return known + [1.0] * (len(objects) - len(known))
 
 
 def cells_of(masks: Tensor) -> Tensor:
-    """The share `[n, h, w]` of each cell of the network's grid that soft masks `[n, H, W]` cover."""
-    return F.avg_pool2d(pad_to_stride(masks.float())[0], STRIDE)
+    """The share `[n, h, w]` of each cell of the network's grid that soft masks `[n, H, W]` cover.
+
+    The decoder's masks have a quarter of the resolution, so of the pixels every fourth row and column tells.
+    """
+    padded = pad_to_stride(masks.float())[0]
+    return F.avg_pool2d(padded[:, DECODED // 2 :: DECODED, DECODED // 2 :: DECODED], STRIDE // DECODED)
 
 
-def soft_overlap(one: Tensor, other: Tensor) -> list[float]:
-    """Soft J of masks `[n, h, w]` in 0…1: the sum of the lesser over that of the greater; 0 where both are empty."""
-    union = torch.maximum(one, other).sum((1, 2))
-    return (torch.minimum(one, other).sum((1, 2)) / union.clamp_min(1e-6)).tolist()
+def soft_overlap(one: Tensor, other: Tensor, counts: Tensor | float = 1.0) -> list[float]:
+    """Soft J of masks `[n, P]` in 0…1 at P cells: the sum of the lesser over that of the greater; 0 where both are
+    empty. `counts` `[P]` is how many cells each one stands for.
+    """
+    union = (torch.maximum(one, other) * counts).sum(1)
+    return ((torch.minimum(one, other) * counts).sum(1) / union.clamp_min(1e-6)).tolist()
 
 
 def certainty_of(probabilities: Tensor, winners: Tensor) -> list[float]:

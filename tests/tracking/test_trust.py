@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from stm_model import STM, STMConfig, Tracker
-from stm_model.tracking.trust import GivenMasks, agreement_of, cells_of, soft_overlap
+from stm_model.tracking import trust
+from stm_model.tracking.trust import GivenMasks, agreement_of, cells_of, certainty_of, soft_overlap
 
 GENERATOR = torch.Generator().manual_seed(0)
 KEY = 8 * torch.randn(1, 16, 4, 4, generator=GENERATOR)
@@ -30,9 +31,34 @@ def given_masks(key=KEY, labels=(3, 5), cells=CELLS):
 
 
 def test_overlap_is_soft_j():
-    one, other = torch.tensor([[[0.5, 1.0]]]), torch.tensor([[[1.0, 0.25]]])
+    one, other = torch.tensor([[0.5, 1.0]]), torch.tensor([[1.0, 0.25]])
     assert soft_overlap(one, other) == pytest.approx([0.75 / 2.0])
-    assert soft_overlap(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2)) == [0.0]
+    assert soft_overlap(one, other, torch.tensor([4.0, 1.0])) == pytest.approx([2.25 / 5.0])
+    assert soft_overlap(torch.zeros(1, 4), torch.zeros(1, 4)) == [0.0]
+
+
+def test_a_cell_is_the_mean_of_the_pixels_under_it():
+    # as the decoder's masks are, enlarged; 854 pixels are padded by 5 on either side
+    masks = torch.nn.functional.interpolate(torch.rand(2, 1, 30, 56, generator=GENERATOR), (120, 224), mode="bilinear")
+    masks = masks[:, 0, :, 5:-5]
+    whole = torch.nn.functional.avg_pool2d(torch.nn.functional.pad(masks, (5, 5, 4, 4)), 16)
+    torch.testing.assert_close(cells_of(masks), whole, atol=0.1, rtol=0)
+    assert (cells_of(masks) - whole).mean().abs() < 0.01
+
+
+def test_cells_outside_the_given_masks_are_counted_by_some_of_them(monkeypatch):
+    key, cells = torch.randn(1, 16, 9, 12, generator=GENERATOR), torch.zeros(2, 9, 12)
+    cells[0, 2:4, 1:6], cells[1, 5:, 7:] = 1, 0.5
+    # of a mask that spreads evenly, as many cells are counted
+    found = {1: cells[0] * 0.5 + 0.25, 2: cells[1]}
+    some = given_masks(key, (1, 2), cells)
+    ((_, keys, _, counts),) = some.state()
+    # 30 cells of the masks, and of the others 24 of every second row and column
+    assert keys.shape == (1, 54, 16) and counts.tolist().count(1) == 30 and counts.tolist().count(4) == 24
+    monkeypatch.setattr(trust, "SPACING", 1)
+    every = given_masks(key, (1, 2), cells)
+    assert every.state()[0][1].shape == (1, 108, 16)
+    assert some.agreement(key, found) == pytest.approx(every.agreement(key, found), abs=0.1)
 
 
 @pytest.mark.parametrize("keys", [1, 2])
@@ -56,7 +82,7 @@ def test_the_last_given_mask_counts_until_the_object_is_removed():
     given = given_masks()
     given.add([3], KEY, CELLS[1:])
     assert given.agreement(KEY, {3: CELLS[0], 5: CELLS[1]}) == pytest.approx({3: 0.0, 5: 1.0}, abs=1e-4)
-    assert sorted(label for labels, _, _ in given.state() for label in labels) == [3, 5]
+    assert sorted(label for labels, *_ in given.state() for label in labels) == [3, 5]
     given.remove(3)
     assert given.agreement(KEY, {3: CELLS[0], 5: CELLS[1]}).keys() == {5}
     again = GivenMasks(similarity="l2")
@@ -72,7 +98,8 @@ def test_agreement_is_the_root_of_the_geometric_mean_of_both():
     # the second has no given mask; the third was not there before
     before[2, 48:], now[2, 48:, :32], now[3, 40:48] = 1, 1, 1
     assert torch.equal(cells_of(now[1:2])[0], CELLS[0])
-    found = agreement_of(KEY, given_masks(labels=[3], cells=CELLS[:1]), [3, 8, 9], before, now)
+    cells = cells_of(before[1:]), cells_of(now[1:])
+    found = agreement_of(KEY, given_masks(labels=[3], cells=CELLS[:1]), [3, 8, 9], *cells)
     assert found == pytest.approx([0.5**0.25, 0.5**0.5, 1.0], abs=1e-4)
 
 
@@ -90,3 +117,9 @@ def test_trust_is_certainty_times_agreement_and_a_given_mask_is_trusted(small_mo
     staying = session.previous.agreement[1:]
     left = session.remove(1)
     assert left.trust == (left.certainty[0] * staying[0],)
+
+
+def test_an_object_that_wins_no_pixel_is_not_certain():
+    probabilities = torch.tensor([[1.0, 0.0, 0.4], [0.0, 0.8, 0.4], [0.0, 0.2, 0.2]])[:, None]
+    # by themselves: (0.8² + 0.4²) / (0.8 + 0.4); the second is beaten everywhere
+    assert certainty_of(probabilities, torch.tensor([[0, 1, 1]])) == pytest.approx([0.8 / 1.2, 0.0])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stm_model.tracking.tracker import FrameResult
+from stm_model.tracking.result import FrameResult
 
 
 def result(labels, objects=(7, 9, 3), certainty=(0.9, 0.5, 0.0)):
