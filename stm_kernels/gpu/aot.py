@@ -48,8 +48,8 @@ STANDARD = (128, 512)
 OTHERS = ((64, 512), (64, 128), (256, 256))
 FORMS_OF_OTHERS = (
     "read", "read, bias and lengths", "read, l2", "read, skipping", "read, skipping, bias and lengths",
-    "read, skipping, l2", "read, descriptors", "read, descriptors, l2", "affinity and gradient", "the same, skipping",
-    "usage", "usage, bias and lengths", "maxima", "chosen"
+    "read, skipping, l2", "read, paged, l2", "read, descriptors", "read, descriptors, l2", "affinity and gradient",
+    "the same, skipping", "usage", "usage, bias and lengths", "maxima", "chosen"
 )  # fmt: skip
 # float16 needs what bfloat16 does: it compiles to the same products
 FORMS_OF_FLOAT16 = ("read", "affinity and gradient", "chosen")

@@ -32,6 +32,8 @@ def default_launches(
     # every argument that a kernel may go without
     full = replace(affinity, key_bias=empty(B, N, of=torch.float32), lengths=empty(B, of=torch.int32))
     kept = empty(B, M // SKIP_QUERIES + 1, N // SKIP_POSITIONS + 1, of=torch.uint8)
+    # a part begins and ends with a tile
+    part = N // 8 // 128 * 128
     partial = empty(8, B, M, V, of=torch.float32), empty(8, B, M, of=torch.float64)
     # as of squared distances
     plain_bias = replace(full, lengths=None, may_hide=False)
@@ -49,7 +51,7 @@ def default_launches(
     pages = PageTable(table, table, 1280, N)
     launches = {
         "read": forward_launch(affinity, value, out[None], lse[None], delta[None], nothing, 0.0, tiles, N),
-        "read, split": forward_launch(affinity, value, *partial, empty(8, B, M), nothing, 0.0, tiles, N // 8),
+        "read, split": forward_launch(affinity, value, *partial, empty(8, B, M), nothing, 0.0, tiles, part),
         "read, bias and lengths": forward_launch(
             full, value, out[None], lse[None], delta[None], nothing, 0.0, bias_tiles, N
         ),
@@ -79,7 +81,7 @@ def default_launches(
         launches |= {
             "read, descriptors": descriptor_launch(affinity, value, out[None], lse[None], engine_tiles, N),
             "read, descriptors, l2": descriptor_launch(plain_bias, value, out[None], lse[None], engine_tiles, N),
-            "read, descriptors, split": descriptor_launch(affinity, value, *partial, engine_tiles, N // 8),
+            "read, descriptors, split": descriptor_launch(affinity, value, *partial, engine_tiles, part),
             "read, warp-specialized": descriptor_launch(affinity, value, out[None], lse[None], specialized, N),
         }
     return launches | _top_k_launches(affinity, full, architecture)
