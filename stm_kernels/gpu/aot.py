@@ -281,8 +281,13 @@ def main() -> None:
             print(f"{architecture}: {count} kernels in {knobs.cache.dir}")
         return
     arguments.architecture = arguments.architecture or ARCHITECTURES
-    recorded = json.loads(arguments.check.read_text()) if arguments.check else []
-    recorded = [row for row in recorded if row["architecture"] in arguments.architecture]
+    try:
+        recorded = json.loads(arguments.check.read_text()) if arguments.check else []
+        recorded = [row for row in recorded if row["architecture"] in arguments.architecture]
+    except OSError as error:
+        parser.error(f"--check: {error.filename}: {error.strerror}")
+    except (ValueError, LookupError, TypeError) as error:
+        parser.error(f"--check: {arguments.check}: expected a table that --json wrote, got something else ({error})")
     table = table_of(arguments.architecture, () if arguments.anew else recorded)
     columns = "{:26}{:>4}{:>5}  {:10}{:8}{:>10}{:>9}{:>8}{:>12}  {}"
     print(columns.format("form", "C", "V", "dtype", "for", "registers", "stack B", "spills", "shared KiB", "MMA"))

@@ -50,8 +50,8 @@ def train(config: TrainConfig) -> Path:
             parts = f"{ranks.count} processes × {config.accumulate} parts"
             raise ValueError(f"batch: expected a multiple of {parts}, got {config.batch}")
         dataset, held_out = training_clips(config), validation_sequences(config)
-        config.out.mkdir(parents=True, exist_ok=True)
         state = TrainState(config, device)
+        config.out.mkdir(parents=True, exist_ok=True)
         report = Report(config, state.step, first_process=ranks.first)
         _Training(config, state, report, ranks.index, ranks.count).run(dataset, held_out)
     return state.weights_path

@@ -5,6 +5,7 @@ import torch
 from table import Fault, each, judge
 
 from stm_model import STM
+from stm_model.commands.main import main
 from stm_model.network.weights import CheckpointError, read_tensors, write_tensors
 
 
@@ -39,3 +40,11 @@ def test_what_a_smaller_dtype_does_not_hold_is_refused_in_it_alone(weights, tmp_
 def test_the_line_and_what_is_kept(fault, track, clip, tmp_path, out, weights):
     bad = spoiled(weights, tmp_path / "bad.safetensors", {"Decoder.pred2.bias": torch.nan})
     judge(fault._replace(arrange=lambda *_: {"checkpoint": bad}), track, clip, tmp_path / "made", out)
+
+
+def test_a_training_that_cannot_start_leaves_no_folder(tmp_path, capsys):
+    (tmp_path / "start.safetensors").write_bytes(b"no weights")
+    arguments = ["--preset", "smoke", "--init", str(tmp_path / "start.safetensors"), "--out", str(tmp_path / "run")]
+    assert main(["train", *arguments]) == 2
+    assert f"{tmp_path / 'start.safetensors'} can't be read" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

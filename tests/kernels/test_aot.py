@@ -160,3 +160,19 @@ def test_the_interpreter_is_named_as_the_obstacle():
     failed = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert failed.returncode != 0
     assert "TRITON_INTERPRET is set: the interpreter compiles nothing, unset it" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [(None, "No such file or directory"), ("[1]", "expected a table that --json wrote, got")],
+)
+def test_a_table_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys, text, said):
+    path = tmp_path / "table.json"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setattr(sys, "argv", ["aot", "--check", str(path)])
+    with pytest.raises(SystemExit) as ended:
+        aot.main()
+    assert ended.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert str(path) in line and said in line
