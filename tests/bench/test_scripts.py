@@ -123,10 +123,10 @@ def blocks_are_counted(file: str, out: Path) -> None:
     pytest.importorskip("triton")
     assert keys.main([file, "--blocks", "--frames", "3", "--out", str(out)]) == 0
     found = json.loads(out.read_text())["frames"]["3"]
-    # of 24 queries and 72 positions, in blocks of 64; the k best are in k groups of 16, or in all
+    # of 24 queries and 72 positions, in blocks of 128 × 64; the k best are in k groups of 16, or in all
     assert found["products"] == 24 * 72 and found["gathered"] == {"top_k=16": 24 * 72, "top_k=32": 24 * 72}
     for launch in found["launches"].values():
-        assert launch["blocks"] == 2 and launch["tile"] == [64, 64] and launch["splits"] == 1
+        assert launch["blocks"] == 2 and launch["tile"] == [128, 64] and launch["splits"] == 1
         for visited in launch["skip=0.001"], launch["skip=0.01"]:
             assert len(visited) == 3 and all(1 <= count <= 2 for count in visited.values())
     tensors = keys.read_tensors(file)
