@@ -297,7 +297,9 @@ def main() -> None:
         print(columns.format(*sizes, row.registers, row.stack_bytes, row.spills, shared, row.tensor_cores))
     rows = [as_row(row) for row in table]
     if arguments.json:
-        arguments.json.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+        partial = arguments.json.with_name(arguments.json.name + ".partial")
+        partial.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+        partial.replace(arguments.json)
     if arguments.check:
         found = differences(recorded, rows)
         print("\n".join(found) or f"{len(rows)} kernels are as in {arguments.check}")

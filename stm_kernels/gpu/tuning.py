@@ -169,10 +169,8 @@ def forward_tiles(
         return ForwardTiles(64, 128, min(256, block_v), 8, 2)
     if architecture == "sm_80" and not skips and not biased:
         return ForwardTiles(128, 64, block_v, 8, 2)
-    if padded(C) <= 64 and block_v <= 128 and architecture == "sm_80" and not skips:
-        return ForwardTiles(64, 64, block_v, 4, 2)
-    if padded(C) <= 64 and block_v <= 128 and architecture in ("sm_80", "sm_90") and skips:
-        return ForwardTiles(128, 64, block_v, 8, 2)
+    if architecture in ("sm_80", "sm_90") and padded(C) <= 64 and block_v <= 128:
+        return ForwardTiles(128, 64, block_v, 8, 2) if skips else ForwardTiles(64, 64, block_v, 4, 2)
     if architecture == "sm_90" and skips and block_v > 128:
         return ForwardTiles(128, 32, 256, 8, 2)
     return ForwardTiles(64, 64, min(256, block_v), 8, 2)

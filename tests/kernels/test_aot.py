@@ -17,10 +17,8 @@ from stm_kernels.gpu.machine_code import main_loop
 
 # kernels that multiply matrices, and those that do not
 MULTIPLYING = {"read_kernel", "descriptor_read_kernel", "affinity_kernel", "usage_kernel", "group_max_kernel"}
-NAMES = ("form", "dtype", "key_channels", "value_channels", "architecture")
 OTHERS = {"merge_kernel", "group_products_kernel", "select_kernel"}
-
-
+NAMES = ("form", "dtype", "key_channels", "value_channels", "architecture")
 RECORDED = Path(__file__).parents[2] / "bench/results/aot.json"
 
 
@@ -73,7 +71,7 @@ def test_half_precision_runs_on_tensor_cores(table):
 
 
 def test_the_table_in_the_repository_is_this_one(table):
-    """It shows what a change costs; renew it by `python -m stm_kernels.gpu.aot --json bench/results/aot.json`."""
+    """It shows what a change costs; renew it by `--check bench/results/aot.json --json bench/results/aot.json`."""
     assert differences(json.loads(RECORDED.read_text()), table) == []
 
 
@@ -84,20 +82,20 @@ def test_kernels_whose_source_is_not_the_recorded_one_are_compiled(tmp_path):
     changed, recorded = [merge, usage], tmp_path / "recorded.json"
     wrong = [row | {"registers": 1, "source": "of another version"} if row in changed else row for row in rows]
     recorded.write_text(json.dumps(wrong))
-    assert check(recorded, tmp_path / "found.json", "--architecture", "sm_80") == rows
+    assert differences(rows, check(recorded, tmp_path / "found.json", "--architecture", "sm_80")) == []
 
 
 @pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("form", ["read, l2", "usage"])
-def test_compiling_gives_what_the_table_has(architecture, form, tmp_path, monkeypatch):
+def test_compiling_gives_what_the_table_has(architecture, form, tmp_path):
     case = (form, "bfloat16", 64, 128, architecture)
     (row,) = (row for row in json.loads(RECORDED.read_text()) if tuple(row[name] for name in NAMES) == case)
-    code = f"from stm_kernels.gpu.aot import _compile; print(repr(_compile({case})))"
+    code = f"import json, stm_kernels.gpu.aot as aot; print(json.dumps(aot.as_row(aot._compile({case}))))"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    compiled = eval(found.stdout, {"Resources": aot.Resources})
-    assert aot.as_row(compiled) == row
+    # where a kernel has only moved in its file, its source differs, and nothing else
+    assert differences([row], [json.loads(found.stdout)]) == []
 
 
 def test_what_differs_is_named():
