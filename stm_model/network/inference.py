@@ -1,5 +1,5 @@
-"""The network as it runs when it only predicts: batch norm and activations folded into the convolutions before them, in
-eight bits or compiled."""
+"""The network as it runs when it only predicts: batch norm and activations folded into the convolutions before them,
+wide ones with fewer products; in eight bits or compiled."""
 
 import copy
 import os
@@ -16,6 +16,7 @@ from stm_model.network.int8 import quantize
 from stm_model.network.resnet import BasicBlock, Bottleneck
 from stm_model.network.shared import SharedEncoder
 from stm_model.network.stm import STM
+from stm_model.network.winograd import WinogradConvolution, is_fast
 
 MAX_WIDE_BYTES = 8 * 2**20
 """An inverted residual whose widest map is larger than this is computed in strips."""
@@ -71,7 +72,7 @@ def fold_batch_norm(model: STM) -> STM:
 
 def fuse_activations(model: STM) -> STM:
     """Let oneDNN compute the convolutions of a network without batch norm, where it can, with what is behind them: the
-    activation, and the shortcut's sum.
+    activation, and the shortcut's sum; or `WinogradConvolution`, where that is faster.
 
     PyTorch by itself takes other ways for some of them, and an activation or a sum of its own reads and writes a whole
     map. The network is changed in place; its maps become channels-last, in which alone sums are fused in bfloat16.
@@ -95,7 +96,7 @@ def fuse_activations(model: STM) -> STM:
             if isinstance(child, (BasicBlock, Bottleneck, ResBlock)) and type(child.conv1) is nn.Conv2d:
                 setattr(module, name, _Residual(child))
             elif isinstance(child, nn.Conv2d):
-                setattr(module, name, _Convolution(child))
+                setattr(module, name, _convolution(child))
             elif isinstance(child, InvertedResidual):
                 setattr(module, name, _StripedResidual(child))
     return model
@@ -106,6 +107,12 @@ def _by_onednn(weight: Tensor) -> bool:
         return False
     native = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return native or weight.dtype == torch.float32
+
+
+def _convolution(convolution: nn.Conv2d, relu: nn.ReLU | None = None) -> "WinogradConvolution | _Convolution":
+    if is_fast(convolution):
+        return WinogradConvolution(convolution, relu is not None)
+    return _Convolution(convolution, relu)
 
 
 class _Convolution(nn.Module):
@@ -145,8 +152,8 @@ class _Residual(nn.Module):
         *between, last = (child for name, child in block.named_children() if name.startswith("conv"))
         self.activated_before = isinstance(block, ResBlock)
         relu = nn.ReLU()
-        self.between = nn.Sequential(*(_Convolution(convolution, relu) for convolution in between))
-        self.last = _Convolution(last, None if self.activated_before else relu)
+        self.between = nn.Sequential(*(_convolution(convolution, relu) for convolution in between))
+        self.last = _convolution(last, None if self.activated_before else relu)
         self.downsample = None if self.activated_before else block.downsample
 
     def forward(self, x: Tensor) -> Tensor:
