@@ -9,7 +9,7 @@ frames a second of whole pipelines: naive in turn, by default with decoding and 
 
     python bench/tracker.py --network released --objects 2 --frames 20            # ResNet-50
     python bench/tracker.py --dtype int8                                          # convolutions in eight bits
-    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python bench/tracker.py      # as on a processor with AVX2 alone
+    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2 python bench/tracker.py      # with AVX2 alone
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ STAGES = ("decode", "query encoder", "memory encoder", "read", "decoder", "all e
 """All else: frames and masks resized, the masks of all objects aggregated, labels."""
 NETWORK_STAGES = STAGES[1:5]
 FILE_FRAMES = 24
+ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_CBWR")
+"""Variables that keep oneDNN, PyTorch and MKL from instructions the processor has."""
 PRODUCT = 2048
 
 
@@ -360,7 +362,7 @@ def main(words: Sequence[str] | None = None) -> int:
     report = describe(device) | {"network": arguments.network, "frame": size}
     report |= {"dtype": arguments.dtype or dtype_name(dtype), "ceiling_dtype": dtype_name(dtype)}
     report |= {"ceiling": most, "instructions": torch.backends.cpu.get_cpu_capability()}
-    report |= {name: os.environ.get(name) for name in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")}
+    report |= {name: os.environ.get(name) for name in ISA_LIMITS}
     report |= {"agreement_J": agreement(device, 2, size, arguments.dtype), "rows": []}
     print(f"{report['device']}, {report['threads']} threads, load {report['load']:.1f}, {size[0]}×{size[1]}")
     print(f"{arguments.network} network in {report['dtype']}")
