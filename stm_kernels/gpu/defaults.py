@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -21,7 +22,9 @@ from stm_kernels.gpu.usage import usage_launch
 def default_launches(
     dtype: torch.dtype, architecture: str, C: int = 128, V: int = 512, B: int = 2, M: int = 1620, N: int = 32400
 ) -> dict[str, Launch]:
-    """Every kernel in its forms, with its default tiles, for token-major inputs on the meta device."""
+    """Every kernel in its forms, with its default tiles, on the meta device: for token-major inputs, and reads of
+    channel-major ones.
+    """
 
     def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=of, device="meta")
@@ -84,7 +87,33 @@ def default_launches(
             "read, descriptors, split": descriptor_launch(affinity, value, *partial, engine_tiles, part),
             "read, warp-specialized": descriptor_launch(affinity, value, out[None], lse[None], specialized, N),
         }
+    launches |= _channel_major_launches(dtype, architecture, (B, M, N), C, V, kept)
     return launches | _top_k_launches(affinity, full, architecture)
+
+
+def _channel_major_launches(
+    dtype: torch.dtype, architecture: str, sizes: tuple[int, int, int], C: int, V: int, kept: Tensor
+) -> dict[str, Launch]:
+    """Reads of keys and values that are `[B, C, N]` in memory; `kept` is the map of a read that may drop blocks."""
+    B, M, N = sizes
+
+    def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    affinity = Affinity(empty(B, C, M).mT, empty(B, C, N).mT, C**-0.5)
+    full = replace(affinity, key_bias=empty(B, N, of=torch.float32), lengths=empty(B, of=torch.int32))
+    forms = {"": affinity, ", l2": replace(full, lengths=None, may_hide=False), ", bias and lengths": full}
+    value, out, nothing = empty(B, V, N).mT, empty(1, B, M, V), empty(B, 0, of=torch.uint8)
+    lse, skipped = empty(1, B, M, of=torch.float64), empty(1, B, M, of=torch.float32)
+    launches = {}
+    for (name, one), skips in product(forms.items(), (False, True)):
+        biased = one.key_bias is not None
+        form = {"skips": skips, "biased": biased, "may_hide": biased and one.may_hide, "channel_major": True}
+        tiles = forward_tiles(architecture, dtype, C, V, **form)
+        blocks, skip = (kept, 1e-3) if skips else (nothing, 0.0)
+        launch = forward_launch(one, value, out, lse, skipped, blocks, skip, tiles, N)
+        launches[f"read, channel-major{', skipping' if skips else ''}{name}"] = launch
+    return launches
 
 
 def _top_k_launches(affinity: Affinity, full: Affinity, architecture: str, k: int = 30) -> dict[str, Launch]:

@@ -1,7 +1,8 @@
 """The forms whose tiles a model chooses: the launch of each, and what one iteration of its main loop does.
 
-All at the size of the standard model at 480p, token-major and in bfloat16. What selects and gathers the k best, and
-what merges, multiplies no matrices; the gradients' products are those of a library. None of these is here.
+All at the size of the standard model at 480p, in bfloat16 and token-major, unless they are named otherwise. What
+selects and gathers the k best, and what merges, multiplies no matrices; the gradients' products are those of a library.
+None of these is here.
 """
 
 import math
@@ -90,14 +91,17 @@ class Read:
     """Whether the bias may hide positions, and memories have lengths."""
     paged: bool = False
     """Whether the memory lies in pages."""
+    channel_major: bool = False
+    """Whether inputs are `[B, C, N]` in memory, as convolutions of maps that are not channels-last leave them."""
 
     @property
     def descriptors(self) -> bool:
-        return not (self.skips or self.may_hide or self.paged)
+        return not (self.skips or self.may_hide or self.paged or self.channel_major)
 
     def default(self, architecture: str, C: int, V: int) -> ForwardTiles:
         form = {"skips": self.skips, "biased": self.biased, "may_hide": self.may_hide}
-        return forward_tiles(architecture, DTYPE, C, V, descriptors=self.descriptors, **form)
+        form |= {"descriptors": self.descriptors, "channel_major": self.channel_major}
+        return forward_tiles(architecture, DTYPE, C, V, **form)
 
     def choices(self, architecture: str, C: int, V: int) -> list[ForwardTiles]:
         kinds = ("portable", "descriptor")[: 1 + (self.descriptors and architecture in TMA_ARCHITECTURES)]
@@ -108,6 +112,8 @@ class Read:
     def work(self, architecture: str, tiles: ForwardTiles, C: int, V: int) -> Work:
         splits, part = forward_splits(tiles, B, M, N, V, MULTIPROCESSORS[architecture])
         affinity, value = _affinity(C), _empty(B, N, V)
+        if self.channel_major:
+            affinity, value = Affinity(_empty(B, C, M).mT, _empty(B, C, N).mT, C**-0.5), _empty(B, V, N).mT
         if self.biased:
             affinity = replace(affinity, key_bias=_empty(B, N, of=torch.float32), may_hide=self.may_hide)
         if self.may_hide:
@@ -208,6 +214,10 @@ FORMS: dict[str, Form] = {
     "read, bias and lengths": Read(biased=True, may_hide=True),
     "read, paged": Read(paged=True),
     "read, skipping": Read(skips=True),
+    "read, channel-major": Read(channel_major=True),
+    "read, channel-major, l2": Read(channel_major=True, biased=True),
+    "read, channel-major, bias and lengths": Read(channel_major=True, biased=True, may_hide=True),
+    "read, channel-major, skipping": Read(channel_major=True, skips=True),
     "affinity and gradient": Gradient(),
     "the same, skipping": Gradient(skips=True),
     "usage": Usage(),

@@ -220,8 +220,10 @@ def triton_read(
     biased = affinity.key_bias is not None
     may_hide = biased and affinity.may_hide
     all_seen = pages is None and affinity.lengths is None and not may_hide
-    descriptors = all_seen and has_descriptors(query_key, affinity.memory_key, memory_value)
-    form = {"skips": skip > 0, "descriptors": descriptors, "biased": biased, "may_hide": may_hide}
+    inputs = (query_key, affinity.memory_key, memory_value)
+    form = {"skips": skip > 0, "biased": biased, "may_hide": may_hide}
+    form |= {"descriptors": all_seen and has_descriptors(*inputs)}
+    form |= {"channel_major": any(tensor.stride(2) != 1 for tensor in inputs)}
     tiles = forward_tiles(architecture, query_key.dtype, C, V, **form)
     splits, positions_per_split = forward_splits(tiles, B, M, N, V, multiprocessors(query_key.device))
     partial = query_key.dtype if splits == 1 else torch.float32

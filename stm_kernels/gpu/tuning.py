@@ -138,6 +138,7 @@ def forward_tiles(
     descriptors: bool = False,
     biased: bool = False,
     may_hide: bool = False,
+    channel_major: bool = False,
 ) -> ForwardTiles:
     """Choose the forward tile.
 
@@ -149,6 +150,7 @@ def forward_tiles(
         descriptors: whether the layout of the inputs allows TMA.
         biased: whether there is a bias.
         may_hide: whether it may hide positions, whose rows each load leaves out.
+        channel_major: whether the channels of an input do not lie together, for which addresses take more registers.
     """
     block_v = padded(V)
     if architecture == INTERPRETER:
@@ -156,24 +158,60 @@ def forward_tiles(
     if dtype == torch.float32:
         if skips:
             return ForwardTiles(32, 32, min(64, block_v), 16 if architecture in (*LARGE_TILES, "sm_120") else 8, 1)
-        return ForwardTiles(32, 32, min(128, block_v), 8, 1)
+        return ForwardTiles(16 if channel_major else 32, 32, min(128, block_v), 8, 1)
     if biased and architecture.startswith("gfx"):
         return ForwardTiles(64, 32, min(128 if padded(C) > 128 else 256, block_v), 8, 2)
     if padded(C) > 128:
         return ForwardTiles(64, 32, min(256, block_v), 8, 2)
-    if architecture in LARGE_TILES and not skips and (architecture == "sm_90" or not biased):
-        kind = "descriptor" if descriptors and architecture in TMA_ARCHITECTURES else "portable"
-        return ForwardTiles(128, 64, min(256, block_v), 8, 2 if may_hide else 3, kind)
-    # the best predicted whose every form compiles without spills: `python -m stm_kernels.gpu.model --sweep`
-    if architecture == "sm_80" and not skips and block_v > 128 and not may_hide:
-        return ForwardTiles(64, 128, min(256, block_v), 8, 2)
-    if architecture == "sm_80" and not skips and not biased:
-        return ForwardTiles(128, 64, block_v, 8, 2)
-    if architecture in ("sm_80", "sm_90") and padded(C) <= 64 and block_v <= 128:
-        return ForwardTiles(128, 64, block_v, 8, 2) if skips else ForwardTiles(64, 64, block_v, 4, 2)
-    if architecture == "sm_90" and skips and block_v > 128:
-        return ForwardTiles(128, 32, 256, 8, 2)
+    form = {"narrow": padded(C) <= 64, "may_hide": may_hide, "channel_major": channel_major}
+    if architecture == "sm_80":
+        return _ampere_tiles(block_v, skips, biased, **form)
+    if architecture == "sm_90":
+        kind = "descriptor" if descriptors and not skips else "portable"
+        return _hopper_tiles(block_v, skips, biased, kind, **form)
+    if architecture in LARGE_TILES and not skips and not biased:
+        return ForwardTiles(128, 64, min(256, block_v), 8, 3)
     return ForwardTiles(64, 64, min(256, block_v), 8, 2)
+
+
+# the best predicted of which every form compiles without spills: `python -m stm_kernels.gpu.model --sweep`; `narrow` is
+# of the key channels
+
+
+def _ampere_tiles(
+    block_v: int, skips: bool, biased: bool, *, narrow: bool, may_hide: bool, channel_major: bool
+) -> ForwardTiles:
+    if block_v <= 128:
+        if skips:
+            return ForwardTiles(128 if narrow else 64, 64, block_v, 8, 2)
+        if biased and (may_hide or not narrow):
+            return ForwardTiles(64, 64, block_v, 4 if narrow else 8, 2)
+        return ForwardTiles(128, 64, block_v, 8, 2)
+    if channel_major:
+        return ForwardTiles(64, (32 if biased else 64) if skips else (64 if biased else 128), 256, 8, 2)
+    if skips:
+        return ForwardTiles(64, 32, min(512, block_v), 8, 2)
+    if may_hide:
+        return ForwardTiles(64, 64, 256, 8, 2)
+    return ForwardTiles(64, 128, 256, 8, 2) if block_v < 512 else ForwardTiles(64, 64, 512, 8, 2)
+
+
+def _hopper_tiles(
+    block_v: int, skips: bool, biased: bool, kind: str, *, narrow: bool, may_hide: bool, channel_major: bool
+) -> ForwardTiles:
+    if block_v > 128:
+        if channel_major and biased and not skips and not may_hide and block_v >= 512:
+            return ForwardTiles(64, 64, 512, 8, 2)
+        if channel_major and (biased or skips):
+            return ForwardTiles(128, 32, 256, 8, 2)
+        return ForwardTiles(128, 64, 256, 8, 2 if skips or may_hide else 3, kind)
+    if skips:
+        return ForwardTiles(128 if narrow else 64, 64, block_v, 8, 2)
+    if narrow and may_hide and not channel_major:
+        return ForwardTiles(64, 128, block_v, 4, 2)
+    if narrow and not may_hide:
+        return ForwardTiles(128, 128, block_v, 8, 2, kind)
+    return ForwardTiles(128, 64, block_v, 8, 2 if may_hide else 3, kind)
 
 
 def affinity_tiles(architecture: str, dtype: torch.dtype, C: int, *, skips: bool = False) -> AffinityTiles:

@@ -20,7 +20,7 @@ def launches(monkeypatch, device) -> list[str]:
         pytest.skip("a GPU without a copy engine")
     launched = []
 
-    def tiles(architecture, dtype, C, V, *, skips=False, descriptors=False, biased=False, may_hide=False):
+    def tiles(architecture, dtype, C, V, *, descriptors, **form):
         kind = KINDS[len(launched) % 2] if descriptors else "portable"
         return ForwardTiles(64, 32, 32, 4, 2, kind)
 
