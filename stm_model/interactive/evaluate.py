@@ -124,7 +124,9 @@ def _run_sample(config: EvaluateInteractiveConfig, model: STM, start: _Start, pr
         size = chosen_side(config.size, config.checkpoint, frames[0].shape[:2])
         session = ScribbleSession(model, frames, size=size)
         rounds, masks = [], np.zeros((len(frames), *truths[0].shape), np.uint8)
-        results = run_rounds(session, truths, video.objects, first=start.first, interactions=config.interactions)
+        results = run_rounds(
+            session, truths, video.objects, first=start.first, interactions=config.interactions, name=start.name
+        )
         for result in results:
             rounds.append(result[0])
             masks = result[1]

@@ -8,6 +8,7 @@
 """
 
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -93,26 +94,28 @@ def run_rounds(
     *,
     first: tuple[int, Sequence[Scribble]] | None = None,
     interactions: int = INTERACTIONS,
+    name: str = "video",
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[tuple[Round, np.ndarray]]:
     """Scribble, segment and score, until the rounds or the time are used up or nothing is left to correct.
 
     After the first round the robot scribbles on the frame with the lowest J&F among those not scribbled on. Time runs
     while the session works, not while it is scored. A round that ends after the budget, 30 seconds a round and object,
-    does not count.
+    does not count, and a warning says so.
 
     Args:
         truths: labels of all frames, uint8 `[H, W]`; 255 is void.
         objects: labels that are scored.
         first: frame and scribbles to begin with; None lets the robot begin, on the frame that shows the objects best.
         interactions: rounds allowed.
+        name: what a warning calls the video.
 
     Yields:
         Each round and its masks, uint8 `[T, H, W]`.
 
     Source: Caelles et al. 2018; interactive.davischallenge.org, where the first scribbles are a person's.
     """
-    left = SECONDS * len(objects) * interactions
+    left = budget = SECONDS * len(objects) * interactions
     used: list[int] = []
     if first is None:
         frame = first_frame(truths, objects)
@@ -126,6 +129,8 @@ def run_rounds(
         seconds = clock() - start
         left -= seconds
         if left < 0:
+            late = f"round {len(used) + 1} ended {budget - left:.0f} s after the start, {budget:.0f} s are allowed"
+            warnings.warn(f"{name}: {late}: it does not count, is the machine busy?", stacklevel=2)
             return
         region, contour = score_frames(masks, truths, objects)
         yield Round(frame, len(scribbles), seconds, float(region.mean()), float(contour.mean())), masks

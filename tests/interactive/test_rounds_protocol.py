@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -114,9 +115,12 @@ def test_a_round_beyond_the_budget_is_not_done(truths):
     for seconds, count in ((59, 3), (60, 3), (61, 2), (181, 0)):
         times = iter(range(10))
         session = Stub(np.zeros_like(truths))
-        results = list(
-            run_rounds(session, truths, [1, 2], interactions=3, clock=lambda times=times, s=seconds: next(times) * s)
-        )
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            clock = lambda times=times, s=seconds: next(times) * s  # noqa: E731
+            results = list(run_rounds(session, truths, [1, 2], interactions=3, name="cows", clock=clock))
+        late = f"cows: round {count + 1} ended {seconds * (count + 1)} s after the start, 180 s are allowed"
+        assert [str(one.message)[: len(late)] for one in said] == [late] * (count < 3)
         assert len(results) == count
         assert all(done.seconds == seconds for done, _ in results)
 
