@@ -214,16 +214,16 @@ def triton_read(
     (B, M, N), C, V = affinity.sizes, query_key.shape[2], memory_value.shape[2]
     N = N if pages is None else pages.length
     architecture = architecture_of(query_key.device)
-    if not skip and pages is None and staged_is_cheaper(architecture, query_key.dtype, C, V):
+    inputs = (query_key, affinity.memory_key, memory_value)
+    channel_major = any(tensor.stride(2) != 1 for tensor in inputs)
+    if not skip and pages is None and staged_is_cheaper(architecture, query_key.dtype, C, V, channel_major):
         return _staged_read(affinity, memory_value)
     # TMA cannot leave out rows, and a weight of 0 times NaN is NaN
     biased = affinity.key_bias is not None
     may_hide = biased and affinity.may_hide
     all_seen = pages is None and affinity.lengths is None and not may_hide
-    inputs = (query_key, affinity.memory_key, memory_value)
-    form = {"skips": skip > 0, "biased": biased, "may_hide": may_hide}
+    form = {"skips": skip > 0, "biased": biased, "may_hide": may_hide, "channel_major": channel_major}
     form |= {"descriptors": all_seen and has_descriptors(*inputs)}
-    form |= {"channel_major": any(tensor.stride(2) != 1 for tensor in inputs)}
     tiles = forward_tiles(architecture, query_key.dtype, C, V, **form)
     splits, positions_per_split = forward_splits(tiles, B, M, N, V, multiprocessors(query_key.device))
     partial = query_key.dtype if splits == 1 else torch.float32

@@ -116,7 +116,8 @@ KEPT_MAXIMA = 2**25
 MAX_GROUPS = 8192
 MIN_GROUPS = 64
 
-# value slices from which on the affinity is written out: three objects of 512 channels that share their keys
+# value slices from which on the affinity is written out: three objects of 512 channels that share their keys, where a
+# slice has 256
 STAGED_SLICES = 6
 
 # costs of a split, in memory positions that a program reads meanwhile: its start and end, a launch of the merge, and
@@ -276,12 +277,13 @@ def padded(channels: int) -> int:
     return max(16, 1 << (channels - 1).bit_length())
 
 
-def staged_is_cheaper(architecture: str, dtype: torch.dtype, C: int, V: int) -> bool:
+def staged_is_cheaper(architecture: str, dtype: torch.dtype, C: int, V: int, channel_major: bool = False) -> bool:
     """Whether the affinity is better written out than computed anew for every slice of so many value channels.
 
     Per query and position the slices cost 2·C·slices operations, the other way 4·C and two trips to memory.
     """
-    return triton.cdiv(V, forward_tiles(architecture, dtype, C, V).block_v) >= STAGED_SLICES
+    tiles = forward_tiles(architecture, dtype, C, V, channel_major=channel_major)
+    return triton.cdiv(V, tiles.block_v) >= STAGED_SLICES
 
 
 def forward_splits(tiles: ForwardTiles, B: int, M: int, N: int, V: int, multiprocessors: int) -> tuple[int, int]:
