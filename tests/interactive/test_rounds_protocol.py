@@ -1,6 +1,7 @@
 """The interactive protocol by its properties, `stm evaluate --dataset davis-interactive`, and the official session."""
 
 import csv
+import itertools
 import json
 import shutil
 import warnings
@@ -113,12 +114,11 @@ def test_given_scribbles_come_first(truths):
 def test_a_round_beyond_the_budget_is_not_done(truths):
     # two objects, three rounds: 180 seconds
     for seconds, count in ((59, 3), (60, 3), (61, 2), (181, 0)):
-        times = iter(range(10))
         session = Stub(np.zeros_like(truths))
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            clock = lambda times=times, s=seconds: next(times) * s  # noqa: E731
-            results = list(run_rounds(session, truths, [1, 2], interactions=3, name="cows", clock=clock))
+            rule = {"interactions": 3, "name": "cows", "clock": itertools.count(0, seconds).__next__}
+            results = list(run_rounds(session, truths, [1, 2], **rule))
         late = f"cows: round {count + 1} ended {seconds * (count + 1)} s after the start, 180 s are allowed"
         assert [str(one.message)[: len(late)] for one in said] == [late] * (count < 3)
         assert len(results) == count

@@ -6,12 +6,11 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from triton.runtime import interpreter
 
 from stm_kernels.gpu import backward, forward, top_k, tuning, usage
 from stm_kernels.gpu import merge as merging
 from stm_kernels.testing import allowed_error_shares, make_problem, read_by, results
-
-interpreter = pytest.importorskip("triton.runtime.interpreter")
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels run for real")
 
@@ -22,8 +21,6 @@ FORMS = {
     "channel-major": {"channel_major": True},
     "channel-major, a bias": {"channel_major": True, "similarity": "l2"},
 }
-
-
 # of half precision all, of float32 what has tiles of its own
 CASES = [
     *((torch.float16, form) for form in FORMS),
@@ -59,11 +56,14 @@ def tiles_of(architecture):
 
 
 def assert_as_exact(architecture, problem, read):
-    """With a GPU's tiles a read errs no more than the yardstick allows beside the same read with the interpreter's."""
-    truth, small = results(problem.to(torch.float64)), results(problem, read)
+    """With a GPU's tiles a read errs no more than the yardstick allows beside plain PyTorch, or in float32, which a
+    BLAS adds up in a better order than a GPU's, beside the same read with the interpreter's tiles.
+    """
+    in_float32 = problem.query_key.dtype == torch.float32
+    truth, other = results(problem.to(torch.float64)), results(problem, read if in_float32 else None)
     with tiles_of(architecture):
         found = results(problem, read)
-    ratios = allowed_error_shares(truth, small, found)
+    ratios = allowed_error_shares(truth, other, found)
     assert max(ratios.values()) <= 1, ratios
 
 

@@ -12,15 +12,17 @@ from stm_model.network import for_inference, winograd
 from stm_model.network.winograd import WinogradConvolution, is_fast
 
 
-def bound(fast: WinogradConvolution, convolution: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """The greatest error of float32 sums in any order: every factor by its size, the number of roundings in a row."""
+def bound(fast: WinogradConvolution, bias: torch.Tensor, x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """The greatest error of float32 sums in any order, `total` added: every factor by its size, the number of roundings
+    in a row.
+    """
     eps = torch.finfo(torch.float32).eps
     tiles, results = fast.to_tiles.double().abs(), fast.to_results.double().abs()
     filters = fast.weight.double().abs()
     largest = F.max_pool2d(x.double().abs(), 11, 1, 5).amax(1, keepdim=True)
     gain = (results @ (tiles.sum(1)[:, None] * filters.sum(1))).amax(0)
     roundings = 9 + tiles.shape[1] + filters.shape[1] + results.shape[1] + 4
-    return roundings * eps * (gain.view(1, -1, 1, 1) * largest + convolution.bias.abs().view(1, -1, 1, 1) + 10)
+    return roundings * eps * (gain.view(1, -1, 1, 1) * largest + bias.abs().view(1, -1, 1, 1) + total.abs())
 
 
 @settings(max_examples=60, deadline=None)
@@ -43,7 +45,7 @@ def test_equals_the_plain_one(batch, height, width, channels, relu, channels_las
     total = torch.randn(batch, channels[1], height, width).contiguous(memory_format=torch.channels_last)
     truth = F.conv2d(x.double(), convolution.weight.double(), convolution.bias.double(), padding=1)
     onto = truth + total
-    allowed = bound(fast, convolution, x)
+    allowed = bound(fast, convolution.bias, x, total)
     assert allowed.max() < 0.01
     with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(winograd, "STRIP_BYTES", strip_bytes)
@@ -108,6 +110,9 @@ def test_the_released_shape_has_them_and_gives_the_same():
     # five of a stage at 1/16, keys and values of both encoders; all of the decoder but what predicts
     assert len([name for name in found if "Decoder" in name]) == 13
     assert len(found) == 13 + 2 * 5 + 4
+    # four times what the filters take
+    filters = [fast.get_submodule(name).weight.nbytes for name in found]
+    assert round(sum(filters) / 1e6) == 444
     frames = torch.rand(1, 3, 64, 96)
     with torch.inference_mode():
         truth, query = model.encode_query(frames), fast.encode_query(frames)
