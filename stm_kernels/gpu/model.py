@@ -21,7 +21,7 @@ import re
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -279,7 +279,11 @@ def main() -> None:
             tiles = FORMS[name].default(architecture, C, V)
             if arguments.tiles:
                 kind = {"kind": arguments.kind} if isinstance(tiles, ForwardTiles) else {}
-                tiles = type(tiles)(*arguments.tiles, **kind)
+                try:
+                    tiles = type(tiles)(*arguments.tiles, **kind)
+                except TypeError:
+                    names = ", ".join(field.name for field in fields(tiles) if field.name != "kind")
+                    parser.error(f"--tiles: expected {names}, got {len(arguments.tiles)} numbers")
             works.append((name, FORMS[name].work(architecture, tiles, C, V), 0))
         for name, work, published in works:
             found = predict(work, architecture)
