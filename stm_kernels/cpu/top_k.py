@@ -222,6 +222,11 @@ def chunked_select(affinity: Affinity, k: int) -> tuple[Tensor, Tensor]:
     return indices, logits
 
 
+def _group_size(P: int) -> int:
+    """`GROUP`, or the next greater number below its double that divides a chunk of P positions: then none is padded."""
+    return next((size for size in range(GROUP, 2 * GROUP) if P % size == 0), GROUP)
+
+
 def _merge_best(best: Tensor, positions: Tensor, products: Tensor, start: int, k: int) -> tuple[Tensor, Tensor]:
     """The k best `[M, ≤ k]`, best first, of those so far and of a chunk `[M, P]` of positions from `start` on.
 
@@ -234,11 +239,11 @@ def _merge_best(best: Tensor, positions: Tensor, products: Tensor, start: int, k
         # topk orders ties as it likes; NaN is less than nothing
         if (values[:, 1:] < values[:, :-1]).all():
             return values[:, :k], columns[:, :k].to(positions.dtype).add_(start)
-    size = GROUP if P > 2 * k * GROUP else 1
-    whole = P // size * size
-    maxima = products[:, :whole].unflatten(1, (-1, size)).amax(2)
-    if whole < P:
-        maxima = torch.cat([maxima, products[:, whole:].amax(1, keepdim=True)], 1)
+    size = _group_size(P) if P > 2 * k * GROUP else 1
+    if P % size:
+        # sorts behind all P, of which there are more than k
+        products = F.pad(products, (0, -P % size), value=-math.inf)
+    maxima = products.unflatten(1, (-1, size)).amax(2)
     if best.shape[1] == k:
         # ties go to the earlier one
         least, below = best[:, -1:], torch.le
@@ -246,17 +251,13 @@ def _merge_best(best: Tensor, positions: Tensor, products: Tensor, start: int, k
         least, below = maxima.topk(k, 1).values[:, -1:], torch.lt
     else:
         least, below = products.new_full((len(products), 1), -math.inf), torch.lt
-    rows, groups = below(maxima, least).logical_not_().nonzero(as_tuple=True)
-    columns = groups[:, None] * size + torch.arange(size, device=groups.device)
-    values = products[rows[:, None], columns.clamp_(max=P - 1)]
-    found = below(values, least[rows]).logical_not_()
-    if whole < P:
-        # the last group has fewer columns than the others
-        found[:, 1:] &= columns[:, 1:] > columns[:, :-1]
-    found, place = found.nonzero(as_tuple=True)
+    groups = below(maxima, least).logical_not_().flatten().nonzero()[:, 0]
+    values = products.view(-1, size).index_select(0, groups)
+    rows, first = groups // maxima.shape[1], groups % maxima.shape[1] * size
+    found, place = below(values, least[rows]).logical_not_().nonzero(as_tuple=True)
     if not len(found):
         return best, positions
-    rows, columns, values = rows[found], columns[found, place], values[found, place]
+    rows, columns, values = rows[found], first[found] + place, values[found, place]
     places = torch.arange(len(rows), device=rows.device)
     places -= torch.searchsorted(rows, torch.arange(len(best), device=rows.device))[rows]
     shape = (len(best), best.shape[1] + int(places.max()) + 1)

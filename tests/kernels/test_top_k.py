@@ -176,11 +176,12 @@ def test_chunks_and_long_rows(monkeypatch, implementation):
         assert_chosen(whole_numbered(problem, k), implementation)
 
 
-def test_a_long_chunk_is_bounded_by_its_groups(monkeypatch):
+@pytest.mark.parametrize("N", [1500, 1513], ids=["whole groups", "a part of a group"])
+def test_a_long_chunk_is_bounded_by_its_groups(monkeypatch, N):
     monkeypatch.setattr(cpu_top_k, "KEYS_PER_CHUNK", 1024)
     monkeypatch.setattr(cpu_top_k, "GROUP", 8)
     for k in (1, 5, 40):
-        assert_chosen(whole_numbered(make_problem(1, 30, 1500, 16, 8), k), "chunked")
+        assert_chosen(whole_numbered(make_problem(1, 30, N, 16, 8), k), "chunked")
 
 
 @pytest.mark.parametrize("equal", [False, True])
