@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from stm_model.runtime import NetworkOptions
+from stm_model.tracking.budget import MemoryBudget
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class EvaluateConfig(EvaluationOptions):
     None takes first+every:5 where the decoder sees the previous masks, as with the package's weights, else every:5."""
     memory_share: float | None = None
     """The most remembered positions to keep, as a share of all: those that reads use; None keeps all."""
+    top_k: int | None = None
+    """Read only so many remembered positions for each pixel of the feature map, as `stm track`; None reads all."""
     both_ways: bool = False
     """Track backwards too, from the masks of later frames, as `stm track --both-ways`."""
     corrections: int = 0
@@ -72,6 +75,8 @@ class EvaluateConfig(EvaluationOptions):
             raise ValueError("dataset: davis-interactive takes an EvaluateInteractiveConfig")
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers: expected at least 1, got {self.workers}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k: expected at least 1, got {self.top_k}")
         if self.corrections < 0:
             raise ValueError(f"corrections: expected at least 0, got {self.corrections}")
         if self.corrections and (self.results is not None or self.study is not None):
@@ -86,3 +91,8 @@ class EvaluateConfig(EvaluationOptions):
             raise ValueError("checkpoint: the masks in --results are there already; give one of the two")
         if self.binary and self.results is None:
             raise ValueError("binary: says how to read --results, which was not given")
+
+    @property
+    def tracker_options(self) -> dict[str, Any]:
+        """Arguments of the `Tracker` beside network and size."""
+        return {"memory": self.memory, "budget": MemoryBudget(share=self.memory_share), "top_k": self.top_k}

@@ -36,13 +36,13 @@ from stm_model.evaluation.tables import (
 from stm_model.io.files import is_empty, locked, write_json
 from stm_model.network import STRIDE
 from stm_model.runtime import DEFAULT_WEIGHTS, NetworkOptions, default_device, default_dtype, dtype_name, usable_device
-from stm_model.tracking.budget import MemoryBudget, MemoryRule
+from stm_model.tracking.budget import MemoryRule
 from stm_model.tracking.resume import source_digest
 
 SUMMARY, CERTAINTY = "evaluation.json", "certainty"
 MADE_WITH = frozenset(
-    ("dataset", "split", "weights", "data", "resolution", "size", "dtype", "memory", "memory_share", "both_ways")
-    + ("results", "study")
+    ("dataset", "split", "weights", "data", "resolution", "size", "dtype", "memory", "memory_share", "top_k")
+    + ("both_ways", "results", "study")
 )
 """What masks depend on: an evaluation that is resumed must have been made with the same."""
 
@@ -74,9 +74,8 @@ def _evaluation(config: EvaluateConfig, dataset: Dataset, left: list[Video], ran
 
 def _track(config: EvaluateConfig, dataset: Dataset, videos: Sequence[Video], ranks: Ranks) -> Speed:
     mine = ranks.share(videos, lambda video: len(video.frame_paths))
-    options = {"memory": config.memory, "budget": MemoryBudget(share=config.memory_share)}
     folder, certainty = config.out / "masks" / dataset.submission_folder, config.out / CERTAINTY
-    task = (mine, config, options, folder, not ranks.first, certainty, config.both_ways)
+    task = (mine, config, config.tracker_options, folder, not ranks.first, certainty, config.both_ways)
     speeds = ranks.each(lambda: track_videos(*task))
     return sum(speeds[1:], start=speeds[0])
 

@@ -15,7 +15,6 @@ from stm_model.evaluation.predict import Speed, track_videos_apart
 from stm_model.evaluation.protocol import Dataset
 from stm_model.evaluation.scoring import ObjectScore, score
 from stm_model.evaluation.tables import summarize, write_csv
-from stm_model.tracking.budget import MemoryBudget
 
 PERCENTILES = tuple(range(101))
 
@@ -64,8 +63,13 @@ def run_study(name: str, dataset: Dataset, config: EvaluateConfig, ranks: Ranks)
     rows: dict[str, dict[str, Any]] = {}
     for variant, options in STUDIES[name].variants.items():
         masks = config.out / "masks" / re.sub(r"\W+", "_", variant)
-        options = {"memory": config.memory, "budget": MemoryBudget(share=config.memory_share)} | dict(options)
-        task = (mine, config, options, masks / dataset.submission_folder, not ranks.first)
+        task = (
+            mine,
+            config,
+            config.tracker_options | dict(options),
+            masks / dataset.submission_folder,
+            not ranks.first,
+        )
         speeds = ranks.each(lambda: track_videos_apart(*task))  # noqa: B023
         speed = sum(speeds[1:], start=speeds[0])
         scores = ranks.on_first(lambda: score(dataset, masks, workers=config.workers))  # noqa: B023

@@ -54,6 +54,10 @@ class TrainConfig:
     """Likewise, the width of the decoder."""
     similarity: Literal["dot", "l2"] | None = None
     """Likewise, how keys are compared: by their dot product (None too), or by their squared distance as STCN does."""
+    prior: bool | None = None
+    """Likewise, whether the decoder sees the previous frame's masks, in the shared form alone."""
+    top_k: int | None = None
+    """Remembered positions that each query reads, the best, see `stm_kernels.memory_read`; None reads all."""
     rounds: int = 0
     """Simulated rounds of scribbles that the frames of a clip are segmented in, by a network guided by scribbles. 0
     trains one that tracks from the mask of the first frame."""
@@ -166,8 +170,10 @@ class TrainConfig:
             raise ValueError("paste, distract, replace: expected shares with a sum of at most 1")
         if not 1 <= self.max_skip[0] <= self.max_skip[1]:
             raise ValueError(f"max_skip: expected two numbers of frames, ascending from 1, got {self.max_skip}")
-        if self.distinct is not None and self.distinct < 1:
-            raise ValueError(f"distinct: expected at least 1, got {self.distinct}")
+        for name in ("distinct", "top_k"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
         if self.weights and len(self.weights) != len(self.data):
             raise ValueError(
                 f"weights: expected one for each of {len(self.data)} data folders, got {len(self.weights)}"
@@ -191,7 +197,7 @@ class TrainConfig:
     @property
     def _shape(self) -> dict:
         """What differs from the shape that `network` names."""
-        names = ("backbone", "key_channels", "value_channels", "decoder_channels", "similarity")
+        names = ("backbone", "key_channels", "value_channels", "decoder_channels", "similarity", "prior")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property

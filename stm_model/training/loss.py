@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -19,9 +20,9 @@ from stm_model.network.encoders import FrameFeatures
 def segment_clips(
     model: STM,
     clips: list[Clip],
-    implementation: str = "auto",
     recompute: bool = False,
     prior_noise: float = 0.0,
+    **read_options: Any,
 ) -> list[list[Tensor]]:
     """Segment the frames of a batch of clips one after the other, each from the memory of all before it.
 
@@ -31,9 +32,9 @@ def segment_clips(
     Args:
         model: the network.
         clips: B clips of the same T, H and W, multiples of 16; any number of objects each, at least one.
-        implementation: of the memory read.
         recompute: keep no activations of encoders and decoder, but compute them again in the backward pass.
         prior_noise: see `TrainConfig`.
+        read_options: of the memory read, see `stm_kernels.memory_read`.
 
     Returns:
         T − 1 lists of B logit maps `[n + 1, H, W]`, float32, background first.
@@ -51,7 +52,7 @@ def segment_clips(
         key, value = run(model.memorize, remembered[time - 1], torch.cat(masks), others, objects)
         keys.append(key)
         values.append(value)
-        readout = _read(model, query.key, torch.stack(keys, 2), torch.stack(values, 2), objects, implementation)
+        readout = _read(model, query.key, torch.stack(keys, 2), torch.stack(values, 2), objects, read_options)
         seen = [disturbed(mask, clip, time, prior_noise) for mask, clip in zip(masks, clips)] if prior_noise else masks
         previous = torch.cat(seen), torch.cat([other_object_masks(mask) for mask in seen])
         probabilities = run(model.segment, readout, query, objects, previous).split(objects)
@@ -61,9 +62,11 @@ def segment_clips(
     return predictions
 
 
-def _read(model: STM, query_key: Tensor, key: Tensor, value: Tensor, objects: list[int], implementation: str) -> Tensor:
+def _read(
+    model: STM, query_key: Tensor, key: Tensor, value: Tensor, objects: list[int], read_options: dict[str, Any]
+) -> Tensor:
     """What the objects of all clips read, `[K, V, h, w]`."""
-    options = {"similarity": model.config.similarity, "implementation": implementation}
+    options = {"similarity": model.config.similarity} | read_options
     if not model.shares_keys:
         counts = torch.tensor(objects, device=query_key.device)
         query_key = query_key.repeat_interleave(counts, 0, output_size=sum(objects))
@@ -110,35 +113,36 @@ class ClipLoss(nn.Module):
         self,
         model: STM,
         dice_weight: float,
-        implementation: str = "auto",
         recompute: bool = False,
         prior_noise: float = 0.0,
+        **read_options: Any,
     ):
         super().__init__()
-        self.model, self.dice_weight, self.prior_noise = model, dice_weight, prior_noise
-        self.implementation, self.recompute = implementation, recompute
+        self.model, self.dice_weight, self.read_options = model, dice_weight, read_options
+        self.recompute, self.prior_noise = recompute, prior_noise
 
     def forward(self, clips: list[Clip]) -> Tensor:
-        return clip_loss(self.model, clips, self.dice_weight, self.implementation, self.recompute, self.prior_noise)
+        noise = self.prior_noise
+        return clip_loss(self.model, clips, self.dice_weight, self.recompute, noise, **self.read_options)
 
     def predict(self, clip: Clip) -> list[Tensor]:
         """Logit maps `[n + 1, H, W]` of the frames of a clip after its first."""
-        return [logits for (logits,) in segment_clips(self.model, [clip], self.implementation)]
+        return [logits for (logits,) in segment_clips(self.model, [clip], **self.read_options)]
 
 
 def clip_loss(
     model: STM,
     clips: list[Clip],
     dice_weight: float = 0.5,
-    implementation: str = "auto",
     recompute: bool = False,
     prior_noise: float = 0.0,
+    **read_options: Any,
 ) -> Tensor:
     """Cross entropy on the aggregated logits plus a soft Dice term, mean over clips and frames; void counts nowhere.
 
     For the arguments see `segment_clips`; `dice_weight` is the weight of the Dice term.
     """
-    predictions = segment_clips(model, clips, implementation, recompute, prior_noise)
+    predictions = segment_clips(model, clips, recompute, prior_noise, **read_options)
     losses = [
         frame_loss(logits, clip.labels[time], dice_weight)
         for time, frame_logits in enumerate(predictions, start=1)

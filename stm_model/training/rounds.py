@@ -1,6 +1,7 @@
 """Simulated rounds of scribbles: someone scribbles on a frame of each clip, all frames are segmented, and so on."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ WORST = 0.7
 
 
 def segment_rounds(
-    model: STM, clips: list[Clip], rounds: int, implementation: str = "auto", recompute: bool = False
+    model: STM, clips: list[Clip], rounds: int, recompute: bool = False, **read_options: Any
 ) -> list[list[Tensor]]:
     """Segment the frames of a batch of clips again and again, after scribbles on another frame each time.
 
@@ -37,7 +38,7 @@ def segment_rounds(
 
     Args:
         model: the network, guided by scribbles.
-        clips, implementation, recompute: as in `segment_clips`.
+        clips, recompute, read_options: as in `segment_clips`.
         rounds: how many.
 
     Returns:
@@ -56,7 +57,7 @@ def segment_rounds(
         for clip, annotator in enumerate(annotators):
             annotator.scribble(_labels(predictions[-1][clip]) if predictions else None)
         memories = _remember(model, annotators, masks, run)
-        readouts = [_read(model, *one, implementation) for one in zip(memories, query.key.split(lengths))]
+        readouts = [_read(model, *one, read_options) for one in zip(memories, query.key.split(lengths))]
         probabilities = run(model.segment, torch.cat(readouts), query, objects)
         parts = probabilities.split([len(readout) for readout in readouts])
         apart = (rearrange(part, "(t n) h w -> n t h w", t=length) for part, length in zip(parts, lengths))
@@ -143,12 +144,11 @@ def _remember(
     ]
 
 
-def _read(model: STM, memory: tuple[Tensor, Tensor], key: Tensor, implementation: str) -> Tensor:
+def _read(model: STM, memory: tuple[Tensor, Tensor], key: Tensor, read_options: dict[str, Any]) -> Tensor:
     """What the n objects of a clip read for its frames, `[T·n, V, h, w]`; the frames' keys are `[T, C, h, w]`."""
     # the frames side by side are one large query: the memory is not repeated for each
     query_key = rearrange(key, "t c h w -> 1 c (t h) w").expand(len(memory[0]), -1, -1, -1)
-    options = {"similarity": model.config.similarity, "implementation": implementation}
-    readout = space_time_memory_read(query_key, *memory, **options)
+    readout = space_time_memory_read(query_key, *memory, similarity=model.config.similarity, **read_options)
     return rearrange(readout, "n v (t h) w -> (t n) v h w", t=len(key))
 
 
@@ -160,15 +160,13 @@ def _labels(logits: Tensor) -> np.ndarray:
 class RoundsLoss(nn.Module):
     """A network together with the loss of its rounds, the mean over clips, frames and rounds."""
 
-    def __init__(
-        self, model: STM, rounds: int, dice_weight: float, implementation: str = "auto", recompute: bool = False
-    ):
+    def __init__(self, model: STM, rounds: int, dice_weight: float, recompute: bool = False, **read_options: Any):
         super().__init__()
         self.model, self.rounds, self.dice_weight = model, rounds, dice_weight
-        self.implementation, self.recompute = implementation, recompute
+        self.recompute, self.read_options = recompute, read_options
 
     def forward(self, clips: list[Clip]) -> Tensor:
-        predictions = segment_rounds(self.model, clips, self.rounds, self.implementation, self.recompute)
+        predictions = segment_rounds(self.model, clips, self.rounds, self.recompute, **self.read_options)
         losses = [
             frame_loss(logits, labels, self.dice_weight)
             for predicted in predictions
@@ -179,4 +177,4 @@ class RoundsLoss(nn.Module):
 
     def predict(self, clip: Clip) -> list[Tensor]:
         """Logit maps `[n + 1, H, W]` of the frames of a clip after the last round."""
-        return list(segment_rounds(self.model, [clip], self.rounds, self.implementation)[-1][0])
+        return list(segment_rounds(self.model, [clip], self.rounds, **self.read_options)[-1][0])

@@ -66,11 +66,11 @@ class _Training:
         dtype = getattr(torch, config.dtype) if config.dtype else default_dtype(self.device)
         warn_if_emulated(dtype, self.device)
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
-        reading = (config.implementation, config.recompute)
+        reading = {"implementation": config.implementation, "top_k": config.top_k}
         self.loss: nn.Module = (
-            RoundsLoss(state.model, config.rounds, config.dice, *reading)
+            RoundsLoss(state.model, config.rounds, config.dice, config.recompute, **reading)
             if config.rounds
-            else ClipLoss(state.model, config.dice, *reading, config.prior_noise)
+            else ClipLoss(state.model, config.dice, config.recompute, config.prior_noise, **reading)
         )
         self.predict = self.loss.predict
         if processes > 1:

@@ -246,15 +246,26 @@ def test_a_variants_memory_is_of_its_own_process(davis, weights, tmp_path):
     assert len(list((tmp_path / "apart" / "bee").iterdir())) == 6
 
 
-def test_the_studies_reach_the_tracker(evaluate, monkeypatch):
+@pytest.fixture
+def seen(monkeypatch):
+    """The options of each tracker that is made."""
     seen = []
-    monkeypatch.setattr("stm_model.evaluation.studies.track_videos_apart", predict.track_videos)
     initialize = Tracker.__init__
     monkeypatch.setattr(
         Tracker,
         "__init__",
         lambda self, model, **options: (seen.append(options), initialize(self, model, **options))[1],
     )
+    return seen
+
+
+def test_how_to_remember_and_read_reaches_the_tracker(evaluate, seen):
+    assert evaluate("--videos", "bee", "--memory-share", "0.5", "--top-k", "7", "--no-report")[0] == 0
+    assert [(options["budget"].share, options["top_k"]) for options in seen] == [(0.5, 7)]
+
+
+def test_the_studies_reach_the_tracker(evaluate, seen, monkeypatch):
+    monkeypatch.setattr("stm_model.evaluation.studies.track_videos_apart", predict.track_videos)
     assert evaluate("--study", "every", "--videos", "bee", "--memory", "first")[0] == 0
     assert [options["memory"] for options in seen] == ["every:1", "every:2", "every:5", "every:10", "every:20"]
 
@@ -274,6 +285,7 @@ def test_neither_pyav_nor_tyro_is_needed():
         (["--memory", "sometimes"], ["memory: expected first", "'sometimes'"]),
         (["--size", "3"], ["size: expected at least 16"]),
         (["--workers", "0"], ["workers: expected at least 1"]),
+        (["--top-k", "0"], ["top_k: expected at least 1, got 0"]),
         (["--binary"], ["binary: says how to read --results"]),
         (["--study", "memory", "--results", "x"], ["study", "--results"]),
         (["--videos", "zebra"], ["zebra not in the split val"]),

@@ -15,7 +15,7 @@ from stm_model.data.synthetic import ProceduralClips, procedural_clip
 from stm_model.evaluation.metrics import region_similarity
 from stm_model.io.images import write_image
 from stm_model.io.masks import write_mask
-from stm_model.network import soft_aggregate
+from stm_model.network import STRIDE, soft_aggregate
 from stm_model.network.weights import read_tensors
 from stm_model.training.config import SmokeConfig, TrainConfig
 from stm_model.training.datasets import batches, training_clips
@@ -57,6 +57,18 @@ def test_ragged_batches_equal_the_clips_one_by_one(clips, shared):
         together = clip_loss(model, clips)
         apart = torch.stack([clip_loss(model, [clip]) for clip in clips]).mean()
     torch.testing.assert_close(together, apart, atol=1e-6, rtol=0)
+
+
+def test_so_many_positions_are_read_in_training(clips, config):
+    model = tiny_model().eval()
+    for layer in (model.KV_M_r4.Key, model.KV_Q_r4.Key, model.Decoder.pred2):
+        torch.nn.init.normal_(layer.weight, std=0.1, generator=torch.Generator().manual_seed(1))
+    exact, best = (clip_loss(model, clips, top_k=top_k).item() for top_k in (None, 1))
+    assert best != pytest.approx(exact, rel=1e-6)
+    everything = 2 * clips[0].frames[0, 0].numel() // STRIDE**2
+    assert clip_loss(model, clips, top_k=everything).item() == pytest.approx(exact, rel=1e-5)
+    chosen = _Training(dataclasses.replace(config, top_k=1), TrainState(config, torch.device("cpu")), None, 0, 1)
+    assert chosen.loss.read_options["top_k"] == 1
 
 
 def test_gradients_of_the_fused_read_equal_those_of_the_naive_one(clips):
@@ -165,7 +177,10 @@ def losses_of(folder) -> dict[int, float]:
 SHARED = {"network": "shared", "decoder_channels": 16, "crowd": 1.0, "prior_noise": 0.5, "crop": 32}
 
 
-@pytest.mark.parametrize("changes", [{}, {"rounds": 2}, SHARED, SHARED | {"rounds": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"rounds": 2}, SHARED, SHARED | {"rounds": 2}, SHARED | {"prior": False, "top_k": 3}],
+)
 def test_a_killed_run_resumed_equals_an_unbroken_one(config, changes, tmp_path, monkeypatch):
     config = dataclasses.replace(config, **changes)
     rounds = config.rounds
