@@ -22,8 +22,8 @@ from stm_kernels.gpu.usage import usage_launch
 def default_launches(
     dtype: torch.dtype, architecture: str, C: int = 128, V: int = 512, B: int = 2, M: int = 1620, N: int = 32400
 ) -> dict[str, Launch]:
-    """Every kernel in its forms, with its default tiles, on the meta device: for token-major inputs, and reads of
-    channel-major ones.
+    """Every kernel in its forms, with its default tiles, on the meta device: for token-major inputs, and those that
+    read inputs for channel-major ones too.
     """
 
     def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
@@ -94,7 +94,9 @@ def default_launches(
 def _channel_major_launches(
     dtype: torch.dtype, architecture: str, sizes: tuple[int, int, int], C: int, V: int, kept: Tensor
 ) -> dict[str, Launch]:
-    """Reads of keys and values that are `[B, C, N]` in memory; `kept` is the map of a read that may drop blocks."""
+    """Reads, gradients, usage and maxima of keys and values that are `[B, C, N]` in memory; `kept` is the map of a read
+    that may drop blocks.
+    """
     B, M, N = sizes
 
     def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
@@ -113,7 +115,20 @@ def _channel_major_launches(
         blocks, skip = (kept, 1e-3) if skips else (nothing, 0.0)
         launch = forward_launch(one, value, out, lse, skipped, blocks, skip, tiles, N)
         launches[f"read, channel-major{', skipping' if skips else ''}{name}"] = launch
-    return launches
+    row_top, delta, weights = lse[0], skipped[0], empty(B, M, N)
+    gradient = (value, out[0], delta, empty(B, M, N))
+    written, written_skipping = (affinity_tiles(architecture, dtype, C, skips=skips) for skips in (False, True))
+    counted, groups = usage_tiles(architecture, dtype, C), group_tiles(architecture, dtype, C)
+    maxima = empty(B * M, N // GROUP, of=torch.float32)
+    for name, one in (("", affinity), (", bias and lengths", full)):
+        launches |= {
+            f"usage, channel-major{name}": usage_launch(one, row_top, delta, counted),
+            f"maxima, channel-major{name}": group_max_launch(one, maxima, groups),
+        }
+    return launches | {
+        "affinity and gradient, channel-major": affinity_launch(affinity, row_top, weights, written, gradient),
+        "the same, channel-major, skipping": affinity_launch(full, row_top, weights, written_skipping, gradient, kept),
+    }
 
 
 def _top_k_launches(affinity: Affinity, full: Affinity, architecture: str, k: int = 30) -> dict[str, Launch]:

@@ -19,7 +19,7 @@ from stm_kernels.gpu.top_k import triton_select
 from stm_kernels.gpu.usage import triton_usage
 
 # splits a memory, which changes the dtype in which parts are written
-MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304, "gfx1100": 48}
 # B and M: one object and several; frames of 480 × 864 and of 384 × 384 pixels at stride 16
 BATCHES, FRAMES = (1, 2), (1620, 576)
 # T: whether N is a multiple of 16, and whether a read is split, is told apart by these

@@ -18,6 +18,13 @@ from stm_kernels.affinity import Affinity
 INTERPRETER = "interpreter"
 
 
+def target_of(architecture: str) -> GPUTarget:
+    """What Triton compiles for: "sm_90", "gfx942", …, with the threads of a warp, 64 on CDNA and 32 on all others."""
+    if architecture.startswith("gfx"):
+        return GPUTarget("hip", architecture, 64 if architecture.startswith("gfx9") else 32)
+    return GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+
+
 @dataclass(frozen=True)
 class Elsewhere:
     """A GPU that need not be here, as far as Triton asks before it compiles a launch."""
@@ -30,9 +37,7 @@ class Elsewhere:
     """The compiled kernels, by the key under which Triton's cache has them."""
 
     def get_current_target(self) -> GPUTarget:
-        if self.architecture.startswith("gfx"):
-            return GPUTarget("hip", self.architecture, 64)
-        return GPUTarget("cuda", int(self.architecture.removeprefix("sm_")), 32)
+        return target_of(self.architecture)
 
     def get_current_device(self) -> str:
         """What a kernel tells its targets apart by."""

@@ -2,7 +2,7 @@
 
 import re
 
-MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma")
+MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma", "v_wmma")
 _LABEL = re.compile(r"^(\.L\w+):")
 _NVIDIA = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*.*)")
 _AMD = re.compile(r"^\s+([a-z]+_\w+.*)")

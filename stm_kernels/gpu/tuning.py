@@ -106,6 +106,8 @@ class SelectTiles:
 LARGE_TILES = ("sm_90", "sm_100", "sm_103")
 # where tiles are loaded by TMA if their layout allows
 TMA_ARCHITECTURES = ("sm_90",)
+# 256 registers, and matrix products that take each operand twice, once for each half of a warp
+RDNA3 = "gfx11"
 
 # logits written out at once: 2 GPU waves of tiles at M = 1620, and 128 MiB of bfloat16 scratch
 WRITTEN_LOGITS = 2**25
@@ -156,6 +158,8 @@ def forward_tiles(
     block_v = padded(V)
     if architecture == INTERPRETER:
         return ForwardTiles(32, 32, min(64, block_v), 4, 1)
+    if architecture.startswith(RDNA3):
+        return _rdna3_tiles(dtype, padded(C), block_v, skips)
     if dtype == torch.float32:
         if skips:
             return ForwardTiles(32, 32, min(64, block_v), 16 if architecture in (*LARGE_TILES, "sm_120") else 8, 1)
@@ -215,6 +219,16 @@ def _hopper_tiles(
     return ForwardTiles(128, 64, block_v, 8, 2 if may_hide else 3, kind)
 
 
+def _rdna3_tiles(dtype: torch.dtype, block_c: int, block_v: int, skips: bool) -> ForwardTiles:
+    # `skip` drops blocks of 32 positions
+    block_n = 32 if skips else 16
+    if dtype == torch.float32:
+        return ForwardTiles(32, block_n, min(64, block_v), 16, 1)
+    if block_c <= 64:
+        return ForwardTiles(64, 32, min(128, block_v), 8, 1)
+    return ForwardTiles(64, block_n, min(128 if block_c > 128 else 256, block_v), 16, 1)
+
+
 def affinity_tiles(architecture: str, dtype: torch.dtype, C: int, *, skips: bool = False) -> AffinityTiles:
     """Choose the tile of a written affinity; `architecture` as `architecture_of` names it, C key channels, `skips`
     where blocks of it may be dropped.
@@ -222,9 +236,10 @@ def affinity_tiles(architecture: str, dtype: torch.dtype, C: int, *, skips: bool
     if architecture == INTERPRETER:
         return AffinityTiles(32, 32, 32, 4, 1)
     if dtype == torch.float32:
-        return AffinityTiles(64, 64, 16, 8, 1)
+        # gradients of channel-major values spill with 16 channels
+        return AffinityTiles(64, 64, 32 if architecture == "sm_120" and not skips else 16, 8, 1)
     # two steps through the key channels or more: a loop of one is unrolled into the next one, and spills
-    block_k = 64 if C > 64 else 32
+    block_k = 64 if C > 64 and not architecture.startswith(RDNA3) else 32
     return AffinityTiles(128, 128 if architecture in LARGE_TILES and not skips else 64, block_k, 8, 3)
 
 
@@ -232,10 +247,15 @@ def usage_tiles(architecture: str, dtype: torch.dtype, C: int) -> UsageTiles:
     """Choose the tile of a column sum; `architecture` as `architecture_of` names it."""
     if architecture == INTERPRETER:
         return UsageTiles(32, 32, 4, 1)
+    if architecture.startswith(RDNA3) and padded(C) <= 128:
+        return UsageTiles(32, 32, 16, 1) if dtype == torch.float32 else UsageTiles(64, 64, 8, 2)
     if dtype == torch.float32 or padded(C) > 128:
         return UsageTiles(32, 32, 4, 1)
     if architecture in ("sm_80", "sm_90") and padded(C) <= 64:
         return UsageTiles(128, 64, 4, 2)
+    if architecture in ("sm_100", "sm_103"):
+        # 128 positions spill with channel-major inputs and a bias
+        return UsageTiles(64, 64, 4, 2)
     return UsageTiles(64, 128, 8, 3)
 
 
@@ -248,6 +268,9 @@ def group_tiles(architecture: str, dtype: torch.dtype, C: int) -> GroupTiles:
     """Choose the tiles of the maxima of groups; `architecture` as `architecture_of` names it."""
     if architecture == INTERPRETER:
         return GroupTiles(32, 32, 64, 4, 1, 64, 4)
+    if architecture.startswith(RDNA3) and padded(C) <= 128:
+        float32 = dtype == torch.float32
+        return GroupTiles(32, 16, 1024, 16, 1, 32, 4) if float32 else GroupTiles(64, 32, 1024, 8, 1, 32, 4)
     if dtype == torch.float32 or padded(C) > 128:
         return GroupTiles(32, 32, 1024, 4, 1, 32, 4)
     return GroupTiles(128, 128 if architecture in LARGE_TILES else 64, 1024, 8, 3, 32, 4)

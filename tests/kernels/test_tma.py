@@ -100,7 +100,7 @@ def test_has_descriptors():
         assert not has_descriptors(tensor, wrong)
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942", "interpreter"])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942", "gfx1100", "interpreter"])
 def test_only_some_architectures_ask_for_descriptors(architecture):
     for dtype in (torch.bfloat16, torch.float32):
         for skips in (False, True):

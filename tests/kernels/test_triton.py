@@ -113,7 +113,7 @@ def test_blocks_hold_their_channels():
 
 
 @pytest.mark.parametrize(
-    "architecture", ["interpreter", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942"]
+    "architecture", ["interpreter", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"]
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_every_architecture_has_tiles(architecture, dtype):
