@@ -10,11 +10,12 @@ _BRANCHES = ("BRA", "s_cbranch", "s_branch")
 _ENDS = ("EXIT", "s_endpgm")
 
 
-def main_loop(code: str) -> list[str]:
+def main_loop(code: str, jumps: bool = False) -> list[str]:
     """The instructions of the innermost loop that has the most matrix products; of equal ones the last.
 
     Args:
         code: of one kernel, as nvdisasm prints it, or LLVM for AMD.
+        jumps: leave out what its branches can jump over.
 
     Returns:
         A line each, with operands; all of the kernel where no loop multiplies.
@@ -37,4 +38,9 @@ def main_loop(code: str) -> list[str]:
     multiplying = [loop for loop, products in loops.items() if products]
     innermost = [a for a in multiplying if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in multiplying)]
     first, last = max(reversed(innermost), key=loops.__getitem__, default=(0, len(instructions)))
-    return instructions[first : last + 1]
+    skipped: set[int] = set()
+    for place in range(first, last) if jumps else ():
+        target = re.search(r"\.L\w+", instructions[place])
+        if instructions[place].startswith(_BRANCHES) and target and labels.get(target[0], last + 1) <= last:
+            skipped.update(range(place + 1, labels[target[0]]))
+    return [line for place, line in enumerate(instructions[first : last + 1], first) if place not in skipped]

@@ -113,13 +113,7 @@ def predict(work: Work, architecture: str) -> Prediction | None:
     """Compile a launch and predict its main loop; None if it spills registers or does not fit a multiprocessor."""
     gpu, launch, warps = GPUS[architecture], work.launch, work.launch.num_warps
     code, registers, stack, shared = machine_code(launch, architecture)
-    loop = main_loop(code)
-    cycles = {"tensor": sum(_tensor_cycles(line, gpu) for line in loop) * warps}
-    lanes = {"FP32": (FP32_NAMES, gpu.fp32), "integer": (ALU_NAMES, ALU), "exponential": (("MUFU",), MUFU)}
-    for unit, (names, width) in lanes.items():
-        cycles[unit] = sum(line.startswith(names) for line in loop) * warps * 32 / width
-    cycles["shared memory"] = sum(map(_shared_bytes, loop)) * warps / SHARED
-    cycles["issue"] = len(loop) * warps / ISSUED
+    cycles = unit_cycles(main_loop(code), gpu, warps)
     held = REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
     # a program takes 1 KiB of shared memory for itself
     at_once = min(held, int(gpu.shared_kib // (shared + 1)), WARPS // warps)
@@ -129,6 +123,17 @@ def predict(work: Work, architecture: str) -> Prediction | None:
     seconds = work.moved_bytes / gpu.gigabytes / 1e9 / (work.programs * work.iterations)
     beyond["memory"] = seconds * gpu.gigahertz * 1e9 * gpu.multiprocessors
     return Prediction(cycles, beyond, at_once, work, gpu)
+
+
+def unit_cycles(loop: Sequence[str], gpu: GPU, warps: int) -> dict[str, float]:
+    """Cycles that the instructions of a loop keep each unit of a multiprocessor busy, by unit."""
+    cycles = {"tensor": sum(_tensor_cycles(line, gpu) for line in loop) * warps}
+    lanes = {"FP32": (FP32_NAMES, gpu.fp32), "integer": (ALU_NAMES, ALU), "exponential": (("MUFU",), MUFU)}
+    for unit, (names, width) in lanes.items():
+        cycles[unit] = sum(line.startswith(names) for line in loop) * warps * 32 / width
+    cycles["shared memory"] = sum(map(_shared_bytes, loop)) * warps / SHARED
+    cycles["issue"] = len(loop) * warps / ISSUED
+    return cycles
 
 
 def _tensor_cycles(line: str, gpu: GPU) -> float:
