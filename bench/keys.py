@@ -106,9 +106,14 @@ def shown(frames: int, found: dict[str, Any]) -> str:
     return table((f"{frames} frames", *columns), rows)
 
 
+def _keys_file(name: str) -> Path:
+    """What is written and read by this name: the suffix says how."""
+    return Path(name if name.endswith(".safetensors") else f"{name}.safetensors")
+
+
 def main(words: Sequence[str] | None = None) -> int:
     parser = options(__doc__, repeats=7, threads=1)
-    parser.add_argument("keys", type=Path, help="KEYS.safetensors")
+    parser.add_argument("keys", type=_keys_file, help="KEYS.safetensors, with or without the suffix")
     parser.add_argument("--record", type=Path, metavar="VIDEO")
     parser.add_argument("--mask", type=Path, help="of the first frame")
     parser.add_argument("--checkpoint", type=Path, help="weights; default: those of the package")

@@ -56,9 +56,9 @@ def test_keys_are_recorded_and_read(tmp_path, capsys):
         for frame in frames:
             writer.write(frame)
     write_mask(tmp_path / "mask.png", labels[0])
-    file, words = str(tmp_path / "keys.safetensors"), ["--mask", str(tmp_path / "mask.png"), "--frames", "3"]
+    file, words = str(tmp_path / "keys.1"), ["--mask", str(tmp_path / "mask.png"), "--frames", "3"]
     assert keys.main([file, "--record", str(tmp_path / "video.mp4"), *words]) == 0
-    tensors = keys.read_tensors(file)
+    tensors = keys.read_tensors(tmp_path / "keys.1.safetensors")
     # a cell of the feature map has 16 pixels a side
     assert (
         tensors["query_key"].shape[1] == 24 and tensors["memory_key"].shape[1] == tensors["memory_value"].shape[1] == 72
@@ -70,7 +70,7 @@ def test_keys_are_recorded_and_read(tmp_path, capsys):
         assert set(found) == set(keys.CHOICES) and found["exact"]["largest_error"] == 0
         assert 0 <= found["skip=1e-3"]["left_out"] <= 1e-3 and found["skip=1e-3"]["largest_error"] <= 2e-3
         assert 0 < found["top_k=16"]["left_out"] < 1
-    blocks_are_counted(file, tmp_path / "blocks.json")
+    blocks_are_counted(f"{file}.safetensors", tmp_path / "blocks.json")
     for more in (["--frames", "4"], ["--record", "nowhere.mp4"], ["--record", "nowhere.mp4", *words]):
         with pytest.raises(SystemExit, match="2"):
             keys.main([file, *more])
