@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -34,10 +34,10 @@ from stm_model.evaluation.tables import (
     write_score_tables,
 )
 from stm_model.io.files import is_empty, locked, write_json
-from stm_model.network import STRIDE
-from stm_model.runtime import DEFAULT_WEIGHTS, NetworkOptions, default_device, default_dtype, dtype_name, usable_device
-from stm_model.tracking.budget import MemoryRule
+from stm_model.network import STM, STRIDE
+from stm_model.runtime import DEFAULT_WEIGHTS, NetworkOptions, default_device, default_dtype, dtype_name
 from stm_model.tracking.resume import source_digest
+from stm_model.tracking.tracker import Tracker
 
 SUMMARY, CERTAINTY = "evaluation.json", "certainty"
 MADE_WITH = frozenset(
@@ -162,9 +162,7 @@ def _prepare(config: EvaluateConfig) -> tuple[Dataset, list[Video]]:
         raise ValueError(f"{config.dataset}: the ground truth of the split {dataset.split} is not here to score by")
     check_out(out, config.overwrite or config.resume, {"data": config.data, "results": config.results})
     if config.results is None:
-        if config.memory is not None:
-            MemoryRule.parse(config.memory, frame_count=1)
-        check_network(config)
+        Tracker(checked_network(config, "masks"), **config.tracker_options)
     else:
         for video in dataset.videos:
             find_results(dataset, config.results, video)
@@ -212,13 +210,13 @@ def check_out(out: Path, overwrite: bool, inputs: Mapping[str, Path | None]) -> 
             raise ValueError(f"out: {out} would overwrite the {name}; choose another folder")
 
 
-def check_network(options: NetworkOptions) -> None:
-    """Refuse a device, a size or a file that no network can run with, before hours are spent."""
-    usable_device(options.device)
+def checked_network(options: NetworkOptions, guidance: Literal["masks", "scribbles"]) -> STM:
+    """The network, so guided. Refuses a device, a size or a file that it cannot run with, before hours are spent."""
     if options.size is not None and options.size < STRIDE:
         raise ValueError(f"size: expected at least {STRIDE} pixels, got {options.size}")
-    if options.checkpoint is not None and not options.checkpoint.is_file():
-        raise FileNotFoundError(f"checkpoint: no such file: {options.checkpoint}")
+    model = STM.load(options.checkpoint, device=options.device, dtype=options.dtype)
+    model.expect_guidance(guidance)
+    return model
 
 
 def begin(out: Path, known: Mapping[str, Any], keep: bool = False) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stm_model.distributed import Ranks
-from stm_model.evaluation.evaluate import SUMMARY, begin, check_network, check_out, facts
+from stm_model.evaluation.evaluate import SUMMARY, begin, check_out, checked_network, facts
 from stm_model.evaluation.protocol import Dataset, Video, open_dataset
 from stm_model.evaluation.tables import format_table, write_csv
 from stm_model.interactive.config import EvaluateInteractiveConfig
@@ -79,7 +79,7 @@ def open_interactive(config: EvaluateInteractiveConfig) -> Dataset:
 def _prepare(config: EvaluateInteractiveConfig) -> tuple[Dataset, list[_Start]]:
     dataset = open_interactive(config)
     check_out(config.out, config.overwrite, {"data": config.data, "scribbles": config.scribbles})
-    check_network(config)
+    checked_network(config, "scribbles")
     starts = [start for video in dataset.videos for start in _starts(video, config.scribbles)]
     begin(config.out, facts(config, dataset))
     return dataset, starts

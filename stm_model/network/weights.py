@@ -37,7 +37,8 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
         raise
     except Exception as error:
         # a file that is no checkpoint makes its reader fail in any way: IndexError, KeyError, UnpicklingError, …
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
+        said = "" if isinstance(error, LookupError) else str(error).strip()
+        reason = (said or f"it is no file of torch.save ({type(error).__name__})").splitlines()[0].partition(". ")[0]
         raise CheckpointError(f"checkpoint: {path} can't be read: {reason}") from error
     if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
         tensors = tensors["state_dict"]

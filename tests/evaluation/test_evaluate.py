@@ -26,7 +26,7 @@ from stm_model.evaluation.scoring import ObjectScore
 from stm_model.evaluation.studies import STUDIES
 from stm_model.io import images
 from stm_model.io.masks import read_mask, write_mask
-from stm_model.runtime import NetworkOptions
+from stm_model.runtime import DEFAULT_INTERACTIVE_WEIGHTS, NetworkOptions
 
 HELD = Path(__file__).parents[3] / "shared" / "data" / "davis2016-train"
 
@@ -284,6 +284,7 @@ def test_neither_pyav_nor_tyro_is_needed():
     [
         (["--memory", "sometimes"], ["memory: expected first", "'sometimes'"]),
         (["--size", "3"], ["size: expected at least 16"]),
+        (["--memory-share", "7"], ["memory share: expected a share above 0 and up to 1, got 7.0"]),
         (["--workers", "0"], ["workers: expected at least 1"]),
         (["--top-k", "0"], ["top_k: expected at least 1, got 0"]),
         (["--binary"], ["binary: says how to read --results"]),
@@ -301,6 +302,24 @@ def test_settings_that_make_no_sense_arerefused(evaluate, tmp_path, arguments, w
 
 def test_a_checkpoint_that_is_not_there_isrefused(evaluate, tmp_path):
     assert refused(evaluate(checkpoint=tmp_path / "no.safetensors"), "no such file", "no.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("cut.safetensors", lambda whole: whole[:-100], "cut.safetensors can't be read: "),
+        ("no.pth", lambda _: b"hello\n", "no.pth can't be read: it is no file of torch.save (KeyError)"),
+        ("empty.pth", lambda _: b"", "empty.pth can't be read: "),
+        (DEFAULT_INTERACTIVE_WEIGHTS, None, "expected a network guided by masks"),
+    ],
+)
+@pytest.mark.parametrize("study", [(), ("--study", "every")], ids=["tracked", "study"])
+def test_weights_that_cannot_track_leave_no_folder(evaluate, weights, tmp_path, study, name, content, words):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content(weights.read_bytes()))
+    assert refused(evaluate(*study, checkpoint=path), words)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_full_folder_is_refused_and_an_earlier_evaluation_replaced(evaluate, tmp_path):

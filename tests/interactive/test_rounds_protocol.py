@@ -258,9 +258,11 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(evaluate, dav
     for path in (root / "Annotations/480p/bee").glob("0000[1-9].png"):
         path.unlink()
     assert refused(evaluate("--videos", "bee", data=root), "bee: the robot needs the ground truth of every frame")
-    assert not (tmp_path / "out").exists()
     # a network guided by masks reads no scribbles
     assert refused(evaluate(checkpoint=weights), "scribbles")
+    (tmp_path / "cut.safetensors").write_bytes(weights.read_bytes()[:-100])
+    assert refused(evaluate(checkpoint=tmp_path / "cut.safetensors"), "cut.safetensors can't be read")
+    assert not (tmp_path / "out").exists()
 
 
 class Official:
