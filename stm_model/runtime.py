@@ -27,6 +27,9 @@ DEFAULT_INTERACTIVE_WEIGHTS = DEFAULT_WEIGHTS.with_name("stm_interactive.safeten
 USUAL_SIZE = 480
 """Shorter side in pixels at which a network with the package's weights runs, unless another one is asked for."""
 
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+"""Those that end a command in order: what is done is kept."""
+
 STDIN = "-"
 LIVE_SCHEMES = ("rtsp", "rtsps", "rtmp", "tcp", "udp", "rtp", "srt", "http", "https")
 

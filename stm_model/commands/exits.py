@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+from stm_model.runtime import SIGNALS
+
 BAD_INPUT = 2
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
-"""Those that end a command in order: what is done is kept."""
 
 _received: list[int] = []
 """The signals that this command has got."""

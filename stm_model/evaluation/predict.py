@@ -5,9 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from stm_model.io.images import MediaError, picture_size, read_image, width_by_h
 from stm_model.io.masks import write_mask
 from stm_model.labels import VOID
 from stm_model.network import STM
+from stm_model.processes import worker_pool
 from stm_model.progress import Progress
 from stm_model.runtime import NetworkOptions, chosen_side, held_process_memory, peak_process_memory, timed
 from stm_model.tracking.result import FrameResult
@@ -118,7 +117,7 @@ def _held_memory(device: torch.device) -> int | None:
 
 def track_videos_apart(*arguments: Any) -> Speed:
     """`track_videos` in a new process, so that its peak memory is its own."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with worker_pool(1) as pool:
         return pool.submit(track_videos, *arguments).result()
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +15,7 @@ from stm_model.evaluation.protocol import Dataset, Video
 from stm_model.io.images import MediaError, width_by_height
 from stm_model.io.masks import read_mask
 from stm_model.labels import VOID
+from stm_model.processes import worker_pool
 from stm_model.progress import Progress
 
 CHUNK = 32
@@ -160,13 +158,8 @@ def _each(tasks: list[_Task], workers: int | None) -> Iterator[tuple[_Task, list
     if count <= 1:
         yield from zip(tasks, map(_score_frames, tasks))
         return
-    # spawned, as a process that has threads must not be forked
-    pool = ProcessPoolExecutor(count, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
-    try:
+    with worker_pool(count) as pool:
         yield from zip(tasks, pool.map(_score_frames, tasks))
-    finally:
-        # where one task fails, those that wait are not started
-        pool.shutdown(cancel_futures=True)
 
 
 def _score_frames(task: _Task) -> list[tuple[int, int, float, float]]:

@@ -1,6 +1,6 @@
 """The clips of a training run, put together as its settings say."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -12,6 +12,7 @@ from stm_model.data.folders import TrainingData, is_davis, open_folder
 from stm_model.data.images import ImageClips, LabelledImage
 from stm_model.data.synthetic import ProceduralClips
 from stm_model.data.video import Video, VideoClips
+from stm_model.processes import signals_blocked
 from stm_model.training.config import TrainConfig
 
 
@@ -76,7 +77,7 @@ def validation_sequences(config: TrainConfig) -> list[Video]:
 
 def batches(
     config: TrainConfig, dataset: Dataset, start: int, rank: int = 0, processes: int = 1
-) -> Iterator[list[Clip]]:
+) -> Generator[list[Clip], None, None]:
     """The clips of steps start + 1 … steps, in `accumulate` parts a step.
 
     Each step's clips are a function of the step and the seed alone; the processes share them out.
@@ -95,10 +96,20 @@ def batches(
         return
     # an error in a worker comes with a traceback as its message: an unusable dataset should say so plainly
     dataset[seeds[0][0]]
-    yield from DataLoader(
+    loader = DataLoader(
         dataset,
         batch_sampler=seeds,
         collate_fn=list,
         num_workers=config.workers,
         prefetch_factor=4 if config.workers else None,
     )
+    with signals_blocked():
+        loaded: Any = iter(loader)
+    try:
+        yield from loaded
+    finally:
+        if config.workers:
+            # Python would end them by SIGTERM, which they don't get, and wait
+            loaded._shutdown_workers()
+            for worker in loaded._workers:
+                worker.kill()

@@ -80,8 +80,13 @@ class _Training:
 
     def run(self, dataset, held_out: list) -> None:
         """All steps that are left."""
+        made = batches(self.config, dataset, self.state.step, self.rank, self.processes)
+        # the workers end with the steps, however these end
+        with contextlib.closing(made) as parts:
+            self._steps(parts, held_out)
+
+    def _steps(self, parts: Iterator[list[Clip]], held_out: list) -> None:
         config, state = self.config, self.state
-        parts = batches(config, dataset, state.step, self.rank, self.processes)
         numbers = range(state.step + 1, config.steps + 1)
         progress = Progress(
             numbers, desc="train", unit="step", shown=not self.rank, initial=state.step, total=config.steps
