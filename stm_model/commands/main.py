@@ -57,10 +57,10 @@ def _run(arguments: list[str]) -> int:
             return 0
         if name not in COMMANDS:
             raise ValueError(f"unknown command {name!r}; expected {', '.join(COMMANDS)}")
-        command = COMMANDS[name][0](rest)
-        if sys.stderr.isatty():
-            # importing torch takes seconds
+        if sys.stderr.isatty() and not {"-h", "--help"} & set(rest):
+            # importing torch takes seconds, and `stm train` does so to check its options
             print("loading…", file=sys.stderr, flush=True)
+        command = COMMANDS[name][0](rest)
         with _short_warnings():
             return command()
     except OtherRankFailed:  # which says why

@@ -273,3 +273,16 @@ def test_a_terminal_is_told_that_the_command_loads(command, monkeypatch, capsys,
     assert capsys.readouterr() == ("", "loading…\n" if terminal else "")
     assert main(["track", "--help"]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_is_told_so_before_torch_is_imported(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    said = []
+
+    def read(_):
+        # the settings of a training are checked by what needs torch
+        said.append(capsys.readouterr().err)
+        return lambda: 0
+
+    monkeypatch.setitem(commands.COMMANDS, "train", (read, ""))
+    assert main(["train"]) == 0 and said == ["loading…\n"]
