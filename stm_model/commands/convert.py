@@ -55,9 +55,14 @@ def convert(config: ConvertConfig) -> int:
     _check_output(config, exports.files)
     masks = open_drawn(config.masks, video) or picture_masks(config.masks, video, binary=config.binary)
     with locked(config.out), Progress(desc="convert", unit="frame", total=len(masks)) as progress, exports:
-        for index, labels, frame in _checked(masks, video, exports.needs_frames, config.masks):
-            exports.write(index, labels, frame)
-            progress.update()
+        try:
+            for index, labels, frame in _checked(masks, video, exports.needs_frames, config.masks):
+                exports.write(index, labels, frame)
+                progress.update()
+        except BaseException:
+            # a part of them would look like the whole
+            exports.discard()
+            raise
     print("\n".join(f"{name:11} {file}" for name, file in exports.files.items()))
     return 0
 

@@ -1,10 +1,12 @@
 """Other tools' formats on the command line: `stm track --export`, their masks given to it, and `stm convert`."""
 
 import json
+import shutil
 
 import av
 import numpy as np
 import pytest
+from answers import refused
 from pycocotools.coco import COCO
 
 from stm_model.commands.main import main
@@ -116,6 +118,20 @@ def test_converting_with_the_video(convert, clip, tmp_path):
     assert code == 2 and said == "stm: error: --to alpha: shows the video's own pixels; add --video VIDEO\n"
     assert convert(clip / "true", "--to", "alpha", "alpha-webm", "--video", clip / "clip.mp4")[0] == 0
     assert len(list((tmp_path / "converted" / "alpha").iterdir())) == 8
+
+
+def test_a_conversion_that_fails_leaves_no_part_of_one(convert, clip, tmp_path):
+    given = shutil.copytree(clip / "true", tmp_path / "given")
+    (given / "00004.png").write_bytes(b"no picture")
+    out = tmp_path / "converted"
+    for kept in (None, "an earlier one"):
+        if kept:
+            out.mkdir()
+            (out / "coco.json").write_text(kept)
+        found = convert(given, "--to", "coco", "cvat", "matte", "--overwrite")
+        assert refused(found, "00004.png: cannot be read as a picture")
+        assert out.exists() == bool(kept)
+    assert [file.name for file in out.iterdir()] == ["coco.json"] and (out / "coco.json").read_text() == kept
 
 
 def test_conversions_that_are_refused(convert, clip, tmp_path):
