@@ -15,8 +15,9 @@ from torch import Tensor
 from stm_kernels.affinity import Affinity, block_map_shape, wide_dtype
 from stm_kernels.cpu.chunked import chunked_read, chunked_read_backward
 from stm_kernels.cpu.flash import flash_read, flash_reads
+from stm_kernels.cpu.select import chunked_select
 from stm_kernels.cpu.skip import skipping_read
-from stm_kernels.cpu.top_k import Select, chunked_select, top_k_read, top_k_read_backward, top_k_usage
+from stm_kernels.cpu.top_k import Select, top_k_read, top_k_read_backward, top_k_usage
 from stm_kernels.cpu.usage import chunked_usage
 from stm_kernels.merge import ReadResult
 from stm_kernels.options import ReadOptions

@@ -1,33 +1,25 @@
 """The read of the k best memory positions of each query, which holds k logits a query.
 
-An implementation only selects (`chunked_select` here, `triton_select` on a GPU); the rest is shared. `embedding_bag`
+An implementation only selects (`chunked_select`, `triton_select` on a GPU); the rest is shared. `embedding_bag`
 sums the values without gathering them, and the gradients of the memory by the transposed bags, one a position, in the
 order of a stable sort: bit-equal from run to run.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from stm_kernels.affinity import Affinity, wide_dtype
-from stm_kernels.cpu.gemm import Scratch, even_slices, key_products, product_dtype, steady_slices
-from stm_kernels.cpu.threads import Block, blocks_of, side_by_side
+from stm_kernels.cpu.gemm import even_slices
 
 Select = Callable[[Affinity, int], tuple[Tensor, Tensor]]
 """The chosen positions `[B, M, min(k, N)]`, int32, and their logits in `wide_dtype`, of a memory of at least one
 position: the k greatest; ties go to the lower index and keep their order. Padding sorts last: logit -inf, index 0.
 """
 
-# long chunks, of which few positions are candidates, of as many queries as fast products have: 5 MiB of logits
-QUERIES_PER_BLOCK = 416
-KEYS_PER_CHUNK = 3328
-# the k best are sought in groups of so many neighbouring positions, by their maximum
-GROUP = 32
-# up to this length of a chunk PyTorch's own selection is faster
-SMALL_CHUNK = 2048
 # in elements: values or keys gathered at once, and copied at once of a table whose rows are not contiguous
 GATHERED = 2**20
 COPIED = 2**22
@@ -193,80 +185,3 @@ def contiguous_parts(table: Tensor, dtype: torch.dtype | None = None) -> Iterato
         return
     for channels in even_slices(table.shape[1], max(MIN_CHANNELS, COPIED // len(table))):
         yield channels, table[:, channels].to(dtype).contiguous()
-
-
-def chunked_select(affinity: Affinity, k: int) -> tuple[Tensor, Tensor]:
-    """`Select` in plain PyTorch: logits above the k-th best so far are merged into the k best."""
-    query_key, memory_key, key_bias = affinity.query_key, affinity.memory_key, affinity.key_bias
-    B, M, N = affinity.sizes
-    wide, narrow = wide_dtype(query_key.dtype), product_dtype(query_key)
-    indices = query_key.new_zeros(B, M, min(k, N), dtype=torch.int32)
-    logits = query_key.new_full(indices.shape, -math.inf, dtype=wide)
-
-    def select(blocks: Sequence[Block], scratch: Scratch) -> None:
-        for item, block in blocks:
-            chunks = steady_slices(affinity.positions(item), M, KEYS_PER_CHUNK)
-            bias = None if key_bias is None else key_bias[item] / affinity.scale
-            queries = scratch.cast("query_key", query_key[item, block], narrow)
-            best = queries.new_empty(len(queries), 0, dtype=wide)
-            positions = indices.new_empty(best.shape)
-            for chunk in chunks:
-                products = key_products(queries, memory_key[item, chunk], wide, scratch)
-                if bias is not None:
-                    products.add_(bias[chunk])
-                best, positions = _merge_best(best, positions, products, chunk.start, k)
-            indices[item, block, : best.shape[1]] = positions
-            logits[item, block, : best.shape[1]] = best.mul_(affinity.scale)
-
-    side_by_side(select, blocks_of(B, M, QUERIES_PER_BLOCK, query_key.device), query_key.device)
-    return indices, logits
-
-
-def _group_size(P: int) -> int:
-    """`GROUP`, or the next greater number below its double that divides a chunk of P positions: then none is padded."""
-    return next((size for size in range(GROUP, 2 * GROUP) if P % size == 0), GROUP)
-
-
-def _merge_best(best: Tensor, positions: Tensor, products: Tensor, start: int, k: int) -> tuple[Tensor, Tensor]:
-    """The k best `[M, ≤ k]`, best first, of those so far and of a chunk `[M, P]` of positions from `start` on.
-
-    Few are sought among the groups of neighbours whose maximum reaches a bound that k products reach. NaN counts as the
-    greatest, as in a sort: it must show in the read.
-    """
-    P = products.shape[1]
-    if not best.shape[1] and k < P <= SMALL_CHUNK:
-        values, columns = products.topk(k + 1, 1)
-        # topk orders ties as it likes; NaN is less than nothing
-        if (values[:, 1:] < values[:, :-1]).all():
-            return values[:, :k], columns[:, :k].to(positions.dtype).add_(start)
-    size = _group_size(P) if P > 2 * k * GROUP else 1
-    if P % size:
-        # sorts behind all P, of which there are more than k
-        products = F.pad(products, (0, -P % size), value=-math.inf)
-    maxima = products.unflatten(1, (-1, size)).amax(2)
-    if best.shape[1] == k:
-        # ties go to the earlier one
-        least, below = best[:, -1:], torch.le
-    elif maxima.shape[1] > k:
-        least, below = maxima.topk(k, 1).values[:, -1:], torch.lt
-    else:
-        least, below = products.new_full((len(products), 1), -math.inf), torch.lt
-    groups = below(maxima, least).logical_not_().flatten().nonzero()[:, 0]
-    values = products.view(-1, size).index_select(0, groups)
-    rows, first = groups // maxima.shape[1], groups % maxima.shape[1] * size
-    found, place = below(values, least[rows]).logical_not_().nonzero(as_tuple=True)
-    if not len(found):
-        return best, positions
-    rows, columns, values = rows[found], first[found] + place, values[found, place]
-    places = torch.arange(len(rows), device=rows.device)
-    places -= torch.searchsorted(rows, torch.arange(len(best), device=rows.device))[rows]
-    shape = (len(best), best.shape[1] + int(places.max()) + 1)
-    places += best.shape[1]
-    candidates = products.new_full(shape, -math.inf)
-    candidates[:, : best.shape[1]] = best
-    candidates[rows, places] = values
-    candidate_positions = positions.new_zeros(shape)
-    candidate_positions[:, : best.shape[1]] = positions
-    candidate_positions[rows, places] = columns.add_(start).to(positions.dtype)
-    candidates, order = candidates.sort(dim=1, descending=True, stable=True)
-    return candidates[:, :k], candidate_positions.gather(1, order[:, :k])

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stm_kernels.cpu.chunked as chunked
-import stm_kernels.cpu.top_k as cpu_top_k
+import stm_kernels.cpu.select as cpu_select
 import stm_kernels.cpu.usage as cpu_usage
 from stm_kernels import memory_read
 from stm_kernels.affinity import Affinity
@@ -152,7 +152,7 @@ def test_no_product_has_subnormal_numbers(monkeypatch):
 def test_a_memory_that_grows_by_frames_needs_no_ever_new_products(monkeypatch, dtype, M):
     monkeypatch.setattr(chunked, "KEYS_PER_CHUNK", 128)
     monkeypatch.setattr(chunked, "BACKWARD_KEYS_PER_CHUNK", (64, 128))
-    monkeypatch.setattr(cpu_top_k, "KEYS_PER_CHUNK", 128)
+    monkeypatch.setattr(cpu_select, "KEYS_PER_CHUNK", 128)
     monkeypatch.setattr(cpu_usage, "KEYS_PER_CHUNK", 128)
 
     def sizes(most: int) -> set:
@@ -165,7 +165,7 @@ def test_a_memory_that_grows_by_frames_needs_no_ever_new_products(monkeypatch, d
                 chunked.chunked_read_backward(problem.grad_out, problem.grad_lse.double(), *inputs, *outputs, 0.0)
                 chunked_usage(affinity, None)
                 chunked_read_with_usage([affinity], [problem.memory_value])
-                cpu_top_k.chunked_select(affinity, 5)
+                cpu_select.chunked_select(affinity, 5)
         assert len(products.sizes) >= 3
         return products.sizes
 

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from top_k_cases import device_of, each_case, each_implementation, small_chunks, whole_numbered  # noqa: F401
 
+import stm_kernels.cpu.select as cpu_select
 import stm_kernels.cpu.top_k as cpu_top_k
 from stm_kernels import memory_read, memory_usage
 from stm_kernels.affinity import Affinity
@@ -74,7 +75,7 @@ def select_by(problem, implementation):
     if implementation == "triton":
         select = pytest.importorskip("stm_kernels.gpu.top_k").triton_select
     else:
-        select = cpu_top_k.chunked_select
+        select = cpu_select.chunked_select
     affinity = Affinity(
         problem.query_key, problem.memory_key, problem.scale, problem.key_bias,
         None if problem.lengths is None else problem.lengths.int(),
@@ -178,21 +179,10 @@ def test_chunks_and_long_rows(monkeypatch, implementation):
 
 @pytest.mark.parametrize("N", [1500, 1513], ids=["whole groups", "a part of a group"])
 def test_a_long_chunk_is_bounded_by_its_groups(monkeypatch, N):
-    monkeypatch.setattr(cpu_top_k, "KEYS_PER_CHUNK", 1024)
-    monkeypatch.setattr(cpu_top_k, "GROUP", 8)
+    monkeypatch.setattr(cpu_select, "KEYS_PER_CHUNK", 1024)
+    monkeypatch.setattr(cpu_select, "GROUP", 8)
     for k in (1, 5, 40):
         assert_chosen(whole_numbered(make_problem(1, 30, N, 16, 8), k), "chunked")
-
-
-@pytest.mark.parametrize("equal", [False, True])
-def test_a_short_chunk_is_selected_from_at_once(monkeypatch, equal):
-    monkeypatch.setattr(cpu_top_k, "SMALL_CHUNK", 48)
-    for k in (1, 5, 40):
-        problem = make_problem(2, 30, 90, 16, 8)
-        if equal:
-            assert_chosen(whole_numbered(problem, k), "chunked")
-        else:
-            assert_exact(separated(problem, k, 0.03), read_by("chunked"))
 
 
 @each_implementation

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import stm_kernels.cpu.select as cpu_select
 import stm_kernels.cpu.top_k as cpu_top_k
 
 CHUNKED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -17,10 +18,10 @@ each_implementation = pytest.mark.parametrize("implementation", ["chunked", "tri
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(cpu_top_k, "QUERIES_PER_BLOCK", 16)
-    monkeypatch.setattr(cpu_top_k, "KEYS_PER_CHUNK", 48)
-    monkeypatch.setattr(cpu_top_k, "GROUP", 4)
-    monkeypatch.setattr(cpu_top_k, "SMALL_CHUNK", 0)
+    monkeypatch.setattr(cpu_select, "QUERIES_PER_BLOCK", 16)
+    monkeypatch.setattr(cpu_select, "KEYS_PER_CHUNK", 48)
+    monkeypatch.setattr(cpu_select, "GROUP", 4)
+    monkeypatch.setattr(cpu_select, "GATHERED", 2**10)
     monkeypatch.setattr(cpu_top_k, "GATHERED", 2**10)
     monkeypatch.setattr(cpu_top_k, "COPIED", 2**11)
 
