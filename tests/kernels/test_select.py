@@ -143,6 +143,17 @@ def test_hidden_positions_and_lengths():
     assert (indices[0] % 2 == 1).all() and logits[1:].isneginf().all()
 
 
+def test_what_fills_up_a_chunk_is_no_position(rounded):
+    # the first chunk has 46 positions, of which no group is a part; the one behind it is seen, as are two more
+    affinity = problem(7, 1, 23, 69, 16, bias=1.0)
+    seen = torch.tensor([10, 46, 60], dtype=torch.int32)
+    affinity.key_bias[:, ~torch.isin(torch.arange(69), seen)] = -math.inf
+    indices, logits = cpu_select.chunked_select(affinity, 5)
+    assert None not in rounded
+    assert indices[..., :3].sort(2).values.equal(seen.expand(1, 23, 3))
+    assert logits[..., :3].isfinite().all() and logits[..., 3:].isneginf().all()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_shows(value):
     affinity = problem(5, 1, 20, 300, 16)
