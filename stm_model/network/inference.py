@@ -1,7 +1,6 @@
 """The network as it runs when it only predicts: batch norm and activations folded into the convolutions before them,
 wide ones with fewer products; in eight bits or compiled."""
 
-import copy
 import os
 import shutil
 
@@ -9,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stm_model.network.batch_norm import fold_batch_norm
 from stm_model.network.decoder import ResBlock
 from stm_model.network.efficientnet import InvertedResidual
-from stm_model.network.encoders import MemoryEncoder, QueryEncoder
+from stm_model.network.encoders import QueryEncoder
 from stm_model.network.int8 import quantize
 from stm_model.network.resnet import BasicBlock, Bottleneck
 from stm_model.network.shared import SharedEncoder
@@ -48,26 +48,6 @@ def for_inference(model: STM, compiled: bool = False) -> STM:
     if model.int8:
         quantize(folded)
     return fuse_activations(folded)
-
-
-def fold_batch_norm(model: STM) -> STM:
-    """A copy of a network in eval mode that computes the same without any batch norm.
-
-    The folding is done in float32; the copy has the dtype and device of the original.
-    """
-    folded = copy.deepcopy(model).eval().requires_grad_(False)
-    for module in folded.modules():
-        if isinstance(module, MemoryEncoder):
-            _fold(module, "bn1", "conv1", *module.guides)
-        elif isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[1], nn.BatchNorm2d):
-            _fold(module, "1", "0")
-        elif hasattr(module, "bn1"):
-            _fold(module, "bn1", "conv1")
-        if isinstance(module, (BasicBlock, Bottleneck)):
-            _fold(module, "bn2", "conv2")
-        if isinstance(module, Bottleneck):
-            _fold(module, "bn3", "conv3")
-    return folded
 
 
 def fuse_activations(model: STM) -> STM:
@@ -210,15 +190,3 @@ def compile_parts(model: STM) -> STM:
         compiled = torch.compile(getattr(model, part), dynamic=False, options={"freezing": True})
         setattr(model, part, compiled)
     return model
-
-
-def _fold(module: nn.Module, norm_name: str, *convolution_names: str) -> None:
-    """Fold one batch norm into the convolutions whose sum it normalises; the first one takes the bias."""
-    norm = module.get_submodule(norm_name)
-    gain = norm.weight.float() * torch.rsqrt(norm.running_var.float() + norm.eps)
-    for name in convolution_names:
-        weight = module.get_submodule(name).weight
-        weight.copy_((weight.float() * gain.view(-1, 1, 1, 1)).to(weight.dtype))
-    bias = norm.bias.float() - norm.running_mean.float() * gain
-    module.get_submodule(convolution_names[0]).bias = nn.Parameter(bias.to(norm.weight.dtype), requires_grad=False)
-    setattr(module, norm_name, nn.Identity())

@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from stm_model.network.backbones import BACKBONES
+from stm_model.network.batch_norm import absorb_batch_norm
 from stm_model.network.decoder import Decoder
 from stm_model.network.encoders import GUIDANCE, KeyValue, MemoryEncoder, Query, QueryEncoder, per_object
 from stm_model.network.shared import SharedDecoder, SharedEncoder, ValueEncoder
@@ -186,7 +187,11 @@ class STM(nn.Module):
         check_tensors(model.state_dict(), tensors, path)
         model.load_state_dict(tensors, assign=True)
         model.requires_grad_(False)
-        model = model.eval().to(device, dtype or default_dtype(device))
+        dtype = dtype or default_dtype(device)
+        if dtype.itemsize == 2:
+            check_finite(tensors, path)
+            absorb_batch_norm(model.float())
+        model = model.eval().to(device, dtype)
         # in the dtype that computes: float16 may not hold what float32 does
         check_finite(model.state_dict(), path)
         model.int8 = int8

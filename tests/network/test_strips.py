@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from stm_model.network import inference
+from stm_model.network.batch_norm import fold_batch_norm
 from stm_model.network.efficientnet import InvertedResidual
-from stm_model.network.inference import fold_batch_norm, fuse_activations
+from stm_model.network.inference import fuse_activations
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
 

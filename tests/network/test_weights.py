@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from stm_model import STM, STMConfig
+from stm_model.network import fold_batch_norm
 from stm_model.network.weights import CheckpointError, read_tensors, write_tensors
 from stm_model.runtime import DEFAULT_INTERACTIVE_WEIGHTS, chosen_side
 
@@ -90,3 +91,20 @@ def test_the_default_weights_are_small_and_load(path, config):
 )
 def test_the_side_at_which_a_network_runs(size, weights, frame_size, side):
     assert chosen_side(size, weights, frame_size) == side
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("config", [STMConfig.lite(), STMConfig.small()], ids=["lite", "resnet"])
+def test_in_half_precision_folded_weights_are_rounded_once(tmp_path, config, dtype):
+    torch.manual_seed(0)
+    model = STM(config).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor in (module.weight.data, module.running_var):
+                tensor.uniform_(0.5, 2.0)
+            for tensor in (module.bias.data, module.running_mean):
+                tensor.normal_()
+    write_tensors(model.state_dict(), tmp_path / "weights.safetensors")
+    expected = fold_batch_norm(STM.load(tmp_path / "weights.safetensors", "cpu", torch.float32)).to(dtype).state_dict()
+    found = fold_batch_norm(STM.load(tmp_path / "weights.safetensors", "cpu", dtype)).state_dict()
+    assert found.keys() == expected.keys() and all(found[name].equal(expected[name]) for name in expected)
