@@ -48,6 +48,7 @@ def test_an_outline_is_seen_on_any_ground(ground):
     assert set(outside) <= {0, 255} and np.array_equal(inside, drawing.colors[1]) and np.array_equal(beneath, ground)
     assert max(color_distance(outside, ground), color_distance(inside, ground)) >= VANISHES
     assert color_distance(outside, inside) >= VANISHES
+    assert color_distance(outside, inside) > color_distance(255 - outside.astype(int), inside)
     # no further than the line
     changed = (drawn != frame).any(2)
     assert not changed[:19].any() and not changed[61:].any() and not changed[:, :9].any() and not changed[:, 46:].any()

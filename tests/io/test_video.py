@@ -137,6 +137,19 @@ def test_in_place_of_a_frame_that_cannot_be_decoded_comes_the_one_before(tmp_pat
     assert nearest == [*range(blank), blank - 1, *range(blank + 1, 24)]
 
 
+def test_a_video_cut_out_of_a_longer_one_starts_with_the_first_frame_that_needs_none_before(tmp_path):
+    frames = _frames(24, noise=60)
+    whole = _write_video(tmp_path / "whole.avi", frames, "libvpx-vp9", gop_size=12)
+    with av.open(str(whole)) as source, av.open(str(tmp_path / "cut.avi"), "w") as cut:
+        stream = cut.add_stream_from_template(source.streams.video[0])
+        for packet in [packet for packet in source.demux(video=0) if packet.size][3:]:
+            packet.stream = stream
+            cut.mux(packet)
+    read = list(open_video(tmp_path / "cut.avi"))
+    nearest = [np.abs(frame.astype(int) - frames).mean((1, 2, 3)).argmin() for frame in read]
+    assert nearest == [*range(nearest[0], 24)] and 3 < nearest[0] <= 12
+
+
 @pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
 def test_damage_in_a_file_without_time_stamps_stops_a_video_there(tmp_path, codec):
     frames = _frames(24, noise=60)
