@@ -165,7 +165,8 @@ class STM(nn.Module):
             device: where it runs; None for the GPU if there is one, else the CPU.
             dtype: floating-point type of weights and memory, or its name; None for bfloat16 where the device computes
                 it natively, else float32. `int8` predicts with convolutions in eight bits on a CPU, the rest is
-                float32.
+                float32. In half precision convolutions take over the scale of the batch norm behind them, before their
+                weights are rounded.
 
         Raises:
             FileNotFoundError: there is no such file.
