@@ -199,7 +199,8 @@ class _Candidates:
         elif maxima is not None and maxima.shape[1] > self.k:
             bound = maxima.topk(self.k, 1).values[:, -1:]
         else:
-            return torch.full((self.M, 1), -math.inf)
+            like = self.best if maxima is None else maxima
+            return like.new_full((self.M, 1), -math.inf)  # type: ignore[union-attr]
         if self.errors is None:
             return bound
         # what the k-th best is at least, and what a product that is as much may have been rounded to
@@ -214,7 +215,7 @@ def _group_size(P: int) -> int:
 
 
 def _places(rows: Tensor, M: int) -> Tensor:
-    """Of ascending rows `[count]` below M, the how manieth of its row each is."""
+    """Which of its row each is, of ascending rows `[count]` below M: 0, 1, …"""
     starts = torch.searchsorted(rows, torch.arange(M, device=rows.device))
     return torch.arange(len(rows), device=rows.device) - starts[rows]
 
