@@ -190,7 +190,7 @@ class STM(nn.Module):
         model.requires_grad_(False)
         dtype = dtype or default_dtype(device)
         if dtype.itemsize == 2:
-            check_finite(tensors, path)
+            check_finite(model.state_dict(), path)
             absorb_batch_norm(model.float())
         model = model.eval().to(device, dtype)
         # in the dtype that computes: float16 may not hold what float32 does
