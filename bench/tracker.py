@@ -403,7 +403,10 @@ def main(words: Sequence[str] | None = None) -> int:
     if arguments.weights:
         report["rows"] = []
         for objects, remembered in itertools.product(arguments.objects, arguments.frames):
-            report["rows"].append(compare(arguments, objects, remembered))
+            try:
+                report["rows"].append(compare(arguments, objects, remembered))
+            except (OSError, ValueError) as error:
+                parser.error(f"--weights: {error}")
             show_compared(report["rows"][-1])
             write_json(report, arguments.out)
         return 0
