@@ -9,7 +9,6 @@ frames a second of whole pipelines: naive in turn, by default with decoding and 
 
     python bench/tracker.py --network released --objects 2 --frames 20            # ResNet-50
     python bench/tracker.py --dtype int8                                          # convolutions in eight bits
-    python bench/tracker.py --weights default small.safetensors:240               # trackers alone, of these weights
     ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2 python bench/tracker.py      # with AVX2 alone
 """
 
@@ -25,7 +24,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -347,43 +345,8 @@ def show(found: dict[str, Any], most: float) -> None:
     print(f"frames a second from file to files: {speeds}; {found['ratio']:.2f} times", flush=True)
 
 
-def compare(arguments: argparse.Namespace, objects: int, remembered: int) -> dict[str, Any]:
-    """Seconds of a tracked frame by each of several weights, in alternation; no files, and no frame is remembered."""
-    frames, labels = procedural_clip(remembered + 1, (arguments.height, arguments.width), objects, seed=0)
-    memory = MemoryRule(kept=frozenset(range(remembered)), first=True, previous=False)
-    steps = {}
-    for name, size in arguments.weights:
-        model = STM.load(None if name == "default" else name, device=arguments.device, dtype=arguments.dtype)
-        track = Tracker(model, memory=memory, size=size).track(itertools.cycle(frames), {0: labels[0]})
-        for _ in range(remembered):
-            next(track)
-        steps[f"{name}:{size}" if size else name] = partial(next, track)
-    found = alternate(steps, arguments.repeats, arguments.device)
-    return {"objects": objects, "memory_frames": remembered, "seconds": found}
-
-
-def show_compared(found: dict[str, Any]) -> None:
-    """A table of the weights, the first of which is what the others are compared with."""
-    seconds = {name: each["median"] for name, each in found["seconds"].items()}
-    first = next(iter(seconds.values()))
-    rows = [(name, each * 1e3, each / first) for name, each in seconds.items()]
-    print(
-        table((f"{found['objects']} objects, {found['memory_frames']} remembered", "ms", "of the first"), rows),
-        flush=True,
-    )
-
-
-def weights_and_size(word: str) -> tuple[str, int | None]:
-    """`FILE` or `FILE:SIZE`, of which the first may be `default`."""
-    name, _, size = word.rpartition(":")
-    return (name, at_least(16)(size)) if name and size.isdigit() else (word, None)
-
-
 def main(words: Sequence[str] | None = None) -> int:
     parser = options(__doc__, repeats=5)
-    parser.add_argument(
-        "--weights", type=weights_and_size, nargs="+", metavar="FILE[:SIZE]", help="compare these; SIZE as in stm track"
-    )
     parser.add_argument("--network", choices=("default", "released"), default="default")
     parser.add_argument("--height", type=at_least(16), default=480)
     parser.add_argument("--width", type=at_least(16), default=854)
@@ -400,16 +363,6 @@ def main(words: Sequence[str] | None = None) -> int:
     report |= {"dtype": arguments.dtype or dtype_name(dtype), "ceiling_dtype": dtype_name(dtype)}
     report |= {"ceiling": most, "instructions": torch.backends.cpu.get_cpu_capability()}
     report |= {name: os.environ.get(name) for name in ISA_LIMITS}
-    if arguments.weights:
-        report["rows"] = []
-        for objects, remembered in itertools.product(arguments.objects, arguments.frames):
-            try:
-                report["rows"].append(compare(arguments, objects, remembered))
-            except (OSError, ValueError) as error:
-                parser.error(f"--weights: {error}")
-            show_compared(report["rows"][-1])
-            write_json(report, arguments.out)
-        return 0
     report |= {"agreement_J": agreement(device, 2, size, arguments.dtype), "rows": []}
     print(f"{report['device']}, {report['threads']} threads, load {report['load']:.1f}, {size[0]}×{size[1]}")
     print(f"{arguments.network} network in {report['dtype']}")

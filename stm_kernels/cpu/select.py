@@ -61,7 +61,7 @@ def _best(
     """The positions `[M, ≤ k]` of the k best and their products, in `wide_dtype`, best first."""
     wide = wide_dtype(queries.dtype)
     queries = scratch.cast("query_key", queries, product_dtype(queries))
-    candidates = _Candidates(len(queries), k)
+    candidates = _Candidates(queries.new_empty(len(queries), 0, dtype=wide), k)
     for chunk in steady_slices(len(keys), frame, KEYS_PER_CHUNK):
         products = key_products(queries, keys[chunk], wide, scratch)
         candidates.add(products if bias is None else products.add_(bias[chunk]), chunk.start)
@@ -82,7 +82,8 @@ def _best_by_rounded_keys(
     # a bias is two more channels, whose queries are 1: itself rounded, and what that has lost
     rounded = queries.new_ones(len(queries), C + (0 if bias is None else 2), dtype=narrow)
     rounded[:, :C] = queries
-    candidates = _Candidates(len(queries), k, _errors(queries, rounded[:, :C], keys.dtype, *largest))
+    errors = _errors(queries, rounded[:, :C], keys.dtype, *largest)
+    candidates = _Candidates(rounded[:, :0], k, errors)
     # a video's last frames are likest the frame that reads
     for chunk in reversed(steady_slices(len(keys), frame, KEYS_PER_CHUNK)):
         rounded_keys = scratch.take("rounded_keys", (chunk.stop - chunk.start, rounded.shape[1]), narrow)
@@ -95,7 +96,7 @@ def _best_by_rounded_keys(
             return None
     rows, positions, _ = candidates.kept()
     products = queries.new_empty(len(rows), dtype=wide)
-    for part in even_slices(len(rows), GATHERED // C):
+    for part in even_slices(len(rows), max(1, GATHERED // C)):
         gathered = keys.index_select(0, positions[part]).to(wide)
         products[part] = gathered.mul_(queries.index_select(0, rows[part])).sum(1)
     if bias is not None:
@@ -138,16 +139,15 @@ class _Candidates:
     NaN counts as the greatest, as in a sort: it must show in the read.
 
     Args:
-        M: queries.
+        best: `[M, 0]`, in the dtype and on the device of the products.
         k: positions a query.
         errors: by how much at most `[M, 1]` a product errs before it is rounded to bfloat16; None is exact.
     """
 
-    def __init__(self, M: int, k: int, errors: Tensor | None = None) -> None:
-        self.M, self.k, self.errors = M, k, errors
-        self.best: Tensor | None = None
+    def __init__(self, best: Tensor, k: int, errors: Tensor | None = None) -> None:
+        self.best, self.k, self.errors = best, k, errors
         self.found: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.count, self.thin_at = 0, 3 * k * M
+        self.count, self.thin_at = 0, 3 * k * len(best)
 
     def add(self, products: Tensor, start: int) -> None:
         """Find candidates among the products `[M, P]` of positions from `start` on."""
@@ -157,9 +157,11 @@ class _Candidates:
             products = F.pad(products, (0, -P % size), value=-math.inf)
         groups = products.unflatten(1, (size, -1))
         maxima = groups.amax(1)
+        known = self.best.shape[1]
         # of exact products ties go to the earlier one
-        below = torch.le if self.errors is None and self._is_full() else torch.lt
-        bound = self._bound(maxima)
+        below = torch.le if self.errors is None and known == self.k else torch.lt
+        # maxima are products of distinct positions too
+        bound = self._bound(self.best if known == self.k else maxima.topk(min(self.k, maxima.shape[1]), 1).values)
         rows, columns = below(maxima, bound).logical_not_().nonzero(as_tuple=True)
         values = groups[rows, :, columns]
         which, member = below(values, bound[rows]).logical_not_().nonzero(as_tuple=True)
@@ -171,11 +173,9 @@ class _Candidates:
             return
         self.found.append((rows, columns + start, values))
         self.count += len(rows)
-        places = _places(rows, self.M)
-        known = 0 if self.best is None else self.best.shape[1]
-        pool = values.new_full((self.M, known + int(places.max()) + 1), -math.inf)
-        if self.best is not None:
-            pool[:, :known] = self.best
+        places = _places(rows, len(self.best))
+        pool = values.new_full((len(self.best), known + int(places.max()) + 1), -math.inf)
+        pool[:, :known] = self.best
         pool[rows, known + places] = values
         self.best = pool.topk(min(self.k, pool.shape[1]), 1).values
         if self.count > self.thin_at:
@@ -186,21 +186,14 @@ class _Candidates:
     def kept(self) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, positions and products of the candidates that are left, each `[count]`."""
         rows, positions, values = (torch.cat(parts) for parts in zip(*self.found))
-        left = (values < self._bound()[rows, 0]).logical_not_().nonzero()[:, 0]
+        left = (values < self._bound(self.best)[rows, 0]).logical_not_().nonzero()[:, 0]
         return rows[left], positions[left], values[left]
 
-    def _is_full(self) -> bool:
-        return self.best is not None and self.best.shape[1] == self.k
-
-    def _bound(self, maxima: Tensor | None = None) -> Tensor:
-        """What a candidate reaches `[M, 1]`, by the k best so far, else by maxima `[M, G]` of distinct positions."""
-        if self._is_full():
-            bound = self.best[:, -1:]  # type: ignore[index]
-        elif maxima is not None and maxima.shape[1] > self.k:
-            bound = maxima.topk(self.k, 1).values[:, -1:]
-        else:
-            like = self.best if maxima is None else maxima
-            return like.new_full((self.M, 1), -math.inf)  # type: ignore[union-attr]
+    def _bound(self, best: Tensor) -> Tensor:
+        """What a candidate reaches `[M, 1]`, by the products `[M, ≤ k]` of distinct positions, best first."""
+        if best.shape[1] < self.k:
+            return best.new_full((len(best), 1), -math.inf)
+        bound = best[:, -1:]
         if self.errors is None:
             return bound
         # what the k-th best is at least, and what a product that is as much may have been rounded to

@@ -10,7 +10,6 @@ import bench.tracker as tracker
 from stm_model import STM, STMConfig
 from stm_model.data.synthetic import procedural_clip
 from stm_model.network import Query, fold_batch_norm, for_inference
-from stm_model.network.weights import write_tensors
 from stm_model.training.state import initialize
 
 
@@ -72,20 +71,6 @@ def test_every_stage_of_both_versions_is_counted(tmp_path, capsys):
     )
     said = capsys.readouterr().out
     assert "frames a second from file to files" in said and "of ceiling" in said
-
-
-def test_weights_of_several_shapes_are_compared(tmp_path, capsys):
-    write_tensors(small_network().state_dict(), tmp_path / "small.safetensors")
-    small = ["--height", "48", "--width", "64", "--objects", "1", "--frames", "1", "--repeats", "1"]
-    out = tmp_path / "shapes.json"
-    names = [f"{tmp_path}/small.safetensors", f"{tmp_path}/small.safetensors:32"]
-    assert tracker.main([*small, "--weights", *names, "--out", str(out)]) == 0
-    (row,) = json.loads(out.read_text())["rows"]
-    assert [*row["seconds"]] == names and row["memory_frames"] == 1
-    assert row["seconds"][names[0]]["median"] > 0 and "of the first" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="2"):
-        tracker.main([*small, "--weights", str(tmp_path / "none.safetensors")])
-    assert "--weights: " in capsys.readouterr().err
 
 
 def test_what_no_stage_took_is_all_else():

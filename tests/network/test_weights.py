@@ -108,3 +108,9 @@ def test_in_half_precision_folded_weights_are_rounded_once(tmp_path, config, dty
     expected = fold_batch_norm(STM.load(tmp_path / "weights.safetensors", "cpu", torch.float32)).to(dtype).state_dict()
     found = fold_batch_norm(STM.load(tmp_path / "weights.safetensors", "cpu", dtype)).state_dict()
     assert found.keys() == expected.keys() and all(found[name].equal(expected[name]) for name in expected)
+    # and what is written in half precision is read as the same in float32
+    write_tensors(STM.load(tmp_path / "weights.safetensors", "cpu", dtype).state_dict(), tmp_path / "half.safetensors")
+    for name, tensor in (
+        fold_batch_norm(STM.load(tmp_path / "half.safetensors", "cpu", torch.float32)).state_dict().items()
+    ):
+        torch.testing.assert_close(tensor, expected[name].to(tensor.dtype), rtol=1e-6, atol=0)
