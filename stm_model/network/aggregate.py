@@ -6,12 +6,11 @@ from torch import Tensor
 _EPSILON = 1e-7
 
 
-def soft_aggregate(object_probabilities: Tensor, background_half: bool = False) -> Tensor:
+def soft_aggregate(object_probabilities: Tensor) -> Tensor:
     """Merge the independent probabilities of n objects into logits over background and objects.
 
     Args:
         object_probabilities: `[n, …]` float in 0…1, one map per object.
-        background_half: give the background a probability of one half, whatever the objects have.
 
     Returns:
         Float32 logits `[n + 1, …]`, background first; their softmax over dimension 0 sums to one.
@@ -20,9 +19,6 @@ def soft_aggregate(object_probabilities: Tensor, background_half: bool = False) 
     """
     objects = object_probabilities.float()
     background = torch.prod(1 - objects, dim=0, keepdim=True)
-    if background_half:
-        # a softmax of the objects' own logits and one of 0
-        background = torch.full_like(background, 0.5)
     probabilities = torch.cat([background, objects]).clamp(_EPSILON, 1 - _EPSILON)
     return torch.logit(probabilities)
 

@@ -23,10 +23,8 @@ class SharedEncoder(FrameTrunk):
         width: channels at 1/16; half of them at 1/8 and a quarter at 1/4.
     """
 
-    def __init__(self, backbone: str, key_channels: int, width: int, position: bool = False):
+    def __init__(self, backbone: str, key_channels: int, width: int):
         super().__init__(backbone)
-        if position:
-            self.position = nn.Conv2d(2 * 2 * len(WAVES), key_channels, 1, bias=False)
         parts = BACKBONES[backbone]
         stride4, stride8, stride16 = parts.channels
         self.res5 = parts.context()
@@ -46,22 +44,7 @@ class SharedEncoder(FrameTrunk):
         merged = self.lateral16(stride16)
         merged = F.relu(merged + F.interpolate(context, merged.shape[-2:], mode="bilinear", align_corners=False))
         features = FrameFeatures(self.skip16(merged), self.skip8(stride8), self.skip4(stride4))
-        key = self.Key(merged)
-        if hasattr(self, "position"):
-            key = key + self.position(waves(key.shape[-2:]).to(key))
-        return Query(key, merged, features)
-
-
-WAVES = (0.5, 1.0, 2.0, 4.0)
-"""Periods over a frame's height and width of the position code."""
-
-
-def waves(size: tuple[int, int]) -> Tensor:
-    """Sines and cosines of the places of a grid `[h, w]` along both sides: `[1, 4 * periods, h, w]`."""
-    y, x = torch.meshgrid(*(torch.linspace(0, 2 * torch.pi, side) for side in size), indexing="ij")
-    return torch.stack([wave(turns * side) for turns in WAVES for side in (y, x) for wave in (torch.sin, torch.cos)])[
-        None
-    ]
+        return Query(self.Key(merged), merged, features)
 
 
 def _projection(in_channels: int, channels: int) -> nn.Sequential:

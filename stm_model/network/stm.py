@@ -24,7 +24,6 @@ STRIDE = 16
 
 # a checkpoint says by a tensor of this name that keys are compared by their distance
 _L2 = "l2_similarity"
-_HALF = "background_half"
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,6 @@ class STMConfig:
     masks of its objects enter late, and all objects share its key."""
     prior: bool = False
     """Whether the decoder sees the previous frame's masks; the shared form alone can."""
-    position: bool = False
-    """Whether keys of the shared form have a position code added."""
-    background_half: bool = False
-    """How objects are aggregated, see `soft_aggregate`."""
 
     def __post_init__(self) -> None:
         if self.form == "shared" and BACKBONES.get(self.backbone, BACKBONES["resnet50"]).context is None:
@@ -113,8 +108,6 @@ class STMConfig:
                 similarity=similarity,
                 form="shared",
                 prior="Decoder.prior16.weight" in tensors,
-                position="Encoder.position.weight" in tensors,
-                background_half=_HALF in tensors,
             )
         has_scribbles = any(f"Encoder_M.{name}.weight" in tensors for name in ("conv1_p", "conv1_n"))
         return cls(
@@ -145,11 +138,9 @@ class STM(nn.Module):
         """Whether it predicts with convolutions in eight bits; all else, and its weights, are in float32."""
         if config.similarity == "l2":
             self.register_buffer(_L2, torch.ones(()))
-        if config.background_half:
-            self.register_buffer(_HALF, torch.ones(()))
         if config.form == "shared":
             width = config.decoder_channels
-            self.Encoder = SharedEncoder(config.backbone, config.key_channels, width, config.position)
+            self.Encoder = SharedEncoder(config.backbone, config.key_channels, width)
             self.Memory = ValueEncoder(config.guidance, config.value_channels, width)
             self.Decoder: nn.Module = SharedDecoder(config.value_channels, width, config.prior)
             return

@@ -293,7 +293,7 @@ class TrackingSession:
         familiarity = ((found * similarity).sum((1, 2)) / found.sum((1, 2)).clamp(min=1e-12)).tolist()
         height, width = image.shape[-2:]
         found = objects[:, top : top + height, left : left + width]
-        return query, torch.softmax(soft_aggregate(found, self.model.config.background_half), 0), familiarity
+        return query, torch.softmax(soft_aggregate(found), 0), familiarity
 
     def _remember(self, previous: _Previous, masks: Tensor, others: Tensor, cells: Tensor) -> None:
         """Put the previous frame with its soft masks `[n, H, W]` and cells `[n, h, w]` where memories want it."""

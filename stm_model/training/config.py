@@ -56,12 +56,6 @@ class TrainConfig:
     """Likewise, how keys are compared: by their dot product (None too), or by their squared distance as STCN does."""
     prior: bool | None = None
     """Likewise, whether the decoder sees the previous frame's masks, in the shared form alone."""
-    position: bool | None = None
-    """Likewise, whether keys have a position code added, in the shared form alone."""
-    background_half: bool | None = None
-    """Likewise, whether objects are aggregated by a softmax of their logits, the background's 0."""
-    contrast: float = 0.0
-    """Weight of the contrastive loss: each cell of a frame is to find its own object in the first frame."""
     top_k: int | None = None
     """Remembered positions that each query reads, the best, see `stm_kernels.memory_read`; None reads all."""
     rounds: int = 0
@@ -203,16 +197,7 @@ class TrainConfig:
     @property
     def _shape(self) -> dict:
         """What differs from the shape that `network` names."""
-        names = (
-            "backbone",
-            "key_channels",
-            "value_channels",
-            "decoder_channels",
-            "similarity",
-            "prior",
-            "position",
-            "background_half",
-        )
+        names = ("backbone", "key_channels", "value_channels", "decoder_channels", "similarity", "prior")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property

@@ -1,6 +1,5 @@
 """The loss of a clip: every frame after the first is segmented from the memory of the frames before it."""
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from stm_kernels import space_time_memory_read
 from stm_model.data.clips import Clip, generator
 from stm_model.labels import VOID
-from stm_model.network import STM, STRIDE, Query, other_object_masks, soft_aggregate
+from stm_model.network import STM, Query, other_object_masks, soft_aggregate
 from stm_model.network.encoders import FrameFeatures
 
 
@@ -57,7 +56,7 @@ def segment_clips(
         seen = [disturbed(mask, clip, time, prior_noise) for mask, clip in zip(masks, clips)] if prior_noise else masks
         previous = torch.cat(seen), torch.cat([other_object_masks(mask) for mask in seen])
         probabilities = run(model.segment, readout, query, objects, previous).split(objects)
-        logits = [soft_aggregate(part, model.config.background_half) for part in probabilities]
+        logits = [soft_aggregate(part) for part in probabilities]
         predictions.append(logits)
         masks = [torch.softmax(part.detach(), 0)[1:] for part in logits]
     return predictions
@@ -116,18 +115,15 @@ class ClipLoss(nn.Module):
         dice_weight: float,
         recompute: bool = False,
         prior_noise: float = 0.0,
-        contrast: float = 0.0,
         **read_options: Any,
     ):
         super().__init__()
-        self.contrast = contrast
         self.model, self.dice_weight, self.read_options = model, dice_weight, read_options
         self.recompute, self.prior_noise = recompute, prior_noise
 
     def forward(self, clips: list[Clip]) -> Tensor:
         noise = self.prior_noise
-        loss = clip_loss(self.model, clips, self.dice_weight, self.recompute, noise, **self.read_options)
-        return loss + self.contrast * contrastive_loss(self.model, clips) if self.contrast else loss
+        return clip_loss(self.model, clips, self.dice_weight, self.recompute, noise, **self.read_options)
 
     def predict(self, clip: Clip) -> list[Tensor]:
         """Logit maps `[n + 1, H, W]` of the frames of a clip after its first."""
@@ -195,27 +191,3 @@ def _encode_queries(model: STM, frames: Tensor, recompute: bool) -> list[Query]:
         Query(key, value, FrameFeatures(*maps))
         for key, value, maps in zip(query.key.split(size), query.value.split(size), features, strict=True)
     ]
-
-
-def contrastive_loss(model: STM, clips: list[Clip]) -> Tensor:
-    """How much of its weight each cell of the later frames gives to cells of other objects in the first frame, as the
-    cross entropy of its own; cells of one object, or of the background, alone count.
-
-    Source: van den Oord et al. 2018 (InfoNCE), with all cells of the object in the first frame as positives.
-    """
-    frames = torch.stack([clip.frames for clip in clips])
-    keys = torch.stack([query.key for query in _encode_queries(model, frames, False)], 1)
-    losses = []
-    for clip, key in zip(clips, keys):
-        masks = torch.stack([_one_hot(labels, clip.objects) for labels in clip.labels], 0)
-        cells = F.avg_pool2d(masks, STRIDE)
-        cells = torch.cat([1 - cells.sum(1, keepdim=True), cells], 1).flatten(2)
-        share, label = cells.max(1)
-        positions = rearrange(key.float(), "t c h w -> t (h w) c")
-        distances = torch.cdist(positions[1:], positions[:1]) ** 2
-        found = torch.softmax(-distances / math.sqrt(positions.shape[-1]), -1)
-        own = torch.einsum("tqm,mo->tqo", found, F.one_hot(label[0], clip.objects + 1).float())
-        own = own.gather(-1, label[1:, :, None])[..., 0]
-        clear = (share[1:] > 0.9) & torch.isin(label[1:], label[0])
-        losses.append(-(own.clamp(min=1e-6).log() * clear).sum() / clear.sum().clamp(min=1))
-    return torch.stack(losses).mean()

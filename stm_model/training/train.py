@@ -70,7 +70,7 @@ class _Training:
         self.loss: nn.Module = (
             RoundsLoss(state.model, config.rounds, config.dice, config.recompute, **reading)
             if config.rounds
-            else ClipLoss(state.model, config.dice, config.recompute, config.prior_noise, config.contrast, **reading)
+            else ClipLoss(state.model, config.dice, config.recompute, config.prior_noise, **reading)
         )
         self.predict = self.loss.predict
         if processes > 1:
