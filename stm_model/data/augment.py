@@ -1,9 +1,12 @@
 """Augmentation of clips: geometry shared by frames and labels, colour shared over time, objects of other clips."""
 
+import io
 import math
 
+import numpy as np
 import torch
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -140,6 +143,24 @@ def random_color(frames: Tensor, random: torch.Generator, strength: float = 0.3)
     frames = mean + (frames - mean) * factor()
     tint = 1 + 0.3 * strength * (2 * torch.rand(3, 1, 1, generator=random) - 1)
     return (frames * factor() * tint).clamp_(0, 1)
+
+
+def random_degradation(frames: Tensor, random: torch.Generator) -> Tensor:
+    """Frames `[T, 3, H, W]` as a small, compressed video has them: reduced up to threefold, saved as JPEG, enlarged."""
+    height, width = frames.shape[-2:]
+    draws = torch.rand(2, generator=random).tolist()
+    factor, quality = 3 ** -draws[0], round(30 + 65 * draws[1])
+    small = F.interpolate(frames, (round(height * factor), round(width * factor)), mode="area")
+    pixels = (small.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
+    saved = torch.from_numpy(np.stack([_saved_as_jpeg(frame, quality) for frame in pixels]))
+    large = F.interpolate(saved.permute(0, 3, 1, 2).float() / 255, (height, width), mode="bicubic", align_corners=False)
+    return large.clamp_(0, 1)
+
+
+def _saved_as_jpeg(frame: np.ndarray, quality: int) -> np.ndarray:
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "JPEG", quality=quality)
+    return np.asarray(Image.open(file))
 
 
 def _hue_rotation(angle: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from stm_model.data.augment import large_objects, paste_objects, random_color, visible_objects
+from stm_model.data.augment import large_objects, paste_objects, random_color, random_degradation, visible_objects
 from stm_model.data.clips import Clip, SeededClips, generator
 from stm_model.data.images import LabelledImage
 from stm_model.io.images import MediaError
@@ -27,6 +27,8 @@ TWICE = 0.5
 """Share of the instances that are pasted twice."""
 IN_FRONT = 0.6
 """Share of the copies that hide the objects of the clip; the rest pass behind them."""
+SMALLEST = 0.06
+"""Size of the smallest instances, of the clip's height."""
 
 
 class CollageClips(SeededClips):
@@ -59,6 +61,19 @@ class CollageClips(SeededClips):
             clip = clip._replace(labels=torch.zeros_like(clip.labels))
         labelled = not paste <= draw < paste + distract
         return visible_objects(paste_objects(clip, other, random, labelled))
+
+
+class DegradedClips(SeededClips):
+    """Clips of one dataset, a share of which look like small, compressed video, see `random_degradation`."""
+
+    def __init__(self, clips: Dataset, share: float):
+        self.clips, self.share = clips, share
+
+    def __getitem__(self, seed: int) -> Clip:
+        clip, random = self.clips[seed], generator(seed, 7)
+        if _chance(random) >= self.share:
+            return clip
+        return clip._replace(frames=random_degradation(clip.frames, random))
 
 
 class CutOut(NamedTuple):
@@ -133,7 +148,7 @@ def twin(clip: Clip, random: torch.Generator) -> CutOut | None:
 
 
 def instance(image: LabelledImage, size: tuple[int, int], random: torch.Generator, color: float) -> CutOut | None:
-    """One of the instances of an image, to be seen at a tenth to half of a view's height; None without a large one."""
+    """One of the instances of an image, a twentieth to half of a view high; None without a large one."""
     frame, drawn = image.load()
     labels = torch.from_numpy(drawn)
     large = large_objects(labels, 0.002 * labels.numel())
@@ -145,7 +160,7 @@ def instance(image: LabelledImage, size: tuple[int, int], random: torch.Generato
     picture = torch.from_numpy(frame[top:bottom, left:right]).permute(2, 0, 1).float()[None] / 255
     mask = mask[None, top:bottom, left:right]
     extent = math.sqrt((bottom - top) * (right - left))
-    scale = size[0] * math.exp(_between(random, math.log(0.12), math.log(0.6))) / extent
+    scale = size[0] * math.exp(_between(random, math.log(SMALLEST), math.log(0.6))) / extent
     if scale < 0.5:
         # averaged down first: sampled as it is, it would flicker
         smaller = max(1, round((bottom - top) * scale)), max(1, round((right - left) * scale))

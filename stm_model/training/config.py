@@ -96,6 +96,8 @@ class TrainConfig:
     """Share of the pasted objects that are random regions of an image."""
     color: float = 0.3
     """How much brightness, contrast, saturation, hue and tint of a clip are changed, alike in all its frames."""
+    degrade: float = 0.0
+    """Share of clips that look like small, compressed video: reduced, saved as JPEG and enlarged again."""
     motion: float = 0.3
     """How much turning, zooming, shearing, drifting and bending is added to a video's own motion, where a still image
     gets 1."""
@@ -162,7 +164,7 @@ class TrainConfig:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a strength of at least 0, got {getattr(self, name)}")
         shares = ("stills", "procedural", "paste", "distract", "replace", "regions", "skip_growth", "decay")
-        shares += ("crowd", "follow", "prior_noise")
+        shares += ("crowd", "follow", "degrade", "prior_noise")
         for name in (*shares, "freeze_batch_norm", "ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a share from 0 to 1, got {getattr(self, name)}")

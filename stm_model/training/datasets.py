@@ -6,7 +6,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 
 from stm_model.data.clips import Clip, FollowedClips, MixedClips
-from stm_model.data.crowd import CollageClips, CrowdClips
+from stm_model.data.crowd import CollageClips, CrowdClips, DegradedClips
 from stm_model.data.davis import davis_videos
 from stm_model.data.folders import TrainingData, is_davis, open_folder
 from stm_model.data.images import ImageClips, LabelledImage
@@ -39,9 +39,9 @@ def training_clips(config: TrainConfig) -> Dataset:
 
 
 def _crowded(clips: Dataset, images: list[LabelledImage], config: TrainConfig) -> Dataset:
-    if not config.crowd:
-        return clips
-    return CrowdClips(clips, images, config.crowd, config.most_objects, config.color)
+    if config.crowd:
+        clips = CrowdClips(clips, images, config.crowd, config.most_objects, config.color)
+    return DegradedClips(clips, config.degrade) if config.degrade else clips
 
 
 def _clips_of(data: TrainingData, config: TrainConfig) -> tuple[Dataset, Dataset]:

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from stm_model.data.augment import (
     paste_objects,
     random_color,
+    random_degradation,
     random_region,
     random_view,
     thin_plate_field,
@@ -17,7 +19,7 @@ from stm_model.data.augment import (
 )
 from stm_model.data.clips import Clip, FollowedClips, MixedClips
 from stm_model.data.clips import generator as generator_of
-from stm_model.data.crowd import CollageClips
+from stm_model.data.crowd import CollageClips, DegradedClips
 from stm_model.data.davis import davis_videos, find_list
 from stm_model.data.images import ImageClips, frames_as_images
 from stm_model.data.synthetic import ProceduralClips, procedural_clip
@@ -91,6 +93,31 @@ def test_color_keeps_range_and_acts_alike_on_all_frames():
     assert 0 <= changed.min() and changed.max() <= 1 and not torch.equal(changed[:1], frame)
     torch.testing.assert_close(changed[0], changed[2])
     assert torch.equal(random_color(frame, generator(1), strength=0), frame)
+
+
+def test_degraded_frames_lose_detail_and_nothing_else():
+    y, x = torch.meshgrid(torch.arange(96), torch.arange(160), indexing="ij")
+    coarse, fine = 0.5 + 0.3 * torch.sin(x / 30), 0.1 * (-1.0) ** (x // 3 + y // 3)
+    frames = (coarse + fine).expand(3, 3, -1, -1)
+    detail = []
+    for seed in range(10):
+        degraded = random_degradation(frames, generator(seed))
+        assert degraded.shape == frames.shape and 0 <= degraded.min() and degraded.max() <= 1
+        # what does not move still does not
+        assert torch.equal(degraded[0], degraded[2])
+        inside = degraded[0, 0, 8:-8, 8:-8] - coarse[8:-8, 8:-8]
+        assert F.avg_pool2d(inside[None], 16).abs().max() < 0.03
+        detail.append(float(inside.std()) / 0.1)
+    assert min(detail) < 0.3 < max(detail) and max(detail) < 1.1
+    assert torch.equal(random_degradation(frames, generator(3)), random_degradation(frames, generator(3)))
+
+
+def test_a_share_of_the_clips_is_degraded():
+    clips = ProceduralClips(2, (64, 64))
+    share = DegradedClips(clips, 0.5)
+    changed = [not torch.equal(share[seed].frames, clips[seed].frames) for seed in range(40)]
+    assert 10 <= sum(changed) <= 30
+    assert all(torch.equal(share[seed].labels, clips[seed].labels) for seed in range(40))
 
 
 def two_clips() -> tuple[Clip, Clip]:
