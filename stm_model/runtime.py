@@ -7,13 +7,14 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 # torch is imported where it is used: the commands' options are read without it
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 
@@ -26,6 +27,10 @@ DEFAULT_INTERACTIVE_WEIGHTS = DEFAULT_WEIGHTS.with_name("stm_interactive.safeten
 """The weights guided by scribbles that come with the package."""
 USUAL_SIZE = 480
 """Shorter side in pixels at which a network with the package's weights runs, unless another one is asked for."""
+CLOSE_SIZE = 600
+"""Likewise, where an object is `SMALL`."""
+SMALL = 0.01
+"""Share of the frame below which an object is small: at 480 pixels it fills fewer than 16 positions of the memory."""
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 """Those that end a command in order: what is done is kept."""
@@ -40,16 +45,25 @@ def is_live(source: str | Path) -> bool:
     return source == STDIN or str(source).startswith("/dev/video") or (bool(colon) and scheme in LIVE_SCHEMES)
 
 
-def chosen_side(size: int | None, checkpoint: Path | None, frame_size: Sequence[int]) -> int | None:
+def chosen_side(
+    size: int | None,
+    checkpoint: Path | None,
+    frame_size: Sequence[int],
+    masks: Mapping[int, np.ndarray] | None = None,
+) -> int | None:
     """Shorter side in pixels at which a network runs on frames `[H, W]` of this size; None is their own.
 
     Args:
-        size: what was asked for; None is `USUAL_SIZE`, with other weights than the package's the frames' own.
+        size: what was asked for; None is `USUAL_SIZE`, or `CLOSE_SIZE` for small objects; with other weights than the
+            package's the frames' own.
         checkpoint: where the weights are from; None are the default ones.
         frame_size: height and width in pixels.
+        masks: frame → its label map; the first of them says how large the objects are.
     """
+    from stm_model.labels import smallest_share
+
     if size is None and checkpoint in (None, DEFAULT_WEIGHTS, DEFAULT_INTERACTIVE_WEIGHTS):
-        size = USUAL_SIZE
+        size = CLOSE_SIZE if masks and smallest_share(masks[min(masks)]) < SMALL else USUAL_SIZE
     return None if size == min(frame_size) else size
 
 
@@ -60,8 +74,9 @@ class NetworkOptions:
     checkpoint: Path | None = None
     """A released .pth or our .safetensors; None takes the weights that come with the package."""
     size: int | None = None
-    """Shorter side in pixels at which the network runs. None takes 480 with the package's weights, and
-    the video's own with others. Masks always have the video's size."""
+    """Shorter side in pixels at which the network runs. None takes 480 with the package's weights, or 600 where an
+    object fills less than a hundredth of its first frame, and the video's own with others. Masks always have the
+    video's size."""
     device: str | None = None
     """Where to run, like cpu or cuda:0; None takes the GPU if there is one."""
     dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = None

@@ -144,7 +144,7 @@ def track_video(
     check_output(config)
     part = part_of(config, _opened(config))
     masks = _given_masks(config, part)
-    config = dataclasses.replace(config, size=chosen_side(config.size, config.checkpoint, part.size))
+    config = dataclasses.replace(config, size=chosen_side(config.size, config.checkpoint, part.size, masks))
     tracker = make_tracker(config, model)
     if isinstance(config.video, str) and config.memory_budget is None and config.memory_share is None:
         frames = LIVE_FRAMES + len(masks)
@@ -188,7 +188,7 @@ def finished(config: TrackConfig) -> dict[str, Any] | None:
 
     Raises a ValueError where the folder holds something else, or names the first setting that differs.
     """
-    from stm_model.runtime import chosen_side
+    from stm_model.runtime import CLOSE_SIZE, chosen_side
     from stm_model.tracking.folder import RESUME_FILE, SUMMARY, is_output_of, plain_settings
     from stm_model.tracking.resume import check_format
 
@@ -208,6 +208,9 @@ def finished(config: TrackConfig) -> dict[str, Any] | None:
     for name, value in settings.items():
         # a setting that there was not yet had its default
         found = summary["settings"].get(name, defaults.get(name))
+        if name == "size" and config.size is None and found == CLOSE_SIZE:
+            # chosen for the objects in the masks, which are the same
+            continue
         if isinstance(getattr(config, name), Path) and isinstance(found, str):
             # as earlier versions wrote it
             found = str(Path(found).resolve())

@@ -81,16 +81,18 @@ def track_videos(
     total = sum(len(video.frame_paths) for video in videos)
     with Progress(desc="track", unit="frame", total=total, shown=not quiet) as progress:
         for number, video in enumerate(videos):
-            size = chosen_side(network.size, network.checkpoint, picture_size(video.frame_paths[0]))
+            masks = _given_masks(video)
+            size = chosen_side(network.size, network.checkpoint, picture_size(video.frame_paths[0]), masks)
             if size not in trackers:
                 trackers[size] = Tracker(model, size=size, **options)
             if not number:
-                for _ in zip(range(WARM_UP), _results(trackers[size], video, dict(spent), False)):
+                for _ in zip(range(WARM_UP), _results(trackers[size], video, masks, dict(spent), False)):
                     pass
                 loaded = _held_memory(device)
             progress.set_postfix_str(video.name, refresh=False)
             sure: dict[int, dict[int, float]] = {}
-            for result in _write(video, _results(trackers[size], video, spent, both_ways), out / video.name):
+            results = _results(trackers[size], video, masks, spent, both_ways)
+            for result in _write(video, results, out / video.name):
                 for label, value in zip(result.objects, result.trust):
                     sure.setdefault(label, {})[result.index] = round(value, 4)
                 frames += 1
@@ -153,11 +155,13 @@ class _Frames:
         return frame
 
 
-def _results(tracker: Tracker, video: Video, spent: dict[str, float], both_ways: bool) -> Iterator[FrameResult]:
+def _results(
+    tracker: Tracker, video: Video, masks: dict[int, np.ndarray], spent: dict[str, float], both_ways: bool
+) -> Iterator[FrameResult]:
     """The results of a video; `spent` gets the seconds of tracking, without those of reading."""
     track = tracker.track_both_ways if both_ways else tracker.track
     try:
-        yield from timed(track(_Frames(video, spent), _given_masks(video)), spent, "tracking")
+        yield from timed(track(_Frames(video, spent), masks), spent, "tracking")
     except MediaError:
         raise
     except ValueError as error:

@@ -88,7 +88,7 @@ class TrackingFunction:
         """Follow a shape that was drawn on a picture. Raises a ValueError if it is empty or not within the picture."""
         mask = _drawn(shape, pp_image.shape[:2])
         if self._drawn is None or self._drawn.picture is not pp_image:
-            self.tracker.size = chosen_side(self.size, self.checkpoint, pp_image.shape[:2])
+            self.tracker.size = chosen_side(self.size, self.checkpoint, pp_image.shape[:2], {0: mask.astype(np.uint8)})
             self._drawn = Scene(self.tracker.start(), pp_image)
         return Followed(self._drawn, self._drawn.add(mask))
 

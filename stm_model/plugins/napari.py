@@ -26,7 +26,7 @@ def track_layers(viewer: Viewer, video: Image, labels: Labels) -> Any:
     frames, masks = video.data, drawn_masks(labels.data, video.data)
     size = frames.shape[1:3]
     result = viewer.add_labels(np.zeros((len(frames), *size), np.uint8), name=f"{labels.name} tracked")
-    tracker = Tracker(_network(), size=chosen_side(None, None, size))
+    tracker = Tracker(_network(), size=chosen_side(None, None, size, masks))
 
     def show(found: tuple[int, np.ndarray]) -> None:
         index, tracked = found

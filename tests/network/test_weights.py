@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -79,18 +80,28 @@ def test_the_default_weights_are_small_and_load(path, config):
 
 
 @pytest.mark.parametrize(
-    "size, weights, frame_size, side",
+    "size, weights, frame_size, share, side",
     [
-        (None, None, (240, 432), 480),
-        (None, None, (1920, 1080), 480),
-        (None, None, (480, 854), None),
-        (None, DEFAULT_INTERACTIVE_WEIGHTS, (240, 432), 480),
-        (None, Path("STM_weights.pth"), (1080, 1920), None),
-        (360, None, (1080, 1920), 360),
+        (None, None, (240, 432), None, 480),
+        (None, None, (1920, 1080), 0.02, 480),
+        (None, None, (480, 854), 0.011, None),
+        (None, None, (480, 854), 0.009, 600),
+        (None, None, (600, 800), 0.009, None),
+        (None, DEFAULT_INTERACTIVE_WEIGHTS, (240, 432), None, 480),
+        (None, Path("STM_weights.pth"), (1080, 1920), 0.009, None),
+        (360, None, (1080, 1920), 0.009, 360),
     ],
 )
-def test_the_side_at_which_a_network_runs(size, weights, frame_size, side):
-    assert chosen_side(size, weights, frame_size) == side
+def test_the_side_at_which_a_network_runs(size, weights, frame_size, share, side):
+    masks = None
+    if share is not None:
+        first = np.zeros(frame_size, np.uint8)
+        first[:, : frame_size[1] // 2] = 1
+        first.reshape(-1)[-round(share * first.size) :] = 7
+        first[0, 0] = 255
+        # the first mask alone says it
+        masks = {5: np.zeros_like(first), 2: first}
+    assert chosen_side(size, weights, frame_size, masks) == side
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
