@@ -1,4 +1,7 @@
-"""How far an object can be from one frame to the next: where several look alike, parts of one are found on another."""
+"""How far an object can be from one frame to the next: where several look alike, parts of one are found on another.
+
+Networks whose decoder sees the previous masks are held back alone; what a released STM finds stays as it is.
+"""
 
 import torch
 from torch import Tensor

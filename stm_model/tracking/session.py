@@ -27,6 +27,7 @@ from stm_model.tracking.frames import (
     prepare_mask,
     scaled_size,
 )
+from stm_model.tracking.reach import hold_back
 from stm_model.tracking.result import FrameResult
 from stm_model.tracking.trust import UNTRUSTED, GivenMasks, agreement_of, cells_of, certainty_of
 
@@ -291,9 +292,11 @@ class TrackingSession:
         # of the padded frame, whose cells are whole
         found = F.avg_pool2d(objects, STRIDE)
         familiarity = ((found * similarity).sum((1, 2)) / found.sum((1, 2)).clamp(min=1e-12)).tolist()
+        if self.model.config.prior:
+            objects = hold_back(objects, found, cells)
         height, width = image.shape[-2:]
-        found = objects[:, top : top + height, left : left + width]
-        return query, torch.softmax(soft_aggregate(found), 0), familiarity
+        seen = objects[:, top : top + height, left : left + width]
+        return query, torch.softmax(soft_aggregate(seen), 0), familiarity
 
     def _remember(self, previous: _Previous, masks: Tensor, others: Tensor, cells: Tensor) -> None:
         """Put the previous frame with its soft masks `[n, H, W]` and cells `[n, h, w]` where memories want it."""

@@ -1,8 +1,11 @@
 """Objects are held back where they cannot be and another one can."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from stm_model import STM, STMConfig, Tracker
 from stm_model.network import STRIDE
 from stm_model.tracking.reach import OUT_OF_REACH, hold_back
 
@@ -71,3 +74,20 @@ def test_nothing_out_of_reach_costs_nothing():
     objects, found = both(0.8, 0.0)
     found[1] = 0.005
     assert hold_back(objects, found, cells_at(LEFT, RIGHT)) is objects
+
+
+@pytest.mark.parametrize("prior", [True, False])
+def test_a_network_that_does_not_see_the_previous_masks_is_left_alone(clip, monkeypatch, prior):
+    calls = []
+
+    def nothing_is_left(objects, found, previous):
+        calls.append(previous.shape)
+        return objects * 0
+
+    monkeypatch.setattr("stm_model.tracking.session.hold_back", nothing_is_left)
+    torch.manual_seed(0)
+    config = replace(STMConfig.shared(), key_channels=16, value_channels=32, decoder_channels=32, prior=prior)
+    frames, labels = clip
+    found = [*Tracker(STM(config).eval()).track(frames[:3], {0: labels[0]})]
+    assert len(calls) == (2 if prior else 0)
+    assert all(result.labels.any() != prior for result in found[1:])
