@@ -6,11 +6,11 @@ import math
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from stm_model.data.clips import Clip
+from stm_model.io.images import encode_jpeg, read_image
 from stm_model.labels import VOID
 
 
@@ -152,15 +152,10 @@ def random_degradation(frames: Tensor, random: torch.Generator) -> Tensor:
     factor, quality = 3 ** -draws[0], round(30 + 65 * draws[1])
     small = F.interpolate(frames, (round(height * factor), round(width * factor)), mode="area")
     pixels = (small.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
-    saved = torch.from_numpy(np.stack([_saved_as_jpeg(frame, quality) for frame in pixels]))
+    files = (io.BytesIO(encode_jpeg(frame, quality, "4:2:0")) for frame in pixels)
+    saved = torch.from_numpy(np.stack([read_image(file) for file in files]))
     large = F.interpolate(saved.permute(0, 3, 1, 2).float() / 255, (height, width), mode="bicubic", align_corners=False)
     return large.clamp_(0, 1)
-
-
-def _saved_as_jpeg(frame: np.ndarray, quality: int) -> np.ndarray:
-    file = io.BytesIO()
-    Image.fromarray(frame).save(file, "JPEG", quality=quality)
-    return np.asarray(Image.open(file))
 
 
 def _hue_rotation(angle: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def upright(image: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(image) if _orientation(image) > 1 else image
 
 
-def read_image(path: str | os.PathLike) -> np.ndarray:
+def read_image(path: str | os.PathLike | io.BytesIO) -> np.ndarray:
     """Read a picture as uint8 RGB `[H, W, 3]`, turned as its EXIF orientation says. Raises MediaError if it cannot be
     read or has 16 bits a channel.
     """
@@ -102,10 +102,10 @@ def write_image(path: str | os.PathLike, image: np.ndarray) -> None:
         Image.fromarray(image).save(partial)
 
 
-def encode_jpeg(image: np.ndarray, quality: int = 88) -> bytes:
+def encode_jpeg(image: np.ndarray, quality: int = 88, subsampling: str = "4:4:4") -> bytes:
     """Uint8 RGB `[H, W, 3]` as the bytes of a JPEG."""
     stream = io.BytesIO()
-    Image.fromarray(image).save(stream, format="JPEG", quality=quality, subsampling=0)
+    Image.fromarray(image).save(stream, format="JPEG", quality=quality, subsampling=subsampling)
     return stream.getvalue()
 
 

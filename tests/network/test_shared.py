@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import avg_pool2d, max_pool2d
 
 from stm_kernels import memory_read
 from stm_model import STM, STMConfig
@@ -18,6 +19,7 @@ from stm_model.network import (
 )
 from stm_model.network.inference import fuse_activations
 from stm_model.network.weights import write_tensors
+from stm_model.tracking.reach import hold_back
 from stm_model.tracking.tracker import Tracker
 from stm_model.training.loss import clip_loss
 from stm_model.training.state import initialize
@@ -173,7 +175,9 @@ def test_tracking_is_the_loop_of_the_paper(model):
             implementation="reference",
         )
         maps = readout.transpose(1, 2).unflatten(2, query.key.shape[-2:])
-        probabilities = soft_aggregate(model.segment(maps, query, [2], (masks, others))).softmax(0).double()
+        objects = model.segment(maps, query, [2], (masks, others))
+        objects = hold_back(objects, avg_pool2d(objects, 16), max_pool2d(masks, 16))
+        probabilities = soft_aggregate(objects).softmax(0).double()
         torch.testing.assert_close(tracked[index], probabilities.float(), rtol=1e-4, atol=1e-5)
         keys.append(key)
         values.append(value)
