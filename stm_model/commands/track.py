@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from stm_model.commands.exits import BAD_INPUT, fail, interrupted, option_bytes
-from stm_model.commands.part import PartOptions, asked, check_live, masks_of, part_of
+from stm_model.commands.part import PartOptions, check_live, masks_of, part_of
 from stm_model.runtime import STDIN, NetworkOptions, is_live, one_line
 
 # torch, PyAV and the model are imported where they are used: `stm track --help` answers at once
@@ -144,8 +144,8 @@ def track_video(
     check_output(config)
     part = part_of(config, _opened(config))
     masks = _given_masks(config, part)
-    config = dataclasses.replace(config, size=chosen_side(config.size, config.checkpoint, part.size, masks))
-    tracker = make_tracker(config, model)
+    side = chosen_side(config.size, config.checkpoint, part.size, masks)
+    tracker = make_tracker(dataclasses.replace(config, size=side), model)
     if isinstance(config.video, str) and config.memory_budget is None and config.memory_share is None:
         frames = LIVE_FRAMES + len(masks)
         device = tracker.plan(part.size, frames, masks).paged_bytes(frames)
@@ -188,7 +188,6 @@ def finished(config: TrackConfig) -> dict[str, Any] | None:
 
     Raises a ValueError where the folder holds something else, or names the first setting that differs.
     """
-    from stm_model.runtime import CLOSE_SIZE, chosen_side
     from stm_model.tracking.folder import RESUME_FILE, SUMMARY, is_output_of, plain_settings
     from stm_model.tracking.resume import check_format
 
@@ -201,16 +200,10 @@ def finished(config: TrackConfig) -> dict[str, Any] | None:
     check_format(config.out, summary.get("format"))
     if summary["stopped"] is not None:
         return None
-    crop = asked(config).crop
-    seen = (crop.height, crop.width) if crop else summary["size"]
-    settings = plain_settings(config) | {"size": chosen_side(config.size, config.checkpoint, seen)}
     defaults = {field.name: field.default for field in dataclasses.fields(config)} | {"export": []}
-    for name, value in settings.items():
+    for name, value in plain_settings(config).items():
         # a setting that there was not yet had its default
         found = summary["settings"].get(name, defaults.get(name))
-        if name == "size" and config.size is None and found == CLOSE_SIZE:
-            # chosen for the objects in the masks, which are the same
-            continue
         if isinstance(getattr(config, name), Path) and isinstance(found, str):
             # as earlier versions wrote it
             found = str(Path(found).resolve())

@@ -1,4 +1,6 @@
-"""Augmentation of clips: geometry shared by frames and labels, colour shared over time, objects of other clips."""
+"""Augmentation of clips: geometry shared by frames and labels, colour and quality shared over time, objects of other
+clips.
+"""
 
 import io
 import math
@@ -8,8 +10,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 
-from stm_model.data.clips import Clip
+from stm_model.data.clips import Clip, SeededClips, generator
 from stm_model.io.images import encode_jpeg, read_image
 from stm_model.labels import VOID
 
@@ -156,6 +159,19 @@ def random_degradation(frames: Tensor, random: torch.Generator) -> Tensor:
     saved = torch.from_numpy(np.stack([read_image(file) for file in files]))
     large = F.interpolate(saved.permute(0, 3, 1, 2).float() / 255, (height, width), mode="bicubic", align_corners=False)
     return large.clamp_(0, 1)
+
+
+class DegradedClips(SeededClips):
+    """Clips of one dataset, a share of which look like small, compressed video, see `random_degradation`."""
+
+    def __init__(self, clips: Dataset, share: float):
+        self.clips, self.share = clips, share
+
+    def __getitem__(self, seed: int) -> Clip:
+        clip, random = self.clips[seed], generator(seed, 7)
+        if float(torch.rand((), generator=random)) >= self.share:
+            return clip
+        return clip._replace(frames=random_degradation(clip.frames, random))
 
 
 def _hue_rotation(angle: Tensor) -> Tensor:

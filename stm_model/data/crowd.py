@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from stm_model.data.augment import large_objects, paste_objects, random_color, random_degradation, visible_objects
+from stm_model.data.augment import large_objects, paste_objects, random_color, visible_objects
 from stm_model.data.clips import Clip, SeededClips, generator
 from stm_model.data.images import LabelledImage
 from stm_model.io.images import MediaError
@@ -61,19 +61,6 @@ class CollageClips(SeededClips):
             clip = clip._replace(labels=torch.zeros_like(clip.labels))
         labelled = not paste <= draw < paste + distract
         return visible_objects(paste_objects(clip, other, random, labelled))
-
-
-class DegradedClips(SeededClips):
-    """Clips of one dataset, a share of which look like small, compressed video, see `random_degradation`."""
-
-    def __init__(self, clips: Dataset, share: float):
-        self.clips, self.share = clips, share
-
-    def __getitem__(self, seed: int) -> Clip:
-        clip, random = self.clips[seed], generator(seed, 7)
-        if _chance(random) >= self.share:
-            return clip
-        return clip._replace(frames=random_degradation(clip.frames, random))
 
 
 class CutOut(NamedTuple):

@@ -25,6 +25,7 @@ from stm_model.io.video import VideoFile, VideoWriter
 from stm_model.progress import Progress
 from stm_model.runtime import is_out_of_memory, one_line, peak_process_memory, timed
 from stm_model.tracking.both_ways import Backward
+from stm_model.tracking.frames import scaled_size
 from stm_model.tracking.result import FrameResult
 from stm_model.tracking.resume import FORMAT, ResumeFile
 from stm_model.tracking.tracker import Tracker
@@ -78,6 +79,7 @@ class FolderRun:
             "objects": [],
             "signals": {},
             "size": None,
+            "network_size": None,
             "fps": None,
             "seconds": {},
             "peak_memory_bytes": {},
@@ -115,6 +117,7 @@ class FolderRun:
             ValueError, OSError: the input is refused, or nothing was tracked; what else is a bug of ours.
         """
         self.part = part
+        self.summary["network_size"] = list(scaled_size(part.size, self.tracker.size))
         if names := part.mask_names:
             self.summary["mask_names"] = names
         saved = resume_file.saved if resume_file else None

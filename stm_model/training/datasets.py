@@ -5,8 +5,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
+from stm_model.data.augment import DegradedClips
 from stm_model.data.clips import Clip, FollowedClips, MixedClips
-from stm_model.data.crowd import CollageClips, CrowdClips, DegradedClips
+from stm_model.data.crowd import CollageClips, CrowdClips
 from stm_model.data.davis import davis_videos
 from stm_model.data.folders import TrainingData, is_davis, open_folder
 from stm_model.data.images import ImageClips, LabelledImage

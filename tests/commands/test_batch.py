@@ -163,7 +163,7 @@ def test_results_of_an_earlier_version_are_refused_by_name(track, tmp_path):
 
 @pytest.mark.parametrize("small, size", [(0.0, 32), (1.0, 40)])
 def test_the_size_of_the_default_weights_is_the_same_setting(tmp_path, folder, monkeypatch, small, size):
-    """Asked for nothing, larger frames run at the size of the weights, or at that for small objects; that is no other
+    """Asked for nothing, frames are seen at the size of the weights, or at that for small objects; that is no other
     setting the next time."""
     monkeypatch.setattr("stm_model.network.stm.DEFAULT_WEIGHTS", folder / "tiny.safetensors")
     monkeypatch.setattr("stm_model.runtime.USUAL_SIZE", 32)
@@ -171,10 +171,10 @@ def test_the_size_of_the_default_weights_is_the_same_setting(tmp_path, folder, m
     monkeypatch.setattr("stm_model.runtime.SMALL", small)
     command = ["track", str(folder / "list.txt"), "--out", str(tmp_path / "out"), "--device", "cpu"]
     assert main(command) == 0
-    assert json.loads((tmp_path / "out" / "ant" / "summary.json").read_text())["settings"]["size"] == size
+    assert min(json.loads((tmp_path / "out" / "ant" / "summary.json").read_text())["network_size"]) == size
     before = _written(tmp_path / "out")
     assert main(command) == 0 and _written(tmp_path / "out") == before
-    assert main([*command, "--size", "48"]) != 0
+    assert main([*command, "--size", "48"]) != 0 and _written(tmp_path / "out") == before
 
 
 def test_a_folder_with_something_else_is_refused(track, tmp_path):

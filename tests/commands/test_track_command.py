@@ -231,7 +231,8 @@ def test_a_real_video_end_to_end(tmp_path):
     arguments = [CLIP / "bear.mp4", "--mask", CLIP / "Annotations" / "00000.png", "--out", tmp_path]
     assert main(["track", *map(str, arguments), "--no-overlay"]) == 0
     predictions = [read_mask(file) for file in sorted((tmp_path / "masks").iterdir())]
-    assert json.loads((tmp_path / "summary.json").read_text())["settings"]["size"] is None
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["settings"]["size"] is None and summary["network_size"] == summary["size"]
     region, _ = sequence_scores(predictions, truths)[1]
     assert region >= 0.5
 

@@ -9,6 +9,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from stm_model.data.augment import (
+    DegradedClips,
     paste_objects,
     random_color,
     random_degradation,
@@ -19,7 +20,7 @@ from stm_model.data.augment import (
 )
 from stm_model.data.clips import Clip, FollowedClips, MixedClips
 from stm_model.data.clips import generator as generator_of
-from stm_model.data.crowd import CollageClips, DegradedClips
+from stm_model.data.crowd import CollageClips
 from stm_model.data.davis import davis_videos, find_list
 from stm_model.data.images import ImageClips, frames_as_images
 from stm_model.data.synthetic import ProceduralClips, procedural_clip

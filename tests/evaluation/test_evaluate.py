@@ -63,6 +63,18 @@ def test_a_split_is_tracked_scored_and_reported(evaluate, davis, weights, clips,
         assert word in out
 
 
+@pytest.mark.parametrize("small, side", [(0.0, 32), (1.0, 64)])
+def test_small_objects_are_seen_larger(evaluate, weights, monkeypatch, small, side):
+    sides, make = [], predict.Tracker
+    monkeypatch.setattr(
+        predict, "Tracker", lambda model, size, **options: sides.append(size) or make(model, size=size, **options)
+    )
+    for name, value in (("DEFAULT_WEIGHTS", weights), ("USUAL_SIZE", 32), ("CLOSE_SIZE", 64), ("SMALL", small)):
+        monkeypatch.setattr(f"stm_model.runtime.{name}", value)
+    assert evaluate("--no-report")[0] == 0
+    assert sides == [side]
+
+
 def test_the_speed_leaves_files_out_and_drops_the_warm_up(evaluate, monkeypatch):
     read, write = predict.read_image, predict.write_mask
     monkeypatch.setattr(predict, "read_image", lambda path: (time.sleep(0.05), read(path))[1])

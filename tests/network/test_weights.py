@@ -104,6 +104,10 @@ def test_the_side_at_which_a_network_runs(size, weights, frame_size, share, side
     assert chosen_side(size, weights, frame_size, masks) == side
 
 
+def test_masks_without_an_object_are_of_no_small_one():
+    assert chosen_side(None, None, (240, 432), {0: np.full((240, 432), 255, np.uint8)}) == 480
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("config", [STMConfig.lite(), STMConfig.small()], ids=["lite", "resnet"])
 def test_in_half_precision_folded_weights_are_rounded_once(tmp_path, config, dtype):

@@ -91,6 +91,15 @@ def test_a_polygon_comes_back_as_one(function, clip):
     assert region_similarity(mask_of(shape, labels[0].shape), drawn_mask) > 0.5
 
 
+@pytest.mark.parametrize("small, side", [(0.0, 480), (1.0, 600)])
+def test_small_objects_are_seen_larger(function, clip, monkeypatch, small, side):
+    monkeypatch.setattr("stm_model.runtime.SMALL", small)
+    function.size = None
+    pictures, labels = clip
+    start(pictures[0], [mask_shape(labels[0] == 1)])
+    assert function.tracker.size == side
+
+
 def test_what_is_not_to_be_seen_is_none(function, clip):
     pictures, labels = clip
     (state,) = start(pictures[0], [mask_shape(labels[0] == 1)])

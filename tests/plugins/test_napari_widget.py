@@ -46,7 +46,11 @@ def run(application, viewer, video, drawn):
 
 def test_the_widget_tracks_what_is_drawn_as_the_tracker_does(application, viewer, clip, monkeypatch):
     frames, labels = clip
-    monkeypatch.setattr(plugin, "chosen_side", lambda *_: None)
+
+    def own_side(size, checkpoint, frame_size, masks):
+        assert frame_size == frames.shape[1:3] and np.array_equal(masks[1], labels[1])
+
+    monkeypatch.setattr(plugin, "chosen_side", own_side)
     drawn = np.zeros_like(labels, dtype=np.int32)
     drawn[1] = labels[1]
     expected = [result.labels for result in Tracker(STM.load()).track(frames, {1: labels[1]})]
