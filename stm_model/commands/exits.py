@@ -1,6 +1,7 @@
 """How a command ends: exit codes, signals, and the one line that says why; options that are amounts of memory."""
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -53,6 +54,12 @@ def fail(message: str, code: int) -> int:
     """Print a line on stderr; returns the exit code."""
     print(f"stm: error: {message}", file=sys.stderr)
     return code
+
+
+def nobody_reads() -> int:
+    """The exit code of a command whose output nobody reads any more; what is left of it goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + 13  # SIGPIPE, which Windows lacks
 
 
 def option_bytes(config: Any, name: str) -> int | None:

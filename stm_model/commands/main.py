@@ -11,7 +11,7 @@ from importlib import import_module
 
 # a command's file is imported when it is asked for, and torch, PyAV and the model by what it runs: help answers at once
 from stm_model import __version__
-from stm_model.commands.exits import BAD_INPUT, fail, interrupted, signals_interrupt, was_interrupted
+from stm_model.commands.exits import BAD_INPUT, fail, interrupted, nobody_reads, signals_interrupt, was_interrupted
 from stm_model.runtime import OtherRankFailed, is_out_of_memory, one_line
 
 Command = Callable[[], int]
@@ -60,7 +60,10 @@ def _run(arguments: list[str]) -> int:
         if sys.stderr.isatty() and not {"-h", "--help"} & set(rest):
             # importing torch takes seconds, and `stm train` does so to check its options
             print("loading…", file=sys.stderr, flush=True)
-        command = COMMANDS[name][0](rest)
+        try:
+            command = COMMANDS[name][0](rest)
+        except BrokenPipeError:  # help that a reader left, as `head` does
+            return nobody_reads()
         with _short_warnings():
             return command()
     except OtherRankFailed:  # which says why

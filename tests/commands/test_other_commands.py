@@ -48,6 +48,15 @@ def test_help_comes_without_importing_anything_heavy(capsys):
     assert "--resize-mask" in done.stdout and not {"torch", "av", "numpy"} & set(done.stdout.split())
 
 
+def test_help_that_nobody_reads_to_its_end_is_no_error():
+    left, written = os.pipe()
+    os.close(left)
+    command = [sys.executable, "-m", "stm_model", "track", "--help"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], stdout=written, stderr=subprocess.PIPE, text=True)
+    os.close(written)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_info_says_what_would_run(capsys):
     assert main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
