@@ -3,7 +3,7 @@
 from stm_model.network.aggregate import other_object_masks, soft_aggregate
 from stm_model.network.batch_norm import fold_batch_norm
 from stm_model.network.inference import for_inference
-from stm_model.network.stm import STM, STRIDE, Query, STMConfig, as_positions, scribble_tensors, with_memory_stride
+from stm_model.network.stm import STM, STRIDE, Query, STMConfig, as_positions, scribble_tensors
 
 __all__ = [
     "STM",
@@ -16,5 +16,4 @@ __all__ = [
     "other_object_masks",
     "scribble_tensors",
     "soft_aggregate",
-    "with_memory_stride",
 ]

@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from stm_model.network.backbones import BACKBONES
 from stm_model.network.batch_norm import absorb_batch_norm
@@ -25,8 +24,6 @@ STRIDE = 16
 
 # a checkpoint says by a tensor of this name that keys are compared by their distance
 _L2 = "l2_similarity"
-# and by one of this name that a position in memory stands for 2×2 of the grid
-_COARSE = "coarse_memory"
 
 
 @dataclass(frozen=True)
@@ -52,9 +49,6 @@ class STMConfig:
     masks of its objects enter late, and all objects share its key."""
     prior: bool = False
     """Whether the decoder sees the previous frame's masks; the shared form alone can."""
-    memory_stride: Literal[16, 32] = 16
-    """Pixels per position in memory: those of the grid that keys and values are on, or the means of 2×2 of these, with
-    which a read takes a quarter of the arithmetic and the memory."""
 
     def __post_init__(self) -> None:
         if self.form == "shared" and BACKBONES.get(self.backbone, BACKBONES["resnet50"]).context is None:
@@ -74,8 +68,6 @@ class STMConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if self.memory_stride not in (STRIDE, 2 * STRIDE):
-            raise ValueError(f"memory_stride: expected {STRIDE} or {2 * STRIDE}, got {self.memory_stride}")
         for name in ("key_channels", "value_channels", "decoder_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -105,7 +97,6 @@ class STMConfig:
             return len(tensors[name]) if name in tensors and tensors[name].ndim else default
 
         similarity: Literal["dot", "l2"] = "l2" if _L2 in tensors else "dot"
-        memory_stride: Literal[16, 32] = 32 if _COARSE in tensors else 16
         if any(name.startswith("Encoder.") for name in tensors):
             guide = tensors.get("Memory.guide8.weight")
             return cls(
@@ -117,7 +108,6 @@ class STMConfig:
                 similarity=similarity,
                 form="shared",
                 prior="Decoder.prior16.weight" in tensors,
-                memory_stride=memory_stride,
             )
         has_scribbles = any(f"Encoder_M.{name}.weight" in tensors for name in ("conv1_p", "conv1_n"))
         return cls(
@@ -127,7 +117,6 @@ class STMConfig:
             decoder_channels=rows("Decoder.convFM.weight", cls.decoder_channels),
             guidance="scribbles" if has_scribbles else "masks",
             similarity=similarity,
-            memory_stride=memory_stride,
         )
 
 
@@ -149,8 +138,6 @@ class STM(nn.Module):
         """Whether it predicts with convolutions in eight bits; all else, and its weights, are in float32."""
         if config.similarity == "l2":
             self.register_buffer(_L2, torch.ones(()))
-        if config.memory_stride > STRIDE:
-            self.register_buffer(_COARSE, torch.ones(()))
         if config.form == "shared":
             width = config.decoder_channels
             self.Encoder = SharedEncoder(config.backbone, config.key_channels, width)
@@ -241,8 +228,7 @@ class STM(nn.Module):
             objects_per_clip: B counts with sum K.
 
         Returns:
-            Key `[K, C, h, w]`, or `[B, C, h, w]` where keys are shared, and value `[K, V, h, w]`; h and w are H and W
-            by the configuration's `memory_stride`, rounded up.
+            Key `[K, C, H/16, W/16]`, or `[B, C, H/16, W/16]` where keys are shared, and value `[K, V, H/16, W/16]`.
 
         Raises:
             ValueError: the network is guided by scribbles.
@@ -268,7 +254,7 @@ class STM(nn.Module):
             objects_per_clip: B counts with sum K.
 
         Returns:
-            Key `[K, C, h, w]` and value `[K, V, h, w]`, as those of `memorize`.
+            Key `[K, C, H/16, W/16]` and value `[K, V, H/16, W/16]`.
 
         Raises:
             ValueError: the network is guided by masks.
@@ -283,11 +269,8 @@ class STM(nn.Module):
     def _memorize(self, frames: Tensor | Query, guides: Tensor, objects_per_clip: list[int]) -> tuple[Tensor, Tensor]:
         if self.shares_keys:
             query = self.Encoder(frames) if isinstance(frames, Tensor) else frames
-            key, value = query.key, self.Memory(query, guides, objects_per_clip)
-        else:
-            key, value = self.KV_M_r4(self.Encoder_M(frames, guides, objects_per_clip))
-        cells = self.config.memory_stride // STRIDE
-        return (key, value) if cells == 1 else (_means(key, cells), _means(value, cells))
+            return query.key, self.Memory(query, guides, objects_per_clip)
+        return self.KV_M_r4(self.Encoder_M(frames, guides, objects_per_clip))
 
     def encode_query(self, frames: Tensor) -> Query:
         """Key, value and decoder maps of frames `[B, 3, H, W]`, RGB in 0…1, H and W multiples of 16."""
@@ -327,11 +310,6 @@ class STM(nn.Module):
         return torch.softmax(logits, 1)[:, 1]
 
 
-def _means(feature_map: Tensor, cells: int) -> Tensor:
-    """The means of so many rows and columns of a map; fewer of them at its end count alike."""
-    return F.avg_pool2d(feature_map, cells, ceil_mode=True)
-
-
 def _backbone_of(tensors: Mapping[str, Tensor], encoder: str) -> str | None:
     """The backbone that has a first stage with these tensors, None if there is none."""
     if f"{encoder}.res2.0.depthwise.0.weight" in tensors:
@@ -360,12 +338,6 @@ def scribble_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
     started = {name: value.clone() for name, value in tensors.items() if name != "Encoder_M.conv1_o.weight"}
     return started | {names[name]: value.clone() for name, value in tensors.items() if name in names}
-
-
-def with_memory_stride(tensors: Mapping[str, Tensor], stride: int) -> dict[str, Tensor]:
-    """The tensors of a network whose `memory_stride` is another, and nothing else."""
-    others = {name: value for name, value in tensors.items() if name != _COARSE}
-    return others | ({_COARSE: torch.ones(())} if stride > STRIDE else {})
 
 
 def as_positions(feature_map: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -154,8 +153,6 @@ class MemoryPlan:
     """Objects, each of which has keys and values of its own."""
     size: tuple[int, int]
     """Height and width at which the network sees them, in pixels."""
-    positions: int
-    """In memory, of each frame."""
     frame_bytes: int
     """Bytes of one frame's keys and values."""
     budget: MemoryBudget
@@ -165,7 +162,8 @@ class MemoryPlan:
 
     def paged_bytes(self, frames: int) -> int:
         """Bytes of so many frames, each on a page of its own."""
-        return frames * budget_page(0, self.positions, 1) * self.frame_bytes // self.positions
+        positions = self.size[0] * self.size[1] // STRIDE**2
+        return frames * budget_page(0, positions, 1) * self.frame_bytes // positions
 
     def __str__(self) -> str:
         height, width = self.size
@@ -203,7 +201,6 @@ def plan_memory(
     frame_count: int,
     size: tuple[int, int],
     position_bytes: Callable[[int], int],
-    stride: int = STRIDE,
 ) -> MemoryPlan:
     """Plan the memory of a video.
 
@@ -211,14 +208,13 @@ def plan_memory(
         masks: frame index → labels.
         size: height and width at which the network sees a frame, multiples of its stride.
         position_bytes: of the keys and values at one position of so many objects that entered together.
-        stride: pixels per position.
 
     Raises:
         ValueError: the budget does not hold what may not be evicted; the message says what would.
     """
     groups = _groups(masks)
     objects = sum(group.objects for group in groups)
-    positions = math.prod(-(-side // stride) for side in size)
+    positions = size[0] * size[1] // STRIDE**2
     # what must stay changes with a given mask and with the frame after it; the last frame is not remembered
     moments = {min(given + after, frame_count - 2) for given in masks for after in (0, 1)}
     staying = [[(group.objects, group.staying(index, rule)) for group in groups] for index in moments]
@@ -240,7 +236,7 @@ def plan_memory(
             raise too_small(needed, objects, budget.total)
         page = budget_page(budget.device, positions, together)
         held = budget.total // (page * together) * page // positions
-    return MemoryPlan(rule.most_frames(frame_count), objects, size, positions, positions * together, budget, held)
+    return MemoryPlan(rule.most_frames(frame_count), objects, size, positions * together, budget, held)
 
 
 def _groups(masks: Mapping[int, np.ndarray]) -> list[_Group]:

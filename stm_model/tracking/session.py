@@ -307,12 +307,9 @@ class TrackingSession:
             return
         frame = pad_to_stride(previous.image)[0] if previous.query is None else previous.query
         key, value = self.model.memorize(frame, masks, others, [len(masks)])
-        stride = self.model.config.memory_stride
         if places := [place for place, count in enumerate(given) if count]:
             keys = key if len(key) == 1 else key[places]
-            covered = F.avg_pool2d(masks[places], stride, ceil_mode=True)
-            self.given_masks.add([self.objects[place] for place in places], keys, covered)
-        cells = F.max_pool2d(cells, stride // STRIDE, ceil_mode=True)
+            self.given_masks.add([self.objects[place] for place in places], keys, F.avg_pool2d(masks[places], STRIDE))
         self.bank.remember(previous.index, entries, key, value, cells)
 
     def _forget_wrong(self, labels: Tensor, given: frozenset[int]) -> set[int]:

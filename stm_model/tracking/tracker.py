@@ -251,8 +251,7 @@ class Tracker:
             keys = 1 if self.model.shares_keys else objects
             return (keys * config.key_channels + objects * config.value_channels) * dtype.itemsize
 
-        rule, size = self._rule(frame_count), (height, width)
-        return plan_memory(rule, self.budget, masks, frame_count, size, position_bytes, config.memory_stride)
+        return plan_memory(self._rule(frame_count), self.budget, masks, frame_count, (height, width), position_bytes)
 
     def _rule(self, frame_count: int | None) -> MemoryRule:
         return MemoryRule.parse(self.memory, frame_count) if isinstance(self.memory, str) else self.memory

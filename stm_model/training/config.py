@@ -56,9 +56,6 @@ class TrainConfig:
     """Likewise, how keys are compared: by their dot product (None too), or by their squared distance as STCN does."""
     prior: bool | None = None
     """Likewise, whether the decoder sees the previous frame's masks, in the shared form alone."""
-    memory_stride: Literal[16, 32] | None = None
-    """Pixels per remembered position: 16, the grid of the keys, or 32, means of 2×2 of it; also of weights to start
-    from. None for that of these, or of `network`."""
     top_k: int | None = None
     """Remembered positions that each query reads, the best, see `stm_kernels.memory_read`; None reads all."""
     rounds: int = 0
@@ -212,8 +209,7 @@ class TrainConfig:
 
         guidance: Literal["masks", "scribbles"] = "scribbles" if self.rounds else "masks"
         shapes = {"shared": STMConfig.shared, "lite": STMConfig.lite, "small": STMConfig.small, "released": STMConfig}
-        shape = dataclasses.replace(shapes[self.network](guidance=guidance), **self._shape)
-        return shape if self.memory_stride is None else dataclasses.replace(shape, memory_stride=self.memory_stride)
+        return dataclasses.replace(shapes[self.network](guidance=guidance), **self._shape)
 
     @property
     def settings(self) -> dict:

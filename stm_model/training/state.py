@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from stm_model.io.files import write_torch
-from stm_model.network import STM, STMConfig, scribble_tensors, with_memory_stride
+from stm_model.network import STM, STMConfig, scribble_tensors
 from stm_model.network.decoder import ResBlock
 from stm_model.network.efficientnet import InvertedResidual
 from stm_model.network.resnet import BasicBlock, Bottleneck
@@ -126,8 +126,6 @@ class TrainState:
 def _started(config: TrainConfig, path: Path) -> STM:
     """A network of the shape that the weights have, guided as the run says."""
     tensors = read_tensors(path)
-    if config.memory_stride is not None:
-        tensors = with_memory_stride(tensors, config.memory_stride)
     shape = STMConfig.of_tensors(tensors)
     guidance = config.network_shape.guidance
     if guidance == "scribbles" and shape.guidance == "masks":

@@ -204,15 +204,11 @@ def test_a_run_starts_from_the_weights_of_a_tracker_or_its_own(config, tmp_path)
     config = dataclasses.replace(config, steps=1, learning_rate=1e-9, freeze_batch_norm=0.0, ema=0.0)
     first = train(dataclasses.replace(config, init=tmp_path / "tracking.safetensors"))
     second = train(dataclasses.replace(config, init=first, out=tmp_path / "second"))
-    truth, truth_shape = scribble_tensors(tracking.state_dict()), STMConfig.small("scribbles")
+    truth = scribble_tensors(tracking.state_dict())
     for weights in (first, second):
         tensors = read_tensors(weights)
         assert all(torch.allclose(tensors[name].float(), value.float(), atol=1e-3) for name, value in truth.items())
     assert InteractiveConfig(out=tmp_path).network_shape == STMConfig.small("scribbles")
-    for stride in (32, 16):
-        out = tmp_path / str(stride)
-        first = train(dataclasses.replace(config, init=first, memory_stride=stride, out=out))
-        assert STM.load(first, device="cpu").config == dataclasses.replace(truth_shape, memory_stride=stride)
 
 
 def test_held_out_videos_are_scored_by_scribbles_on_them(config, tmp_path):

@@ -179,7 +179,7 @@ SHARED = {"network": "shared", "decoder_channels": 16, "crowd": 1.0, "prior_nois
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"rounds": 2}, SHARED, SHARED | {"rounds": 2}, SHARED | {"prior": False, "top_k": 3, "memory_stride": 32}],
+    [{}, {"rounds": 2}, SHARED, SHARED | {"rounds": 2}, SHARED | {"prior": False, "top_k": 3}],
 )
 def test_a_killed_run_resumed_equals_an_unbroken_one(config, changes, tmp_path, monkeypatch):
     config = dataclasses.replace(config, **changes)
