@@ -57,7 +57,7 @@ def fail(message: str, code: int) -> int:
 
 
 def nobody_reads() -> int:
-    """The exit code of a command whose output nobody reads any more; what is left of it goes nowhere."""
+    """The exit code of a command whose output nobody reads any more, as after `head`; the rest of it goes nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + 13  # SIGPIPE, which Windows lacks
 

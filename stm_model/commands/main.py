@@ -37,6 +37,10 @@ def run() -> None:
     # OpenMP reads it when torch is imported
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     exit_code = main()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        exit_code = nobody_reads()
     if "WORLD_SIZE" in os.environ:
         # one process of many leaves at once: a thread of its process group may outlive what it needs
         sys.stdout.flush()
@@ -60,15 +64,14 @@ def _run(arguments: list[str]) -> int:
         if sys.stderr.isatty() and not {"-h", "--help"} & set(rest):
             # importing torch takes seconds, and `stm train` does so to check its options
             print("loading…", file=sys.stderr, flush=True)
-        try:
-            command = COMMANDS[name][0](rest)
-        except BrokenPipeError:  # help that a reader left, as `head` does
-            return nobody_reads()
+        command = COMMANDS[name][0](rest)
         with _short_warnings():
             return command()
     except OtherRankFailed:  # which says why
         return BAD_INPUT
     except Exception as error:
+        if type(error) is BrokenPipeError:  # PyAV has one of its own
+            return nobody_reads()
         foreseen = isinstance(error, (ValueError, OSError)) or is_out_of_memory(error)
         # pathlib's, up to Python 3.12
         foreseen |= isinstance(error, RuntimeError) and str(error).startswith("Symlink loop")

@@ -48,11 +48,20 @@ def test_help_comes_without_importing_anything_heavy(capsys):
     assert "--resize-mask" in done.stdout and not {"torch", "av", "numpy"} & set(done.stdout.split())
 
 
-def test_help_that_nobody_reads_to_its_end_is_no_error():
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["--version"], ["track", "--help"]])
+def test_output_that_nobody_reads_to_its_end_is_no_error(arguments, unbuffered):
+    """What is short is written when the command ends, the rest before."""
     left, written = os.pipe()
     os.close(left)
-    command = [sys.executable, "-m", "stm_model", "track", "--help"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], stdout=written, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "stm_model", *arguments],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        stdout=written,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     os.close(written)
     assert (done.returncode, done.stderr) == (141, "")
 
