@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.context import SpawnContext, SpawnProcess
 
-from stm_model.runtime import SIGNALS
+from stm_model.runtime import SIGNALS, keep_freed_memory
 
 
 @contextlib.contextmanager
@@ -47,7 +47,7 @@ def worker_pool(count: int) -> Iterator[ProcessPoolExecutor]:
     alone.
     """
     # spawned, as a process that has threads must not be forked
-    pool = ProcessPoolExecutor(count, _Context(), _end_with_parent)
+    pool = ProcessPoolExecutor(count, _Context(), _begin)
     try:
         yield pool
     except BaseException:
@@ -59,8 +59,9 @@ def worker_pool(count: int) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _end_with_parent() -> None:
-    """A worker of a pool whose parent is killed would wait for its next task for ever."""
+def _begin() -> None:
+    """What a worker does first; it ends with its parent, as it would else wait for its next task for ever."""
+    keep_freed_memory()
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -58,7 +58,7 @@ def _demo(config: DemoConfig) -> int:
     if not is_output_of("demo", config.out):
         raise ValueError(f"{config.out}: holds something other than an earlier demo; choose another folder with --out")
     frames, truths = aquarium_clip(frames=config.frames, objects=config.objects, seed=config.seed)
-    run = FolderRun("demo", config.out, Tracker(STM.load(device=config.device)), config)
+    run = FolderRun("demo", config.out, Tracker(STM.load(device=config.device), ahead=True), config)
     # the folder is known as a demo's from its first file on
     run.write_summary()
     clip, mask, sheet = (config.out / name for name in ("clip.mp4", "mask.png", "contact_sheet.png"))

@@ -12,7 +12,7 @@ from importlib import import_module
 # a command's file is imported when it is asked for, and torch, PyAV and the model by what it runs: help answers at once
 from stm_model import __version__
 from stm_model.commands.exits import BAD_INPUT, fail, interrupted, nobody_reads, signals_interrupt, was_interrupted
-from stm_model.runtime import OtherRankFailed, is_out_of_memory, one_line
+from stm_model.runtime import OtherRankFailed, is_out_of_memory, keep_freed_memory, one_line
 
 Command = Callable[[], int]
 
@@ -36,6 +36,7 @@ def run() -> None:
     # threads that wait sleep: where another process keeps a core busy, threads that spin wait for each other's turn.
     # OpenMP reads it when torch is imported
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    keep_freed_memory()
     exit_code = main()
     try:
         sys.stdout.flush()

@@ -230,6 +230,8 @@ def make_tracker(config: TrackConfig, model: STM | None = None) -> Tracker:
         budget=MemoryBudget(device, host, config.eviction, config.memory_share),
         skip_uncertain=config.skip_uncertain,
         compiled=config.compile,
+        # the next frame of live input is not there yet
+        ahead=not isinstance(config.video, str),
         top_k=config.top_k,
         skip=config.skip,
     )

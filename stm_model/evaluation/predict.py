@@ -84,7 +84,7 @@ def track_videos(
             masks = _given_masks(video)
             size = chosen_side(network.size, network.checkpoint, picture_size(video.frame_paths[0]), masks)
             if size not in trackers:
-                trackers[size] = Tracker(model, size=size, **options)
+                trackers[size] = Tracker(model, size=size, ahead=True, **options)
             if not number:
                 for _ in zip(range(WARM_UP), _results(trackers[size], video, masks, dict(spent), False)):
                     pass

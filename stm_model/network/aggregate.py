@@ -23,6 +23,20 @@ def soft_aggregate(object_probabilities: Tensor) -> Tensor:
     return torch.logit(probabilities)
 
 
+def aggregated(object_probabilities: Tensor) -> Tensor:
+    """The softmax of `soft_aggregate`, `[n + 1, …]`: the odds of each, by their sum."""
+    objects = object_probabilities.float()
+    probabilities = objects.new_empty(1 + len(objects), *objects.shape[1:])
+    torch.sub(1, objects[0], out=probabilities[0])
+    for other in objects[1:]:
+        probabilities[0] *= 1 - other
+    probabilities[1:] = objects
+    odds = probabilities.clamp_(_EPSILON, 1 - _EPSILON).div_(1 - probabilities)
+    return odds.div_(odds.sum(0))
+
+
 def other_object_masks(masks: Tensor) -> Tensor:
     """For each of n objects `[n, …]`, the summed mask of all the others, clamped to 0…1."""
+    if len(masks) == 1:
+        return torch.zeros_like(masks)
     return (masks.sum(0, keepdim=True) - masks).clamp_(0, 1)

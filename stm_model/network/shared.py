@@ -114,7 +114,8 @@ class SharedDecoder(nn.Module):
         x = self.read16(readout)
         x = x + per_object(query.features.stride16, objects_per_clip)
         if previous is not None:
-            hint = F.avg_pool2d(torch.stack(previous, 1).to(self.prior8.weight.dtype), 4)
+            hint = torch.stack([F.avg_pool2d(masks, 4) for masks in previous], 1)
+            hint = hint.to(self.prior8.weight.dtype)
             x = x + self.prior16(hint)
         x = upsample(self.narrow8(F.relu_(self.block16(x))), 2)
         x = x + per_object(query.features.stride8, objects_per_clip)

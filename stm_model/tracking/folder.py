@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,14 +133,15 @@ class FolderRun:
         prefetch = live or Prefetch(timed(part.whole_frames(), spent, "decoding"))
         writer: Writer[Written] = Writer(lambda items: self._write(items, overlay, exports))
         bar = Progress(desc=title or "", unit="frame", total=part.frame_count, shown=title is not None)
-        frame: np.ndarray = np.empty(0)
+        taken: deque[np.ndarray] = deque()
 
         def source() -> Iterator[np.ndarray]:
-            nonlocal frame
             for index, frame in enumerate(prefetch):
                 if index < done:
                     writer.put((index, frame, None, ()))
                     bar.update()
+                else:
+                    taken.append(frame)
                 yield part.seen(frame)
 
         # the tracker pulls its frames itself: what it waits for them is not tracking
@@ -162,7 +164,7 @@ class FolderRun:
                     self._clear(done)
                     labels = part.whole(result.labels)
                     self._note(result, labels)
-                    writer.put((result.index, frame, labels, result.objects))
+                    writer.put((result.index, taken.popleft(), labels, result.objects))
                     bar.update()
                     if resume_file is not None and resume_file.due():
                         # the state must not name masks that are not written

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stm_model.labels import VOID, objects_in
-from stm_model.network import STM, STRIDE, Query, other_object_masks, soft_aggregate
+from stm_model.network import STM, STRIDE, Query, aggregated, other_object_masks
 from stm_model.tracking.bank import MemoryBank
 from stm_model.tracking.both_ways import Backward, Hint
 from stm_model.tracking.frames import (
@@ -26,6 +27,7 @@ from stm_model.tracking.frames import (
     prepare_frame,
     prepare_mask,
     scaled_size,
+    winners_of,
 )
 from stm_model.tracking.reach import hold_back
 from stm_model.tracking.result import FrameResult
@@ -35,6 +37,15 @@ WRONG = 0.5
 """A given mask corrects an object, and is not just one more, if J of what was found is lower."""
 CORRECTION_WEIGHT = 4
 """How many frames a correction counts for: it says what the network gets wrong."""
+
+
+class EncodedFrame(NamedTuple):
+    """What is computed of a frame alone."""
+
+    image: Tensor
+    """float32 `[1, 3, h, w]`, as the network sees it, not padded."""
+    query: Query | None
+    """Of the padded image."""
 
 
 @dataclass
@@ -105,8 +116,12 @@ class TrackingSession:
         self.previous: _Previous | None = None
 
     @torch.inference_mode()
-    def step(self, frame: Frame) -> FrameResult:
-        """Segment the next frame, RGB uint8 `[H, W, 3]`: an array, a tensor on any device, or a PIL image.
+    def step(self, frame: Frame, encoded: Future[EncodedFrame | None] | None = None) -> FrameResult:
+        """Segment the next frame.
+
+        Args:
+            frame: RGB uint8 `[H, W, 3]`: an array, a tensor on any device, or a PIL image.
+            encoded: what `encode` gives of it, if that is on its way.
 
         Raises:
             ValueError: the frame or its mask has another form or size than those before; the memory's budget is full.
@@ -116,18 +131,30 @@ class TrackingSession:
         mask = self.masks.get(index)
         if mask is not None:
             check_size(mask, pixels, index)
-        image = prepare_frame(pixels, scaled_size(pixels.shape[:2], self.shorter_side), self.device)
-        query, probabilities, familiarity = self._segment(image)
+        known = None if encoded is None else encoded.result()
+        if known is None:
+            known = EncodedFrame(self._prepare(pixels), None)
+        image = known.image
+        query, probabilities, familiarity = self._segment(image, known.query)
         if self.backward is not None and (hints := self.backward.hints(index, self.device)):
             probabilities = self._mix(probabilities, hints)
             familiarity += [-math.inf] * (len(self.objects) - len(familiarity))
-        encoded = query if self.model.shares_keys else None
-        before, self.previous = self.previous, _Previous(index, pixels, image, probabilities, familiarity, encoded)
+        kept = query if self.model.shares_keys else None
+        before, self.previous = self.previous, _Previous(index, pixels, image, probabilities, familiarity, kept)
         self.previous.agreement = [1.0] * len(self.objects)
         if query is not None and before is not None:
             cells = before.cells, self.previous.cells
             self.previous.agreement = agreement_of(query.key, self.given_masks, self.objects, *cells)
         return self._apply(mask)
+
+    @torch.inference_mode()
+    def encode(self, frame: Frame) -> EncodedFrame | None:
+        """What can be computed of a frame alone; None of one that `step` will refuse."""
+        try:
+            image = self._prepare(check_frame(frame, 0, None))
+        except (TypeError, ValueError):
+            return None
+        return EncodedFrame(image, self.model.encode_query(pad_to_stride(image)[0]))
 
     @torch.inference_mode()
     def correct(self, mask: np.ndarray | Tensor) -> FrameResult:
@@ -259,16 +286,14 @@ class TrackingSession:
         """The last frame's result, with the mask that was given of it."""
         previous = self._last()
         probabilities = full = previous.probabilities
-        # max, not argmax, which takes ten times as long over a strided axis on a CPU
-        winners = probabilities.max(0).indices
+        winners = winners_of(probabilities)
         previous.certainty = certainty_of(probabilities, winners)
         frame_size = previous.frame.shape[:2]
         resized = previous.image.shape[-2:] != frame_size
         if resized:
             full = F.interpolate(full[None], frame_size, mode="bilinear", align_corners=False)[0]
-            winners = full.max(0).indices
-        values = torch.tensor([0, *self.objects], dtype=torch.uint8, device=self.device)
-        labels = values[winners].cpu().numpy()
+            winners = winners_of(full)
+        labels = np.array([0, *self.objects], np.uint8).take(winners)
         if mask is not None and resized:
             # a given mask comes back exactly as it was given, though the network saw it resized
             objects = sorted(objects_in(mask))
@@ -277,8 +302,14 @@ class TrackingSession:
         signals = tuple(previous.certainty), tuple(previous.familiarity), tuple(previous.trust)
         return FrameResult(previous.index, labels, full, tuple(self.objects), *signals)
 
-    def _segment(self, image: Tensor) -> tuple[Query | None, Tensor, list[float]]:
-        """The query of a frame, probabilities `[n + 1, h, w]` of the objects known so far, and their familiarity."""
+    def _prepare(self, pixels: Frame) -> Tensor:
+        """A checked frame as the network sees it, float32 `[1, 3, h, w]`, not padded."""
+        return prepare_frame(pixels, scaled_size(pixels.shape[:2], self.shorter_side), self.device)
+
+    def _segment(self, image: Tensor, query: Query | None) -> tuple[Query | None, Tensor, list[float]]:
+        """The query of a frame, which may be known, probabilities `[n + 1, h, w]` of the objects known so far, and
+        their familiarity.
+        """
         if not self.objects or self.previous is None:
             return None, torch.ones(1, *image.shape[-2:], device=self.device), []
         masks = pad_to_stride(self.previous.probabilities[1:])[0]
@@ -286,7 +317,7 @@ class TrackingSession:
         cells = F.max_pool2d(masks, STRIDE)
         self._remember(self.previous, masks, others, cells)
         padded, (top, left) = pad_to_stride(image)
-        query = self.model.encode_query(padded)
+        query = self.model.encode_query(padded) if query is None else query
         readout, similarity = self.bank.read(query.key, cells)
         objects = self.model.segment(readout, query, [len(self.objects)], (masks, others))
         # of the padded frame, whose cells are whole
@@ -296,7 +327,7 @@ class TrackingSession:
             objects = hold_back(objects, found, cells)
         height, width = image.shape[-2:]
         seen = objects[:, top : top + height, left : left + width]
-        return query, torch.softmax(soft_aggregate(seen), 0), familiarity
+        return query, aggregated(seen), familiarity
 
     def _remember(self, previous: _Previous, masks: Tensor, others: Tensor, cells: Tensor) -> None:
         """Put the previous frame with its soft masks `[n, H, W]` and cells `[n, h, w]` where memories want it."""
@@ -324,9 +355,9 @@ class TrackingSession:
             The labels of those that were wrong.
         """
         previous = self._last()
-        winners, known, since = previous.probabilities.max(0).indices, labels != VOID, {}
+        winners, known, since = winners_of(previous.probabilities), labels != VOID, {}
         for place, label in enumerate(self.objects):
-            found, true = (winners == 1 + place) & known, labels == label
+            found, true = torch.from_numpy(winners == 1 + place).to(self.device) & known, labels == label
             if label in given and (found & true).sum() < WRONG * (found | true).sum():
                 before = (index for index, mask in self.masks.items() if index < previous.index and label in mask)
                 since[place] = max(before, default=-1)
@@ -364,7 +395,7 @@ class TrackingSession:
     def _mix(self, probabilities: Tensor, hints: list[Hint]) -> Tensor:
         """Mix in what was tracked backwards; the other objects and the background share what that leaves."""
         probabilities = self._take_in([hint.label for hint in hints], probabilities)
-        certainty = certainty_of(probabilities, probabilities.max(0).indices)
+        certainty = certainty_of(probabilities, winners_of(probabilities))
         places = [self.objects.index(hint.label) for hint in hints]
         channels = [1 + place for place in places]
         each = [hint.weight(certainty[place]) for hint, place in zip(hints, places)]

@@ -15,6 +15,7 @@ from torch import Tensor
 from stm_kernels import memory_read
 from stm_model.labels import objects_in
 from stm_model.network import STM, STRIDE, for_inference
+from stm_model.tracking.ahead import encoded_ahead, pays
 from stm_model.tracking.bank import MemoryBank
 from stm_model.tracking.both_ways import Backward, backwards
 from stm_model.tracking.budget import MemoryBudget, MemoryPlan, MemoryRule, plan_memory
@@ -37,6 +38,9 @@ class Tracker:
         budget: how much may be remembered; None keeps everything, on the host where the device is full.
         skip_uncertain: don't keep frames for good in which an object of the memory is `UNTRUSTED`.
         compiled: compile encoders and decoder: some minutes before the first results, then less time a frame.
+        ahead: take a frame before the result of the one in front of it is given, and encode it meanwhile in a second
+            thread: on a CPU of several, whose waiting threads sleep (`OMP_WAIT_POLICY=PASSIVE`, as in `stm`), where the
+            network is not compiled.
         top_k, skip, implementation: how the memory is read, see `stm_kernels.memory_read`.
 
     Raises:
@@ -54,6 +58,7 @@ class Tracker:
         budget: MemoryBudget | None = None,
         skip_uncertain: bool = False,
         compiled: bool = False,
+        ahead: bool = False,
         top_k: int | None = None,
         skip: float = 0.0,
         implementation: str = "auto",
@@ -75,7 +80,7 @@ class Tracker:
         # a setting that makes no sense is refused here, not at the second frame
         memory_read(*torch.zeros(3, 1, 0, 1), **self.read_options)
         self.model = for_inference(model, compiled)
-        self.memory, self.size, self.compiled = memory, size, compiled
+        self.memory, self.size, self.compiled, self.ahead = memory, size, compiled, ahead
         self.budget, self.skip_uncertain = budget or MemoryBudget(), skip_uncertain
         self.bank: MemoryBank | None = None
         """The memory of the video that is tracked, or was last."""
@@ -259,14 +264,18 @@ class Tracker:
     def _track(self, frames: Iterable[Frame], session: TrackingSession) -> Iterator[FrameResult]:
         before = session.previous
         index, done = -1, -1 if before is None else before.index
-        for index, frame in enumerate(frames):
+        # the first frame with a mask is encoded with it
+        first = max(min(session.masks), done) + 1
+        ahead = self.ahead and not self.compiled and pays(session.device)
+        each = encoded_ahead(frames, session.encode, first) if ahead else ((frame, None) for frame in frames)
+        for index, (frame, encoded) in enumerate(each):
             made_at = as_array(before.frame) if before is not None and index == done else None
             if made_at is not None and not np.array_equal(made_at, as_array(check_frame(frame, index, None))):
                 raise ValueError(f"frames: frame {index} is not the one that the state was made at")
             if index <= done:
                 continue
             before = None
-            yield session.step(frame)
+            yield session.step(frame, encoded)
         if index < max(done, 0):
             raise ValueError(f"frames: expected at least {'one' if done < 0 else done + 1}, got {index + 1 or 'none'}")
         late = sorted(mask_index for mask_index in session.masks if mask_index > index)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -142,14 +143,13 @@ def soft_overlap(one: Tensor, other: Tensor, counts: Tensor | float = 1.0) -> li
     return ((torch.minimum(one, other) * counts).sum(1) / union.clamp_min(1e-6)).tolist()
 
 
-def certainty_of(probabilities: Tensor, winners: Tensor) -> list[float]:
+def certainty_of(probabilities: Tensor, winners: np.ndarray) -> list[float]:
     """The mean of each object's probabilities weighted by themselves, 0 for one that wins no pixel.
 
     Args:
         probabilities: `[n + 1, h, w]`, background first.
-        winners: `[h, w]`, the channel of the largest one of each pixel.
+        winners: `[h, w]`, the channel of the largest one of each pixel, see `winners_of`.
     """
     seen = F.threshold(probabilities[1:].float(), FAINT, 0.0)
     means = seen.square().sum((1, 2)) / seen.sum((1, 2)).clamp_min(FAINT)
-    shown = torch.bincount(winners.flatten(), minlength=len(probabilities))[1:] > 0
-    return (means * shown).tolist()
+    return [mean if (winners == channel).any() else 0.0 for channel, mean in enumerate(means.tolist(), 1)]

@@ -8,7 +8,7 @@ import torch
 
 from stm_kernels import SpaceTimeMemoryRead, space_time_memory_read
 from stm_model import STM, STMConfig
-from stm_model.network import fold_batch_norm, for_inference, other_object_masks, soft_aggregate
+from stm_model.network import aggregated, fold_batch_norm, for_inference, other_object_masks, soft_aggregate
 from stm_model.tracking.tracker import Tracker
 
 TOLERANCE = 1e-4
@@ -114,6 +114,16 @@ def test_soft_aggregation_is_a_distribution_that_orders_objects_as_they_were():
     assert probabilities[0, 0, 0] > 0.99
     permutation = torch.tensor([2, 0, 3, 1])
     torch.testing.assert_close(soft_aggregate(objects[permutation])[1:], soft_aggregate(objects)[1:][permutation])
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_the_odds_by_their_sum_are_the_softmax_of_soft_aggregation(count):
+    objects = torch.rand(count, 64, 64, generator=torch.Generator().manual_seed(count))
+    objects[:, 0], objects[0, 1], objects[-1, 2] = 0.0, 1.0, 1e-9
+    objects[:, 3] = 1.0
+    given = objects.clone()
+    torch.testing.assert_close(aggregated(objects), soft_aggregate(objects).softmax(0), atol=1e-6, rtol=1e-5)
+    assert torch.equal(objects, given)
 
 
 def test_soft_aggregation_of_two_halves():

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import copy
 import numpy as np
 import pytest
 import torch
@@ -244,6 +245,19 @@ def test_fused_convolutions_change_no_more_than_rounding(dtype):
         # float32 sums in another order; bfloat16 is rounded at the same places
         allowed = 0 if dtype == torch.bfloat16 else 64 * torch.finfo(dtype).eps * old.abs().max()
         assert (new - old).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_filters_that_are_ordered_for_one_size_serve_another(dtype):
+    model = fold_batch_norm(STM(STMConfig.shared()).eval().to(dtype, memory_format=torch.channels_last))
+    frames = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    fresh, used = fuse_activations(copy.deepcopy(model)), fuse_activations(copy.deepcopy(model))
+    with torch.inference_mode():
+        used.encode_query(frames.repeat(2, 1, 3, 2))
+        for ours, true in zip(used.encode_query(frames).features, fresh.encode_query(frames).features):
+            torch.testing.assert_close(ours, true)
+    # what a state of tracking knows its network by
+    assert used.state_dict().keys() == fresh.state_dict().keys()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])

@@ -125,8 +125,8 @@ def test_at_another_network_size_a_mask_of_one_object_leaves_the_other(small_mod
     found[2, :, :20], found[0, :, 20:] = 1, 1  # object 2 on the left
     segment = session_module.TrackingSession._segment
 
-    def segmented(video, image):
-        return (None, found, [0.0, 0.0]) if video.objects else segment(video, image)
+    def segmented(video, image, query):
+        return (None, found, [0.0, 0.0]) if video.objects else segment(video, image, query)
 
     monkeypatch.setattr(session_module.TrackingSession, "_segment", segmented)
     mask = np.zeros_like(labels[1])

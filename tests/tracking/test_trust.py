@@ -123,4 +123,4 @@ def test_trust_is_certainty_times_agreement_and_a_given_mask_is_trusted(small_mo
 def test_an_object_that_wins_no_pixel_is_not_certain():
     probabilities = torch.tensor([[1.0, 0.0, 0.4], [0.0, 0.8, 0.4], [0.0, 0.2, 0.2]])[:, None]
     # by themselves: (0.8² + 0.4²) / (0.8 + 0.4); the second is beaten everywhere
-    assert certainty_of(probabilities, torch.tensor([[0, 1, 1]])) == pytest.approx([0.8 / 1.2, 0.0])
+    assert certainty_of(probabilities, np.array([[0, 1, 1]])) == pytest.approx([0.8 / 1.2, 0.0])

@@ -44,6 +44,28 @@ def test_a_run_that_was_killed_gives_what_an_unbroken_one_gives(track, clip, tmp
     assert files(tmp_path / "out")["overlay.mp4"] == FRAMES
 
 
+@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
+@pytest.mark.parametrize("settings", ["", "--both-ways"])
+def test_a_run_that_encodes_ahead_goes_on(track, clip, tmp_path, monkeypatch, settings):
+    settings = [*settings.split(), "--dtype", "float32"]
+    command = arguments(clip, tmp_path / "out", "--resume", *settings)
+    # one frame has been taken that is not tracked; the pass backwards has seven
+    for frame in (5, 9):
+        killed_at(frame, command, OMP_WAIT_POLICY="PASSIVE", OMP_NUM_THREADS="2")
+    assert at(tmp_path / "out") == 8
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        code, out, err = track("--resume", *settings)
+        assert (code, err) == (0, "") and "goes on     after 8 frames" in out
+        assert track(*settings, out=tmp_path / "unbroken")[0] == 0
+    finally:
+        torch.set_num_threads(before)
+    assert files(tmp_path / "out") == files(tmp_path / "unbroken")
+    assert summary(tmp_path / "out") == summary(tmp_path / "unbroken")
+
+
 def test_the_overlay_is_made_of_the_same_pictures(track, tmp_path, monkeypatch):
     pictures_of, write = {}, VideoWriter.write
 
