@@ -47,7 +47,7 @@ def record(video: Path, mask: Path, frames: int, checkpoint: Path | None) -> dic
     source = open_video(video)
     masks = read_masks(mask, source)
     every = max(1, ((source.frame_count or 0) - 1) // frames)
-    tracker = Tracker(STM.load(checkpoint), memory=f"every:{every}")
+    tracker = Tracker(STM.load(checkpoint), memory=f"every:{every}", spacing=1)
     found: dict[str, Tensor] = {}
     for _ in tracker.track(source, {0: masks[0]}):
         assert tracker.bank is not None

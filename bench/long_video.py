@@ -222,7 +222,8 @@ def found_again(video: LongVideo, device: torch.device) -> Result:
     kept = {}
     for name, budget in {"everything kept": None, "budget": parse_size(video.budget)}.items():
         model = STM.load(device=device)
-        tracker = Tracker(model, memory=video.memory, size=min(video.size), budget=MemoryBudget(device=budget))
+        limit = MemoryBudget(device=budget)
+        tracker = Tracker(model, memory=video.memory, size=min(video.size), budget=limit, spacing=1)
         shown = ((frames if there else alone)[place] for place, there in zip(places, present))
         found = [result.labels == 2 for result in tracker.track(shown, {0: labels[0]})]
         true = [(labels[place] == 2) & there for place, there in zip(places, present)]

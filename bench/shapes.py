@@ -33,7 +33,7 @@ def measure(networks: dict[str, tuple[STM, int | None]], objects: int, remembere
     memory = MemoryRule(kept=frozenset(range(remembered)), first=True, previous=False)
     steps, device = {}, "cpu"
     for name, (model, size) in networks.items():
-        track = Tracker(model, memory=memory, size=size).track(itertools.cycle(frames), {0: labels[0]})
+        track = Tracker(model, memory=memory, size=size, spacing=1).track(itertools.cycle(frames), {0: labels[0]})
         for _ in range(remembered):
             next(track)
         steps[name], device = partial(next, track), next(model.parameters()).device.type

@@ -128,12 +128,12 @@ def build_tracker(
         public = PublicNetwork(model.config)
         public.load_state_dict(model.state_dict())
         public = public.requires_grad_(False).eval().float().to(device, memory_format=torch.contiguous_format)
-        tracker = PublicTracker(public, memory=memory, size=size)
+        tracker = PublicTracker(public, memory=memory, size=size, spacing=1)
         tracker.model = public
         return tracker
     model = model.to(device, float_dtype(device, dtype), memory_format=torch.channels_last)
     model.int8 = dtype == "int8"
-    return Tracker(model, memory=memory, size=size)
+    return Tracker(model, memory=memory, size=size, spacing=1)
 
 
 def float_dtype(device: str, dtype: str | None) -> torch.dtype:

@@ -49,7 +49,7 @@ class TrackConfig(NetworkOptions, PartOptions):
     """Which frames are remembered: first, previous, first+previous, every:N (with both), first+every:N or uniform:K.
     None takes first+every:5 where the decoder sees the previous masks, else every:5."""
     compile: bool = False
-    """Compile the network first: a minute or more, then less time for each frame."""
+    """Compile the network first: minutes, then less time a frame."""
     memory_budget: str | None = None
     """How much may be remembered on the device, like 2GiB; None keeps all, on the host where the device is full."""
     host_budget: str | None = None
@@ -58,14 +58,17 @@ class TrackConfig(NetworkOptions, PartOptions):
     """What goes where the budget is full: the positions that reads use least, or the oldest frame."""
     memory_share: float | None = None
     """Keep this share of all remembered positions, at least one frame's, those that reads use; in place of a budget."""
+    spacing: int | None = None
+    """Where no object is near, remember every so many rows and columns alone; 1 is all. None takes 2 where the decoder
+    sees the previous masks and there is no budget, else 1."""
     skip_uncertain: bool = False
-    """Don't remember frames for good in which an object is likely lost."""
+    """Don't keep frames in which an object is likely lost."""
     top_k: int | None = None
     """Read only so many remembered positions for each pixel of the feature map, the best; None reads all."""
     skip: float = 0.0
     """Softmax mass that each pixel's read of the memory may drop to be faster, from 0 (exact) to below 1."""
     binary: bool = False
-    """The mask is black and white: what is bright is one object, label 1."""
+    """The mask is black and white: what is bright is label 1."""
     colors: bool = False
     """Each color of the mask is an object, however many and thin; an RGB picture's are labels 1, 2, …"""
     resize_mask: bool = False
@@ -228,6 +231,7 @@ def make_tracker(config: TrackConfig, model: STM | None = None) -> Tracker:
         memory=config.memory,
         size=config.size,
         budget=MemoryBudget(device, host, config.eviction, config.memory_share),
+        spacing=config.spacing,
         skip_uncertain=config.skip_uncertain,
         compiled=config.compile,
         # the next frame of live input is not there yet

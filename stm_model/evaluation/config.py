@@ -53,6 +53,8 @@ class EvaluateConfig(EvaluationOptions):
     None takes first+every:5 where the decoder sees the previous masks, as with the package's weights, else every:5."""
     memory_share: float | None = None
     """The most remembered positions to keep, as a share of all: those that reads use; None keeps all."""
+    spacing: int | None = None
+    """Where no object is near, remember every so many rows and columns alone, as `stm track`."""
     top_k: int | None = None
     """Read only so many remembered positions for each pixel of the feature map, as `stm track`; None reads all."""
     both_ways: bool = False
@@ -95,4 +97,5 @@ class EvaluateConfig(EvaluationOptions):
     @property
     def tracker_options(self) -> dict[str, Any]:
         """Arguments of the `Tracker` beside network and size."""
-        return {"memory": self.memory, "budget": MemoryBudget(share=self.memory_share), "top_k": self.top_k}
+        budget = MemoryBudget(share=self.memory_share)
+        return {"memory": self.memory, "budget": budget, "spacing": self.spacing, "top_k": self.top_k}

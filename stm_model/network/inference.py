@@ -22,6 +22,8 @@ MAX_WIDE_BYTES = 8 * 2**20
 """An inverted residual whose widest map is larger than this is computed in strips."""
 STRIP_BYTES = 5 * 2**19
 """Of the widest map of a strip: it stays in the second- and third-level caches."""
+MAX_PACKED_BYTES = 2**20
+"""Of a convolution's weights: larger ones are not kept in oneDNN's order as well."""
 _ACTIVATIONS: dict[type, tuple[str, list[float], str]] = {
     type(None): ("none", [], ""),
     nn.ReLU: ("relu", [], ""),
@@ -129,8 +131,10 @@ class _Convolution(nn.Module):
 
     def _filters(self, x: Tensor) -> Tensor:
         """The weights in the order that is fastest for maps of the first one's size; oneDNN would order them anew in
-        every call.
+        every call. Large ones would be held twice.
         """
+        if self.weight.nbytes > MAX_PACKED_BYTES:
+            return self.weight
         if self._packed is None:
             pack = torch.ops.mkldnn._reorder_convolution_weight
             self._packed = pack(self.weight, *self.settings, self.groups, list(x.shape))

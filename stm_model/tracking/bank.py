@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stm_kernels import PagedMemory
 from stm_model.tracking.budget import GIVEN_SHARE, MemoryBudget, MemoryRule, too_small
-from stm_model.tracking.memory import FRAME, PROBATION, USE, SpaceTimeMemory
+from stm_model.tracking.memory import FRAME, PROBATION, USE, SpaceTimeMemory, sparse_places
 
 
 class Entry(NamedTuple):
@@ -27,12 +27,16 @@ class Entry(NamedTuple):
 class MemoryBank:
     """The memories of all objects of a video, kept within a budget.
 
-    Objects that entered at the same frame share a memory, until one of them is corrected. `read_options` are those of
-    `PagedMemory.read`.
+    Objects that entered at the same frame share a memory, until one of them is corrected.
+
+    Args:
+        rule, budget: which frames are remembered, and how much.
+        spacing: of `sparse_places`, for frames without a given mask.
+        read_options: those of `PagedMemory.read`.
     """
 
-    def __init__(self, rule: MemoryRule, budget: MemoryBudget, **read_options: Any) -> None:
-        self.rule, self.budget, self.read_options = rule, budget, read_options
+    def __init__(self, rule: MemoryRule, budget: MemoryBudget, spacing: int = 1, **read_options: Any) -> None:
+        self.rule, self.budget, self.spacing, self.read_options = rule, budget, spacing, read_options
         self.memories: list[SpaceTimeMemory] = []
         self.places: list[list[int]] = []
         """Of the objects of each memory among all."""
@@ -43,7 +47,8 @@ class MemoryBank:
         """Take in objects that enter the video together."""
         limited = self.budget.total is not None or self.budget.share is not None
         weighed = limited and self.budget.eviction == "use"
-        memory = SpaceTimeMemory(self.rule, count, limit=self.budget.device, weighed=weighed, **self.read_options)
+        options = {"limit": self.budget.device, "spacing": self.spacing, "weighed": weighed, **self.read_options}
+        memory = SpaceTimeMemory(self.rule, count, **options)
         self.memories.append(memory)
         known = sum(map(len, self.places))
         self.places.append(list(range(known, known + count)))
@@ -131,6 +136,7 @@ class MemoryBank:
         Raises:
             ValueError: the budget does not hold even the frames that must stay; the message says what would.
         """
+        sparse = None if cells is None or self.spacing == 1 else sparse_places(cells, self.spacing)
         for memory, places, given, kept in entries:
             # a slice where that will do, which copies nothing
             first, last = places[0], places[-1] + 1
@@ -139,7 +145,9 @@ class MemoryBank:
             memory.prepare(keys, values)
             for _ in range(given if kept and given and self.budget.total is None else 1):
                 self._make_room(memory, frame_index)
-                memory.remember(frame_index, given > 0, kept, keys, values, None if cells is None else cells[part])
+                certain = None if cells is None else cells[part]
+                chosen = sparse if kept and not given else None
+                memory.remember(frame_index, given > 0, kept, keys, values, certain, chosen)
             if kept and self.budget.share is not None:
                 self._keep_share(memory, frame_index, self.budget.share)
             pages = self._pages()

@@ -90,6 +90,14 @@ def check_side(shorter_side: int | None) -> None:
         raise ValueError(f"size: expected at least {STRIDE} pixels, got {shorter_side}")
 
 
+def check_spacing(spacing: int) -> None:
+    """Raise a TypeError unless a spacing of positions is a whole number, a ValueError unless it is at least 1."""
+    if isinstance(spacing, bool) or not isinstance(spacing, (int, np.integer)):
+        raise TypeError(f"spacing: expected a whole number of rows and columns, got {spacing!r}")
+    if spacing < 1:
+        raise ValueError(f"spacing: expected at least 1, got {spacing}")
+
+
 def scaled_size(frame_size: tuple[int, int], shorter_side: int | None) -> tuple[int, int]:
     """Height and width of a frame once its shorter side has so many pixels; None keeps its size."""
     height, width = frame_size
@@ -110,7 +118,7 @@ def prepare_frame(frame: Frame, size: tuple[int, int], device: torch.device) -> 
         pixels = pixels if device.type == "cpu" else pixels.float()
         pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True).clamp_(0, 255)
     # NCHW here, so that the weights alone decide the memory format of the convolutions
-    return pixels.to(torch.float32, memory_format=torch.contiguous_format, copy=True).div_(255)
+    return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
 def prepare_mask(mask: np.ndarray, size: tuple[int, int], device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from stm_kernels import PagedMemory
 from stm_model.network import as_positions
-from stm_model.tracking.budget import MemoryRule, budget_page
+from stm_model.tracking.budget import PAGE_MULTIPLE, MemoryRule, budget_page
 
 USAGE_DECAY = 0.95
 """What a read counts for at the next one: half of it after 14 reads."""
@@ -21,9 +21,14 @@ PROBATION = 5
 """For so many frames a position stays, however little it is used: nothing is known of it yet."""
 FAR = 0.02
 """What a query counts for that is at no object, where one at an object counts 1."""
-FRAME, GIVEN, OBJECT, USED, USE = range(5)
+BESIDE = 2
+"""So many positions from an object every position of a frame is remembered."""
+FAINT = 0.05
+"""Less of an object at a position is none."""
+FRAME, GIVEN, OBJECT, USED, USE, WEIGHT = range(6)
 """Columns of what is noted of a position: the frame that it is of, whether the user gave that frame's mask, the object
-that it is at (-1 for none), its share of the mass of each read, decayed and summed, and the same not decayed.
+that it is at (-1 for none), its share of the mass of each read, decayed and summed, the same not decayed, and how many
+positions of its frame it stands for.
 """
 
 
@@ -35,18 +40,27 @@ class SpaceTimeMemory:
     Args:
         rule, objects: which frames are remembered, and n, of how many objects.
         limit: bytes on the device within which positions have to stay, by which pages are measured; None is no limit.
+        spacing: the largest of `sparse_places` that a frame is remembered by. Above 1 keys get one channel more, for
+            what a position weighs.
         weighed: whether to note how much every position is used.
         read_options: those of `PagedMemory.read`.
     """
 
     def __init__(
-        self, rule: MemoryRule, objects: int, *, limit: int | None = None, weighed: bool = False, **read_options: Any
+        self,
+        rule: MemoryRule,
+        objects: int,
+        *,
+        limit: int | None = None,
+        spacing: int = 1,
+        weighed: bool = False,
+        **read_options: Any,
     ) -> None:
-        self.rule, self.objects, self.limit = rule, objects, limit
+        self.rule, self.objects, self.limit, self.spacing = rule, objects, limit, spacing
         self.weighed, self.read_options = weighed, read_options
         self.pages: PagedMemory | None = None
-        self.notes = torch.zeros(0, 5, dtype=torch.float64)
-        """`[N, 5]`, a row for every position, in the order in which they lie in memory."""
+        self.notes = torch.zeros(0, 6, dtype=torch.float64)
+        """`[N, 6]`, a row for every position, in the order in which they lie in memory."""
         self.positions = 0
         """Of each frame."""
         self.seen = 0
@@ -73,7 +87,8 @@ class SpaceTimeMemory:
         if self.pages is None:
             self.positions = key.shape[-2] * key.shape[-1]
             value = _beside(value, len(key))
-            self.pages = self._make_pages(len(key), key.shape[1], value.shape[1], key.dtype, key.device)
+            channels = key.shape[1] + (self.spacing > 1)
+            self.pages = self._make_pages(len(key), channels, value.shape[1], key.dtype, key.device)
         return self.pages
 
     def _make_pages(
@@ -86,7 +101,14 @@ class SpaceTimeMemory:
         return PagedMemory(keys, key_channels, value_channels, **options)
 
     def remember(
-        self, frame_index: int, given: bool, kept: bool, key: Tensor, value: Tensor, cells: Tensor | None = None
+        self,
+        frame_index: int,
+        given: bool,
+        kept: bool,
+        key: Tensor,
+        value: Tensor,
+        cells: Tensor | None = None,
+        sparse: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Add a frame, a temporary one unless it is `kept`; `given` if the user gave a mask of it.
 
@@ -94,12 +116,22 @@ class SpaceTimeMemory:
             key: `[n, C, h, w]`, or `[1, C, h, w]` where the n objects share it.
             value: `[n, V, h, w]`.
             cells: `[n, h, w]`, how certainly each object is at each position; None is not known.
+            sparse: which positions of a `kept` frame are remembered, and what each weighs, see `sparse_places`; None is
+                all of them.
         """
-        self.prepare(key, value).append(as_positions(key), as_positions(_beside(value, len(key))))
-        notes = self.notes.new_tensor([frame_index, given, -1, 0, 0]).repeat(self.positions, 1)
+        pages, keys, values = self.prepare(key, value), as_positions(key), as_positions(_beside(value, len(key)))
+        places, weights = (None, torch.ones(self.positions)) if sparse is None else sparse
+        if places is not None:
+            keys, values = keys[:, places], values[:, places]
+        if self.spacing > 1:
+            keys = torch.cat([keys, self._weighing(weights, key).expand(len(keys), -1, -1)], 2)
+        pages.append(keys, values)
+        notes = self.notes.new_tensor([frame_index, given, -1, 0, 0, 1]).repeat(keys.shape[1], 1)
+        notes[:, WEIGHT] = weights.cpu()
         if cells is not None and self.weighed:
             near, owner = _near(cells).flatten(1).max(0)
-            notes[:, OBJECT] = owner.masked_fill(near < 0.5, -1).cpu()
+            owner = owner.masked_fill(near < 0.5, -1)
+            notes[:, OBJECT] = (owner if places is None else owner[places]).cpu().double()
         self.notes = torch.cat([self.notes, notes])
         self.seen += self.positions * kept
         self._temporary = not kept
@@ -133,7 +165,7 @@ class SpaceTimeMemory:
 
     def part(self, objects: Sequence[int]) -> SpaceTimeMemory:
         """The memory of some of its objects alone, with pages of its own."""
-        options = {"limit": self.limit, "weighed": self.weighed, **self.read_options}
+        options = {"limit": self.limit, "spacing": self.spacing, "weighed": self.weighed, **self.read_options}
         part = SpaceTimeMemory(self.rule, len(objects), **options)
         state = self.state() | {"objects": len(objects)}
         if state["pages"] is not None:
@@ -179,18 +211,35 @@ class SpaceTimeMemory:
         assert self.pages is not None
         height, width = query_key.shape[-2:]
         queries = as_positions(query_key).expand(self.pages.batch, -1, -1)
-        options = {"return_lse": True, "return_usage": self.weighed, **self.read_options}
+        scale = query_key.shape[1] ** -0.5
+        options = {"scale": scale, "return_lse": True, "return_usage": self.weighed, **self.read_options}
+        if self.spacing > 1:
+            weighing = queries.new_full((*queries.shape[:2], 1), self.read_options["similarity"] == "dot")
+            queries = torch.cat([queries, weighing], 2)
         if self.weighed and cells is not None:
             options["usage_weight"] = (_near(cells).amax(0).flatten() + FAR).expand(self.pages.batch, -1)
         readout, lse, *usage = self.pages.read(queries, **options)
         if usage:
             self._note_use(usage[0].double().sum(0).cpu(), cells)
-        similarity = lse - math.log(len(self.pages))
+        similarity = lse - math.log(self.notes[:, WEIGHT].sum().item())
+        if self.spacing > 1 and self.read_options["similarity"] == "l2":
+            similarity += math.log(self.spacing**2)
         sharing = self.objects // self.pages.batch
         return (
             rearrange(readout, "k (h w) (n v) -> (k n) v h w", h=height, w=width, n=sharing),
             repeat(similarity, "k (h w) -> (k n) h w", h=height, w=width, n=sharing),
         )
+
+    def _weighing(self, weights: Tensor, key: Tensor) -> Tensor:
+        """The further channel `[1, P, 1]` of keys, by which positions weigh what they do in the softmax.
+
+        A dot product adds its logarithm; of squared distances, which are never negative, one to 0 takes away what a
+        position lacks to the heaviest.
+        """
+        scaled = weights.to(key.device).log() / key.shape[1] ** -0.5
+        if self.read_options["similarity"] == "l2":
+            scaled = (math.log(self.spacing**2) / key.shape[1] ** -0.5 - scaled).clamp(min=0).sqrt()
+        return scaled.to(key.dtype)[None, :, None]
 
     def _note_use(self, mass: Tensor, cells: Tensor | None) -> None:
         """Add a read's mass `[N]` to the use of the positions."""
@@ -220,6 +269,33 @@ class SpaceTimeMemory:
             key, value = state["pages"]["pages"][0]
             self.pages = self._make_pages(len(key), key.shape[2], value.shape[2], key.dtype, device)
             self.pages.load_state(state["pages"])
+
+
+def sparse_places(cells: Tensor, spacing: int) -> tuple[Tensor, Tensor]:
+    """The positions of a frame that are worth remembering, and what each weighs: those at and beside objects, and of
+    the others, which are much alike, those in every so many rows and columns.
+
+    P is a multiple of `PAGE_MULTIPLE`, if there are so many positions: of other numbers a CPU would compile ever new
+    products.
+
+    Args:
+        cells: `[n, h, w]`, how certainly each object is at each position.
+        spacing: rows and columns from one position to the next where there is no object.
+
+    Returns:
+        `[P]`, the positions, and `[P]`, how many each stands for: those of a square of `spacing` share what it holds.
+    """
+    height, width = cells.shape[1:]
+    covered = (cells.amax(0, keepdim=True) > FAINT).float()
+    chosen = F.max_pool2d(covered, 2 * BESIDE + 1, 1, BESIDE)[0] > 0
+    chosen[::spacing, ::spacing] = True
+    count = int(chosen.sum())
+    order = chosen.flatten().byte().argsort(descending=True, stable=True)
+    places = order[: count + -count % PAGE_MULTIPLE]
+    rows, columns = (torch.arange(side, device=cells.device) // spacing for side in (height, width))
+    square = (rows[:, None] * width + columns).flatten()
+    weights = square.bincount() / square[places].bincount(minlength=int(square.max()) + 1)
+    return places, weights[square[places]]
 
 
 def _near(cells: Tensor) -> Tensor:

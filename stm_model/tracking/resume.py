@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stm_model.io.files import is_unchanged, write_torch
 
-FORMAT = 7
+FORMAT = 8
 """Of the resume file and of the run's folder; those of another are refused."""
 MAX_WRITING_SHARE = 0.02
 """Most of the time that may go into writing the file."""

@@ -19,7 +19,16 @@ from stm_model.tracking.ahead import encoded_ahead, pays
 from stm_model.tracking.bank import MemoryBank
 from stm_model.tracking.both_ways import Backward, backwards
 from stm_model.tracking.budget import MemoryBudget, MemoryPlan, MemoryRule, plan_memory
-from stm_model.tracking.frames import Frame, as_array, check_frame, check_index, check_mask, check_side, scaled_size
+from stm_model.tracking.frames import (
+    Frame,
+    as_array,
+    check_frame,
+    check_index,
+    check_mask,
+    check_side,
+    check_spacing,
+    scaled_size,
+)
 from stm_model.tracking.result import FrameResult
 from stm_model.tracking.resume import array_digest, check_same
 from stm_model.tracking.session import TrackingSession
@@ -36,6 +45,9 @@ class Tracker:
         size: length in pixels of the shorter side that frames are resized to for the network; None keeps their own.
             Results always come at the frames' own size.
         budget: how much may be remembered; None keeps everything, on the host where the device is full.
+        spacing: where a frame without a given mask has no object nearby, only every so many rows and columns of its
+            positions are remembered, and count for the rest; 1 remembers all. None is 2 for a network whose decoder
+            sees the previous frame's masks, without a budget, which would choose by use, else 1.
         skip_uncertain: don't keep frames for good in which an object of the memory is `UNTRUSTED`.
         compiled: compile encoders and decoder: some minutes before the first results, then less time a frame.
         ahead: take a frame before the result of the one in front of it is given, and encode it meanwhile in a second
@@ -44,9 +56,9 @@ class Tracker:
         top_k, skip, implementation: how the memory is read, see `stm_kernels.memory_read`.
 
     Raises:
-        TypeError: the model is none, or the size no number.
-        ValueError: the rule, the size or a setting of the read makes no sense, the network is guided by scribbles, or
-            there is nothing to compile with.
+        TypeError: the model is none, or the size or the spacing no number.
+        ValueError: the rule, the size, the spacing or a setting of the read makes no sense, the network is guided by
+            scribbles, or there is nothing to compile with.
     """
 
     def __init__(
@@ -56,6 +68,7 @@ class Tracker:
         memory: str | MemoryRule | None = None,
         size: int | None = None,
         budget: MemoryBudget | None = None,
+        spacing: int | None = None,
         skip_uncertain: bool = False,
         compiled: bool = False,
         ahead: bool = False,
@@ -71,6 +84,8 @@ class Tracker:
         if isinstance(memory, str):
             MemoryRule.parse(memory, frame_count=1)
         check_side(size)
+        if spacing is not None:
+            check_spacing(spacing)
         self.read_options: dict[str, Any] = {
             "similarity": model.config.similarity,
             "top_k": top_k,
@@ -81,7 +96,7 @@ class Tracker:
         memory_read(*torch.zeros(3, 1, 0, 1), **self.read_options)
         self.model = for_inference(model, compiled)
         self.memory, self.size, self.compiled, self.ahead = memory, size, compiled, ahead
-        self.budget, self.skip_uncertain = budget or MemoryBudget(), skip_uncertain
+        self.budget, self.skip_uncertain, self._spacing = budget or MemoryBudget(), skip_uncertain, spacing
         self.bank: MemoryBank | None = None
         """The memory of the video that is tracked, or was last."""
         self._session: TrackingSession | None = None
@@ -196,7 +211,7 @@ class Tracker:
         if not isinstance(masks, Mapping):
             raise TypeError(f"masks: expected label maps by frame number, as {{0: mask}}, got {type(masks).__name__}")
         checked = {check_index(index, frame_count or None): check_mask(mask, index) for index, mask in masks.items()}
-        bank = MemoryBank(self._rule(frame_count), self.budget, **self.read_options)
+        bank = MemoryBank(self._rule(frame_count), self.budget, self.spacing, **self.read_options)
         return TrackingSession(self.model, bank, checked, self.size, self.skip_uncertain, backward)
 
     def state(self) -> dict[str, Any]:
@@ -225,6 +240,7 @@ class Tracker:
             "host budget": self.budget.host,
             "eviction": self.budget.eviction,
             "memory share": self.budget.share,
+            "spacing": self.spacing,
             "skip_uncertain": self.skip_uncertain,
             "dtype": self.model.dtype_name,
             "compiled": self.compiled,
@@ -237,6 +253,14 @@ class Tracker:
     @cached_property
     def _weights_digest(self) -> str:
         return array_digest(self.model.state_dict())
+
+    @property
+    def spacing(self) -> int:
+        """Rows and columns between the positions that are remembered where no object is near."""
+        if self._spacing is not None:
+            return self._spacing
+        limited = self.budget.total is not None or self.budget.share is not None
+        return 2 if self.model.config.prior and not limited else 1
 
     def plan(self, frame_size: tuple[int, int], frame_count: int, masks: Mapping[int, np.ndarray]) -> MemoryPlan:
         """What tracking a video will remember at most, before it is tracked.
@@ -254,7 +278,8 @@ class Tracker:
 
         def position_bytes(objects: int) -> int:
             keys = 1 if self.model.shares_keys else objects
-            return (keys * config.key_channels + objects * config.value_channels) * dtype.itemsize
+            key_channels = config.key_channels + (self.spacing > 1)
+            return (keys * key_channels + objects * config.value_channels) * dtype.itemsize
 
         return plan_memory(self._rule(frame_count), self.budget, masks, frame_count, (height, width), position_bytes)
 

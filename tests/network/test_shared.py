@@ -1,8 +1,8 @@
 """The shared form: one encoding per frame for all its objects, one set of keys, the previous masks as a hint."""
 
+import copy
 from dataclasses import replace
 
-import copy
 import numpy as np
 import pytest
 import torch

@@ -103,6 +103,7 @@ def stopped(model, clip, at=4, **options):
 OTHER = {
     "memory": ({"memory": "every:2"}, "memory: every:2 instead of the every:5 that the saved state was made with"),
     "size": ({"size": 48}, "size: 48 instead of the None that"),
+    "spacing": ({"spacing": 3}, "spacing: 3 instead of the 1 that"),
     "skip_uncertain": ({"skip_uncertain": True}, "skip_uncertain: True instead of the False"),
     "budget": ({"budget": MemoryBudget(device=2**20)}, "device budget: 1048576 instead of the None"),
     "host": ({"budget": MemoryBudget(host=5)}, "host budget: 5 instead of the None"),

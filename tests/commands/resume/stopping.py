@@ -42,10 +42,9 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-def killed_at(frame: int, command: list[str], **environment: str) -> None:
+def killed_at(frame: int, command: list[str]) -> None:
     """Run a command in a process of its own, which is killed as the tracker asks for a frame."""
-    threads = str(torch.get_num_threads())
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads} | environment
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = [sys.executable, "-c", DYING, str(frame), *command]
     done = subprocess.run(process, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == -signal.SIGKILL, done.stderr

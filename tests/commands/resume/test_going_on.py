@@ -14,6 +14,7 @@ from stm_model import Tracker
 from stm_model.commands.main import main
 from stm_model.io.files import write_torch
 from stm_model.io.masks import write_mask
+from stm_model.io.overlay import Overlay
 from stm_model.io.video import VideoWriter
 from stm_model.tracking import folder as folder_run
 
@@ -44,26 +45,44 @@ def test_a_run_that_was_killed_gives_what_an_unbroken_one_gives(track, clip, tmp
     assert files(tmp_path / "out")["overlay.mp4"] == FRAMES
 
 
+@pytest.fixture
+def ahead(monkeypatch):
+    """Frames are encoded ahead."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
 @pytest.mark.parametrize("settings", ["", "--both-ways"])
-def test_a_run_that_encodes_ahead_goes_on(track, clip, tmp_path, monkeypatch, settings):
+def test_a_run_that_encodes_ahead_goes_on(track, clip, tmp_path, ahead, settings):
     settings = [*settings.split(), "--dtype", "float32"]
     command = arguments(clip, tmp_path / "out", "--resume", *settings)
     # one frame has been taken that is not tracked; the pass backwards has seven
     for frame in (5, 9):
-        killed_at(frame, command, OMP_WAIT_POLICY="PASSIVE", OMP_NUM_THREADS="2")
+        killed_at(frame, command)
     assert at(tmp_path / "out") == 8
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        code, out, err = track("--resume", *settings)
-        assert (code, err) == (0, "") and "goes on     after 8 frames" in out
-        assert track(*settings, out=tmp_path / "unbroken")[0] == 0
-    finally:
-        torch.set_num_threads(before)
+    code, out, err = track("--resume", *settings)
+    assert (code, err) == (0, "") and "goes on     after 8 frames" in out
+    assert track(*settings, out=tmp_path / "unbroken")[0] == 0
     assert files(tmp_path / "out") == files(tmp_path / "unbroken")
     assert summary(tmp_path / "out") == summary(tmp_path / "unbroken")
+
+
+def test_masks_lie_on_their_own_frames_where_these_are_encoded_ahead(track, clip, tmp_path, monkeypatch, request):
+    drawn, draw = {}, Overlay.draw
+
+    def spy(self, frame, labels):
+        drawn.setdefault(name, []).append(frame)
+        return draw(self, frame, labels)
+
+    monkeypatch.setattr(Overlay, "draw", spy)
+    for name in ("one by one", "ahead"):
+        assert track(out=tmp_path / name)[0] == 0
+        request.getfixturevalue("ahead")
+    np.testing.assert_array_equal(drawn["ahead"], drawn["one by one"])
 
 
 def test_the_overlay_is_made_of_the_same_pictures(track, tmp_path, monkeypatch):
