@@ -193,7 +193,8 @@ def test_a_frame_is_encoded_once_and_its_key_held_once(model):
     (memory,) = tracker.bank.memories
     assert memory.pages.batch == 1
     plan = tracker.plan(frames.shape[1:3], 4, {0: labels[0]})
-    assert plan.frame_bytes == 4 * 6 * (CONFIG.key_channels + 3 * CONFIG.value_channels) * 8
+    # with a channel for what a position weighs
+    assert plan.frame_bytes == 4 * 6 * (CONFIG.key_channels + 1 + 3 * CONFIG.value_channels) * 8
 
 
 @pytest.mark.parametrize("given", [{0: 1, 2: 2}, {0: 3}])
