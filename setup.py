@@ -78,7 +78,7 @@ setup(
         "napari": ["napari[pyside6]"],
     },
     entry_points={
-        "console_scripts": ["stm=stm_model.commands.main:main"],
+        "console_scripts": ["stm=stm_model.commands.main:run"],
         "napari.manifest": ["stm-kernels = stm_model.plugins:napari.yaml"],
     },
     classifiers=[

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 import stm_kernels
 import stm_model
-from stm_model.commands.main import main
+from stm_model.commands.main import main, run
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,7 +53,7 @@ def test_the_version_and_the_command_are_those_of_the_package():
     arguments = _setup_arguments()
     assert arguments["version"] == stm_model.__version__ == stm_kernels.__version__
     assert f"## {arguments['version']}" in (ROOT / "CHANGELOG.md").read_text()
-    assert arguments["entry_points"]["console_scripts"] == ["stm=stm_model.commands.main:main"] and callable(main)
+    assert arguments["entry_points"]["console_scripts"] == ["stm=stm_model.commands.main:run"] and callable(run)
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.13"])
