@@ -195,8 +195,8 @@ def _status_bytes(field_name: str) -> int | None:
 def keep_freed_memory() -> None:
     """Let the C library keep what is freed for what is allocated next, where it is glibc; for a process of its own.
 
-    Left to itself it gives maps of a few megabytes back to the system, and asks for as much again for the next frame:
-    to fill fresh pages with zeros takes a tenth of a frame's time.
+    Left to itself it gives maps of a few megabytes back to the system, and asks for as much again for the next frame,
+    which it has to fill with zeros first.
     """
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt

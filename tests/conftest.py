@@ -2,6 +2,7 @@
 
 import os
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,16 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = STM(STMConfig("resnet18", key_channels=16, value_channels=16, decoder_channels=16))
     write_tensors(model.state_dict(), path)
     return path
+
+
+@pytest.fixture
+def encodes_ahead(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """There are two threads, and they sleep while they wait."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import av
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 from answers import STM, refused
 from table import Fault, each, judge
 
+from stm_model.commands.track import TrackConfig, make_tracker
 from stm_model.io import live
 from stm_model.io.live import LiveVideo
 from stm_model.io.masks import read_mask
@@ -304,3 +306,9 @@ def test_a_broken_stream_raises_after_its_frames(frames, fed):
     with LiveVideo("-", every=True) as video, pytest.raises(BrokenVideo, match="ends within a frame") as caught:
         seen.extend(video)
     assert caught.value.frames_read == 9
+
+
+def test_no_mask_waits_for_the_next_frame(small_model):
+    for video, ahead in (("-", False), (Path("clip.mp4"), True)):
+        config = TrackConfig(video=video, out=Path("out"), mask=Path("mask.png"))
+        assert make_tracker(config, small_model).ahead == ahead

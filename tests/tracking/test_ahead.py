@@ -1,22 +1,14 @@
 """A frame is encoded while the one in front of it is segmented: the same results, every error in its turn."""
 
 import threading
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from stm_model import STM, STMConfig, Tracker
+from stm_model import Tracker
 from stm_model.data.synthetic import procedural_clip
 from stm_model.tracking import ahead
-
-
-@pytest.fixture(scope="module")
-def shared_model():
-    torch.manual_seed(0)
-    config = replace(STMConfig.shared(), key_channels=16, value_channels=32, decoder_channels=32)
-    return STM(config).eval().requires_grad_(False)
 
 
 @pytest.fixture(params=["own keys", "shared keys"])
@@ -24,21 +16,12 @@ def model(request, small_model, shared_model):
     return small_model if request.param == "own keys" else shared_model
 
 
-@pytest.fixture
-def two_threads(monkeypatch):
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def masks_and_frames():
     frames, labels = procedural_clip(frames=7, size=(70, 100), objects=2, seed=3)
     return {2: labels[2]}, list(frames)
 
 
-def test_results_are_the_same_and_frames_are_encoded_in_another_thread(model, two_threads):
+def test_results_are_the_same_and_frames_are_encoded_in_another_thread(model, encodes_ahead):
     masks, frames = masks_and_frames()
     tracker, encoded = Tracker(model, ahead=True), []
     encode = tracker.model.encode_query
@@ -63,7 +46,7 @@ def test_results_are_the_same_and_frames_are_encoded_in_another_thread(model, tw
 
 
 @pytest.mark.parametrize("taken_ahead", [True, False])
-def test_an_error_comes_after_the_results_of_the_frames_before_it(small_model, two_threads, taken_ahead):
+def test_an_error_comes_after_the_results_of_the_frames_before_it(small_model, encodes_ahead, taken_ahead):
     masks, frames = masks_and_frames()
 
     def broken():
@@ -82,7 +65,7 @@ def test_an_error_comes_after_the_results_of_the_frames_before_it(small_model, t
     assert last == 3
 
 
-def test_frames_that_come_as_they_are_made_are_not_waited_for(small_model, two_threads):
+def test_frames_that_come_as_they_are_made_are_not_waited_for(small_model, encodes_ahead):
     masks, frames = masks_and_frames()
     given = []
 
@@ -95,7 +78,7 @@ def test_frames_that_come_as_they_are_made_are_not_waited_for(small_model, two_t
         assert len(given) == result.index + 1
 
 
-def test_one_thread_a_gpu_or_threads_that_spin_leave_no_other_to_encode_in(two_threads, monkeypatch):
+def test_one_thread_a_gpu_or_threads_that_spin_leave_no_other_to_encode_in(encodes_ahead, monkeypatch):
     assert ahead.pays(torch.device("cpu")) and not ahead.pays(torch.device("cuda"))
     torch.set_num_threads(1)
     assert not ahead.pays(torch.device("cpu"))
@@ -104,7 +87,7 @@ def test_one_thread_a_gpu_or_threads_that_spin_leave_no_other_to_encode_in(two_t
     assert not ahead.pays(torch.device("cpu"))
 
 
-def test_the_number_of_threads_stays(small_model, two_threads):
+def test_the_number_of_threads_stays(small_model, encodes_ahead):
     masks, frames = masks_and_frames()
     list(Tracker(small_model, ahead=True).track(frames, masks))
     assert torch.get_num_threads() == 2

@@ -1,22 +1,13 @@
 """Tracking both ways: backwards from the masks of later frames, then forwards, the two mixed."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
-from stm_model import STM, STMConfig, Tracker
+from stm_model import STM, Tracker
 from stm_model.evaluation.metrics import region_similarity
 from stm_model.tracking.both_ways import Backward, Hint
 from stm_model.tracking.frames import pad_to_stride
-
-
-@pytest.fixture(scope="module")
-def shared_model():
-    torch.manual_seed(0)
-    config = replace(STMConfig.shared(), key_channels=16, value_channels=32, decoder_channels=32)
-    return STM(config).eval().requires_grad_(False)
 
 
 @pytest.fixture(params=["own keys", "shared keys"])

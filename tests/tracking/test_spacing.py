@@ -1,7 +1,6 @@
 """Where no object is near, every so many rows and columns of a frame are remembered alone."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,20 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stm_kernels import memory_read
-from stm_model import STM, STMConfig, Tracker
+from stm_model import STM, Tracker
 from stm_model.data.synthetic import procedural_clip
 from stm_model.tracking.bank import MemoryBank
 from stm_model.tracking.budget import PAGE_MULTIPLE, MemoryBudget, MemoryRule
 from stm_model.tracking.memory import BESIDE, FRAME, sparse_places
 
 HEIGHT, WIDTH, C, V = 30, 40, 4, 6
-
-
-@pytest.fixture(scope="module")
-def shared_model():
-    torch.manual_seed(0)
-    config = replace(STMConfig.shared(), key_channels=16, value_channels=32, decoder_channels=32)
-    return STM(config).eval().requires_grad_(False)
 
 
 @given(st.integers(1, 33), st.integers(1, 41), st.integers(2, 9), st.integers(0, 3), st.integers(0, 2**16))

@@ -1,22 +1,13 @@
 """A video whose frames are given one by one, with objects that are corrected, added and removed on the way."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
-from stm_model import STM, STMConfig, Tracker
+from stm_model import Tracker
 from stm_model.labels import VOID
 from stm_model.tracking.budget import MemoryBudget
 from stm_model.tracking.memory import OBJECT, SpaceTimeMemory
-
-
-@pytest.fixture(scope="module")
-def shared_model():
-    torch.manual_seed(0)
-    config = replace(STMConfig.shared(), key_channels=16, value_channels=32, decoder_channels=32)
-    return STM(config).eval().requires_grad_(False)
 
 
 @pytest.fixture(params=["own keys", "shared keys"])

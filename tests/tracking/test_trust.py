@@ -1,12 +1,10 @@
 """How well found masks agree with the masks before them, and what the tracker trusts."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
-from stm_model import STM, STMConfig, Tracker
+from stm_model import Tracker
 from stm_model.tracking import trust
 from stm_model.tracking.trust import GivenMasks, agreement_of, cells_of, certainty_of, soft_overlap
 
@@ -15,13 +13,6 @@ KEY = 8 * torch.randn(1, 16, 4, 4, generator=GENERATOR)
 """Cells so unlike each other that each one reads itself."""
 CELLS = torch.zeros(2, 4, 4)
 CELLS[0, :2], CELLS[1, 2, :3] = 1, 1
-
-
-@pytest.fixture(scope="module")
-def shared_model():
-    torch.manual_seed(0)
-    config = replace(STMConfig.shared(), key_channels=16, value_channels=32, decoder_channels=32)
-    return STM(config).eval().requires_grad_(False)
 
 
 def given_masks(key=KEY, labels=(3, 5), cells=CELLS):

@@ -45,19 +45,9 @@ def test_a_run_that_was_killed_gives_what_an_unbroken_one_gives(track, clip, tmp
     assert files(tmp_path / "out")["overlay.mp4"] == FRAMES
 
 
-@pytest.fixture
-def ahead(monkeypatch):
-    """Frames are encoded ahead."""
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
 @pytest.mark.parametrize("settings", ["", "--both-ways"])
-def test_a_run_that_encodes_ahead_goes_on(track, clip, tmp_path, ahead, settings):
+def test_a_run_that_encodes_ahead_goes_on(track, clip, tmp_path, encodes_ahead, settings):
     settings = [*settings.split(), "--dtype", "float32"]
     command = arguments(clip, tmp_path / "out", "--resume", *settings)
     # one frame has been taken that is not tracked; the pass backwards has seven
@@ -81,7 +71,7 @@ def test_masks_lie_on_their_own_frames_where_these_are_encoded_ahead(track, clip
     monkeypatch.setattr(Overlay, "draw", spy)
     for name in ("one by one", "ahead"):
         assert track(out=tmp_path / name)[0] == 0
-        request.getfixturevalue("ahead")
+        request.getfixturevalue("encodes_ahead")
     np.testing.assert_array_equal(drawn["ahead"], drawn["one by one"])
 
 
